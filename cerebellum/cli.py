@@ -1,0 +1,435 @@
+"""The command line: one command a stage, in the order of the pipeline. A body parses, calls, prints."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cerebellum import __version__, tables
+from cerebellum.errors import BadInput, CerebellumError
+from cerebellum.workspace import (
+    DEMO_MODEL,
+    REPORT_TEXT,
+    SELECTION_TEXT,
+    Settings,
+    Workspace,
+    read_json,
+    write_json,
+)
+
+_PIPE_COLUMNS = 110  # rich assumes 80 where there is no terminal, and tables would wrap
+
+OUT = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
+ERR = Console(stderr=True)
+
+Command = Callable[..., Any]
+PathArgument = click.Path(path_type=Path)
+
+
+class Pipeline(click.Group):
+    """Lists commands in the order they were written, which is the order of the pipeline."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+class ProgressReporter:
+    """Progress on stderr: a bar with the time left on a terminal, a line a task elsewhere."""
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Callable[[], None]]:
+        if not ERR.is_terminal:
+            ERR.print(f"{title}: {total} steps", highlight=False)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        with Progress(*columns, console=ERR, disable=not ERR.is_terminal) as progress:
+            task = progress.add_task(title, total=total)
+            yield lambda: progress.advance(task)
+
+    def note(self, text: str) -> None:
+        ERR.print(text, style="dim", highlight=False)
+
+
+class Percent(click.ParamType[float]):
+    """``3%`` or ``3``."""
+
+    name = "percent"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(str(value).removesuffix("%"))
+        except ValueError:
+            self.fail(f"{value!r} is not a percentage such as 3%", param, ctx)
+        if not 0 < number < 1000:
+            self.fail(f"{value} is not between 0% and 1000%", param, ctx)
+        return number
+
+
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several click options as one decorator, shown in the order given."""
+
+    def apply(command: Command) -> Command:
+        return functools.reduce(lambda wrapped, option: option(wrapped), reversed(decorators), command)
+
+    return apply
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, nothing else there.")
+ctx_option = click.option(
+    "--ctx", type=click.IntRange(8), default=512, show_default=True, help="Chunk length."
+)
+engine_options = options(
+    click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True),
+    click.option("--gpu-layers", type=int, default=0, show_default=True, help="-1 offloads all."),
+)
+text_option = click.option(
+    "--text", type=PathArgument, default=REPORT_TEXT, help="UTF-8 text [default: WikiText-2 test]."
+)
+first_chunks_option = click.option(
+    "--chunks", type=click.IntRange(0), default=0, help="The first N chunks of the text [default: all]."
+)
+source_options = options(
+    click.option("--base", default="Q3_K_M", show_default=True, help="Preset everything is compared with."),
+    click.option("--base-file", type=PathArgument, help="A base made already, instead of --base."),
+    click.option("--demote", default="Q2_K", show_default=True, help="Type that groups are tried at."),
+    click.option("--max-increase", type=Percent(), default="3%", show_default=True, help="Limit on damage."),
+    click.option("--imatrix", type=PathArgument, help="An importance matrix (GGUF or .dat)."),
+    click.option("--imatrix-text", type=PathArgument, help="Text to make one from [default: --select-text]."),
+    click.option("--imatrix-chunks", type=click.IntRange(0), default=0, help="First N of it [default: all]."),
+    click.option("--select-text", type=PathArgument, default=SELECTION_TEXT, help="Text that decides."),
+    click.option("--report-text", type=PathArgument, default=REPORT_TEXT, help="Text that reports."),
+    ctx_option,
+    click.option(
+        "--chunks", type=click.IntRange(0), default=0, help="Chunks of --select-text [default: all]."
+    ),
+    click.option("--report-chunks", type=click.IntRange(0), default=0, help="First N of --report-text."),
+    engine_options,
+    click.option("--seed", type=int, default=1, show_default=True, help="Order of the chunks."),
+    click.option("--allow-requantize", is_flag=True, help="Accept a source that is quantized already."),
+)
+folder_option = click.option("-o", "--out", type=PathArgument, required=True, help="The run folder.")
+
+
+@click.group(
+    cls=Pipeline,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="cerebellum")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Sensitivity-guided mixed-precision quantization of GGUF models.
+
+    \b
+    source -> groups -> importance matrix -> base -> shards -> measure -> plan -> build -> verify
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@cli.command()
+@click.option("-o", "--out", type=PathArgument, default=Path("cerebellum-demo"), show_default=True)
+@engine_options
+@json_option
+def demo(out: Path, threads: int, gpu_layers: int, as_json: bool) -> None:
+    """The whole pipeline on the small model that comes with Cerebellum."""
+    settings = Settings(
+        source=DEMO_MODEL,
+        imatrix_chunks=100,
+        chunks=80,
+        report_chunks=200,
+        threads=threads,
+        gpu_layers=gpu_layers,
+    )
+    _run(Workspace(out, settings, ProgressReporter()), as_json)
+
+
+@cli.command()
+@click.argument("source", type=PathArgument)
+@folder_option
+@source_options
+@json_option
+def run(as_json: bool, out: Path, **asked: Any) -> None:
+    """The whole pipeline: SOURCE (a GGUF) to a smaller GGUF with its evidence."""
+    _run(Workspace(out, _settings(asked), ProgressReporter()), as_json)
+
+
+@cli.command()
+@click.argument("model", type=PathArgument)
+@json_option
+def inspect(model: Path, as_json: bool) -> None:
+    """What a GGUF is made of: its groups, and the types each may take."""
+    from cerebellum.groups import describe, make_groups
+    from cerebellum.source import open_source
+
+    source = open_source(model, allow_requantize=True)
+    described = describe(source, make_groups(source))
+    _answer(described, as_json, *tables.inspect_tables(described))
+
+
+@cli.command()
+@click.argument("source", type=PathArgument)
+@click.option("-o", "--out", type=PathArgument, required=True, help="The GGUF to write.")
+@click.option("--imatrix-text", "--text", type=PathArgument, default=SELECTION_TEXT, help="UTF-8 text.")
+@ctx_option
+@first_chunks_option
+@engine_options
+@json_option
+def imatrix(
+    source: Path,
+    out: Path,
+    imatrix_text: Path,
+    ctx: int,
+    chunks: int,
+    threads: int,
+    gpu_layers: int,
+    as_json: bool,
+) -> None:
+    """Importance matrix of SOURCE, in llama.cpp's format."""
+    from cerebellum.imatrix import compute_or_reuse
+    from cerebellum.llama.native import EngineSettings, LlamaEngine
+    from cerebellum.source import open_source
+    from cerebellum.texts import load_corpus
+
+    opened = open_source(source, allow_requantize=True)
+    engine = LlamaEngine(EngineSettings(threads=threads, gpu_layers=gpu_layers))
+    corpus = load_corpus(engine, source, imatrix_text, ctx)
+    matrix = compute_or_reuse(
+        engine=engine,
+        shards=[file.path for file in opened.files],
+        source_sha256=opened.sha256(),
+        corpus=corpus,
+        chunks=chunks or corpus.n_chunks,
+        out=out,
+        reporter=ProgressReporter(),
+    )
+    answer = {
+        "path": str(out),
+        "entries": len(matrix.entries),
+        "chunks": matrix.chunk_count,
+        "ctx": ctx,
+        "sha256": matrix.sha256,
+    }
+    _answer(
+        answer, as_json, f"{out}: {len(matrix.entries)} entries from {matrix.chunk_count} chunks of {ctx}"
+    )
+
+
+@cli.command()
+@click.argument("source", type=PathArgument)
+@folder_option
+@source_options
+@json_option
+def measure(as_json: bool, out: Path, **asked: Any) -> None:
+    """Every group of SOURCE alone at the demoted type, into the ledger of the run folder."""
+    from cerebellum.run import measure_stage
+
+    workspace = Workspace(out, _settings(asked), ProgressReporter())
+    with workspace.locked():
+        found = measure_stage(workspace)
+    _answer(found, as_json, tables.measurements_table(found), _counts(found))
+
+
+@cli.command()
+@click.argument("target", type=PathArgument)
+@click.option("--measurements", type=PathArgument, help="Measurements to plan from, instead of the folder's.")
+@click.option("--max-increase", type=Percent(), help="Another limit than the run's.")
+@click.option("--base", help="Another preset [with a GGUF; default: Q3_K_M].")
+@click.option("--demote", help="Another type [with a GGUF; default: Q2_K].")
+@json_option
+def plan(
+    target: Path,
+    measurements: Path | None,
+    max_increase: float | None,
+    base: str | None,
+    demote: str | None,
+    as_json: bool,
+) -> None:
+    """What to demote: from a run folder, or from a GGUF (its header is enough) and --measurements."""
+    asked = {"base": base, "demote": demote, "max_increase_pct": max_increase}
+    given = {key: value for key, value in asked.items() if value is not None}
+    planned = (
+        _plan_folder(target, measurements, given)
+        if target.is_dir()
+        else _plan_file(target, measurements, given)
+    )
+    _answer(planned, as_json, tables.plan_table(planned), tables.plan_summary(planned))
+
+
+@cli.command()
+@click.argument("folder", type=PathArgument)
+@json_option
+def build(folder: Path, as_json: bool) -> None:
+    """The GGUF that the run folder's plan.json describes."""
+    from cerebellum.run import build_stage
+
+    workspace = Workspace.reopen(folder, ProgressReporter())
+    with workspace.locked():
+        path = build_stage(workspace)
+    answer = {"path": str(path), "bytes": path.stat().st_size}
+    _answer(answer, as_json, f"{path}  {tables.size(path.stat().st_size)}")
+
+
+@cli.command()
+@click.argument("folder", type=PathArgument)
+@json_option
+def verify(folder: Path, as_json: bool) -> None:
+    """Proof of the finished file: read again, byte by byte, and measured on the report text."""
+    from cerebellum.run import verify_stage
+
+    workspace = Workspace.reopen(folder, ProgressReporter())
+    with workspace.locked():
+        found = verify_stage(workspace)
+    _answer(found, as_json, tables.verify_table(found), tables.report_table(found))
+    sys.exit(0 if found["ok"] else 1)
+
+
+@cli.command()
+@click.argument("a", type=PathArgument)
+@click.argument("b", type=PathArgument)
+@text_option
+@ctx_option
+@first_chunks_option
+@engine_options
+@json_option
+def compare(
+    a: Path, b: Path, text: Path, ctx: int, chunks: int, threads: int, gpu_layers: int, as_json: bool
+) -> None:
+    """B against A on the same tokens: perplexity, KL divergence, top token, with intervals."""
+    from cerebellum.compare import compare as compare_models
+    from cerebellum.llama.native import EngineSettings, LlamaEngine
+
+    engine = LlamaEngine(EngineSettings(threads=threads, gpu_layers=gpu_layers))
+    found = compare_models(engine, a, b, text, ctx, chunks, ProgressReporter())
+    _answer(found, as_json, tables.comparison_table(found))
+
+
+@cli.command()
+@click.argument("model", type=PathArgument)
+@text_option
+@ctx_option
+@first_chunks_option
+@engine_options
+@json_option
+def perplexity(
+    model: Path, text: Path, ctx: int, chunks: int, threads: int, gpu_layers: int, as_json: bool
+) -> None:
+    """Perplexity of MODEL, equal to llama-perplexity's."""
+    from cerebellum.compare import perplexity_of
+    from cerebellum.llama.native import EngineSettings, LlamaEngine
+
+    engine = LlamaEngine(EngineSettings(threads=threads, gpu_layers=gpu_layers))
+    found = perplexity_of(engine, model, text, ctx, chunks, ProgressReporter())
+    line = f"PPL = {found['ppl']:.4f} ± {found['se']:.5f}  ({found['chunks']} chunks of {ctx})"
+    _answer(found, as_json, line)
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """What this machine has, and what is missing."""
+    from cerebellum.doctor import examine
+
+    found = examine(Path.cwd())
+    lines = [f"{key}: {value}" for key, value in found.items() if key not in ("problems", "ok", "devices")]
+    for device in found.get("devices", []):
+        free, total = tables.size(device["free_bytes"]), tables.size(device["total_bytes"])
+        lines.append(f"device {device['name']}: {device['description']}, {free} free of {total}")
+    lines += [f"[red]problem:[/] {problem}" for problem in found["problems"]] or ["[green]ready"]
+    _answer(found, as_json, *lines)
+    sys.exit(0 if found["ok"] else 1)
+
+
+def _settings(asked: dict[str, Any]) -> Settings:
+    asked["max_increase_pct"] = asked.pop("max_increase")
+    given: dict[str, Any] = {k: v.resolve() if isinstance(v, Path) else v for k, v in asked.items()}
+    return Settings(**given)
+
+
+def _run(workspace: Workspace, as_json: bool) -> None:
+    from cerebellum.run import run_all
+
+    manifest = run_all(workspace)
+    planned, verified = (read_json(workspace.path(f"{name}.json")) for name in ("plan", "verify"))
+    path = workspace.path(manifest["result"]["file"])
+    answer = {"file": str(path), "plan": planned, "verify": verified, "manifest": manifest}
+    _answer(
+        answer,
+        as_json,
+        tables.plan_table(planned),
+        tables.plan_summary(planned),
+        tables.verify_table(verified),
+        tables.report_table(verified),
+        f"[bold]{path}[/]  {tables.size(path.stat().st_size)}",
+        tables.run_instructions(path),
+    )
+    sys.exit(0 if verified["ok"] else 1)
+
+
+def _plan_folder(folder: Path, measurements: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    from cerebellum.run import replan
+
+    workspace = Workspace.reopen(folder, ProgressReporter(), **given)
+    planned = replan(workspace, measurements or workspace.path("measurements.json"))
+    write_json(workspace.path("plan.json"), planned)
+    return planned
+
+
+def _plan_file(model: Path, measurements: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    from cerebellum.run import plan_header
+
+    if measurements is None:
+        raise BadInput(f"{model}: a GGUF has no measurements; give --measurements FILE or a run folder")
+    return plan_header(Settings(source=model, **given), measurements)
+
+
+def _counts(found: dict[str, Any]) -> str:
+    return f"{found['measured']} chunks measured now, {found['reused']} already in the ledger"
+
+
+def _answer(value: Any, as_json: bool, *shown: Any) -> None:
+    if as_json:
+        click.echo(json.dumps(value, indent=2, allow_nan=False))
+        return
+    for part in shown:
+        OUT.print(part, highlight=False, soft_wrap=isinstance(part, str))
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 the answer is no, 2 wrong use or bad input, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        cli.main(standalone_mode=False)
+    except CerebellumError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _fail("interrupted; the same command goes on from here", 130)
+    except BrokenPipeError:
+        sys.stdout = None  # whoever read us is gone, which is no fault of ours
+        sys.exit(0)
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> None:
+    ERR.print(f"cerebellum: {message}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)

@@ -1,0 +1,131 @@
+"""Two GGUFs on the same tokens: paired perplexity change, KL divergence, agreement of the top token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cerebellum.errors import BadInput
+from cerebellum.llama.engine import Engine, Logits, Tokens
+from cerebellum.llama.scoring import divergence, overlapped, token_nll
+from cerebellum.progress import Reporter
+from cerebellum.source import Source, open_source
+from cerebellum.stats.paired import perplexity, superpopulation_interval
+from cerebellum.texts import Corpus, load_corpus
+
+_VOCABULARY_KEYS = (
+    "tokenizer.ggml.model",
+    "tokenizer.ggml.pre",
+    "tokenizer.ggml.tokens",
+    "tokenizer.ggml.merges",
+    "tokenizer.ggml.add_bos_token",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScore:
+    """One chunk under both models; vectors over its scored tokens."""
+
+    nll_a: NDArray[np.float64]
+    nll_b: NDArray[np.float64]
+    kld: NDArray[np.float64]
+    same_top: NDArray[np.bool_]
+
+
+def open_pair(a: Path, b: Path) -> tuple[Source, Source]:
+    """Both models, refused unless they share a tokenizer: other tokens cannot be paired."""
+    first, second = open_source(a, allow_requantize=True), open_source(b, allow_requantize=True)
+    for key in _VOCABULARY_KEYS:
+        if first.kv_records.get(key) != second.kv_records.get(key):
+            raise BadInput(
+                f"{a} and {b} differ in {key}: tokens of different vocabularies cannot be compared"
+            )
+    return first, second
+
+
+def compare(
+    engine: Engine, a: Path, b: Path, text: Path, ctx: int, chunks: int, reporter: Reporter
+) -> dict[str, Any]:
+    """The contract of ``compare --json``, over the first ``chunks`` chunks (0: all)."""
+    first, second = open_pair(a, b)
+    corpus = load_corpus(engine, a, text, ctx)
+    count = min(chunks or corpus.n_chunks, corpus.n_chunks)
+    with reporter.task("comparing", count) as tick:
+        scores = []
+        for score in score_pairs(engine, first, second, corpus, count):
+            scores.append(score)
+            tick()
+    return summarise(scores, ctx)
+
+
+def score_pairs(engine: Engine, a: Source, b: Source, corpus: Corpus, count: int) -> Iterator[PairScore]:
+    """Both models stay open; each chunk is decoded by one, then the other."""
+    files_a, files_b = ([file.path for file in source.files] for source in (a, b))
+    with engine.open(files_a, corpus.ctx) as model_a, engine.open(files_b, corpus.ctx) as model_b:
+
+        def decoded() -> Iterator[tuple[Logits, Logits, Tokens]]:
+            for chunk in range(count):
+                tokens = corpus.inputs(chunk)
+                yield model_a.logits(tokens), model_b.logits(tokens), corpus.targets(chunk)
+
+        yield from overlapped(decoded(), lambda item: _score(*item))
+
+
+def _score(logits_a: Logits, logits_b: Logits, targets: Tokens) -> PairScore:
+    kld, same_top = divergence(logits_a, logits_b)
+    return PairScore(
+        nll_a=token_nll(logits_a, targets),
+        nll_b=token_nll(logits_b, targets),
+        kld=kld,
+        same_top=same_top,
+    )
+
+
+def summarise(scores: list[PairScore], ctx: int) -> dict[str, Any]:
+    """Means with 95% intervals over chunks; the chunk is the unit, since its tokens share a context."""
+    nll_a, nll_b = (np.stack([getattr(s, name) for s in scores]) for name in ("nll_a", "nll_b"))
+    if not (np.isfinite(nll_a).all() and np.isfinite(nll_b).all()):
+        raise BadInput("one of the models gives logits that are not finite; it has collapsed")
+    delta = superpopulation_interval((nll_b - nll_a).mean(axis=1))
+    kld = superpopulation_interval(np.array([s.kld.mean() for s in scores]))
+    mean, low, high = delta.percent()
+    found_a, found_b = perplexity(nll_a), perplexity(nll_b)
+    return {
+        "ppl_a": found_a.ppl,
+        "ppl_b": found_b.ppl,
+        "delta_pct": mean,
+        "ci_pct": [low, high],
+        "kld_mean": kld.mean,
+        "kld_ci": [kld.low, kld.high],
+        "top1_agreement": float(np.mean([s.same_top.mean() for s in scores])),
+        "chunks": len(scores),
+        "tokens": found_a.tokens,
+        "ctx": ctx,
+    }
+
+
+def perplexity_of(
+    engine: Engine, model: Path, text: Path, ctx: int, chunks: int, reporter: Reporter
+) -> dict[str, Any]:
+    """The contract of ``perplexity --json``: llama-perplexity's number on the first ``chunks`` chunks."""
+    source = open_source(model, allow_requantize=True)
+    corpus = load_corpus(engine, model, text, ctx)
+    count = min(chunks or corpus.n_chunks, corpus.n_chunks)
+    with (
+        engine.open([file.path for file in source.files], ctx) as opened,
+        reporter.task("perplexity", count) as tick,
+    ):
+        decoded = ((opened.logits(corpus.inputs(i)), corpus.targets(i)) for i in range(count))
+        nll = []
+        for vector in overlapped(decoded, lambda item: token_nll(*item)):
+            nll.append(vector)
+            tick()
+    if not np.isfinite(nll).all():
+        raise BadInput(f"{model}: gives logits that are not finite on {text}; it has collapsed")
+    found = perplexity(np.stack(nll))
+    return {"ppl": found.ppl, "se": found.se, "chunks": count, "tokens": found.tokens, "ctx": ctx}

@@ -1,0 +1,161 @@
+"""Files that are whole or not there: write beside, fsync, rename, fsync the folder.
+
+A reader never sees half a file, whenever the writer was stopped; a disk that is full or a folder
+that cannot be written gives one line that names the place and, where it helps, the bytes needed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from cerebellum.errors import BadInput
+
+PARTIAL_SUFFIX = ".partial"
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) as a long read goes on."""
+
+_HASH_BLOCK_BYTES = 4 << 20
+
+# Only these can be the fault of the file being written while a caller fills it; any other OSError
+# in there comes from elsewhere (a source that cannot be read, say) and keeps its own words.
+_WRITE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+
+
+@contextmanager
+def atomic_writer(path: str | os.PathLike[str], n_bytes: int | None = None) -> Iterator[BinaryIO]:
+    """Open `path`'s partial file for writing; rename it to `path` when the block ends well.
+
+    On any failure, an interrupt included, the partial file is removed and `path` is as it was.
+    `n_bytes`, when known, is checked against the free space before the first byte is written.
+
+    Raises:
+        BadInput: the folder is missing or cannot be written, or the disk is full.
+    """
+    target = Path(path)
+    partial = target.with_name(target.name + PARTIAL_SUFFIX)
+    if os.path.isdir(target):
+        raise BadInput(f"{target}: is a folder, not a file; name a file to write")
+    _check_free_space(target, n_bytes)
+    try:
+        stream = open(partial, "wb")  # noqa: SIM115 - closed below, its own errors told apart
+    except OSError as error:
+        raise write_refusal(target, error, n_bytes) from error
+    try:
+        with stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, target)
+        fsync_folder(target.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError) and error.errno in _WRITE_ERRNOS:
+            raise write_refusal(target, error, n_bytes) from error
+        raise
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    with atomic_writer(path, len(content)) as stream:
+        stream.write(content)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` as UTF-8 with the line breaks it has, whole or not at all."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in `folder` outlive a power cut; file systems that cannot are left alone."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sha256_file(path: str | os.PathLike[str], progress: Progress | None = None) -> str:
+    """Return the SHA-256 of a file's bytes in hex, as sha256sum prints it.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
+    return sha256_files([path], progress)
+
+
+def sha256_files(paths: Sequence[str | os.PathLike[str]], progress: Progress | None = None) -> str:
+    """Return the SHA-256 of the files' bytes one after the other, in hex.
+
+    Raises:
+        BadInput: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    block = bytearray(_HASH_BLOCK_BYTES)
+    n_done = 0
+    path: str | os.PathLike[str] = ""
+    try:
+        n_total = 0
+        for path in paths:
+            n_total += os.stat(path).st_size
+        for path in paths:
+            with open(path, "rb", buffering=0) as stream:
+                while n_read := stream.readinto(block):
+                    digest.update(memoryview(block)[:n_read])
+                    n_done += n_read
+                    if progress is not None:
+                        progress(n_done, n_total)
+    except OSError as error:
+        raise read_refusal(path, error) from error
+    return digest.hexdigest()
+
+
+def read_refusal(path: str | os.PathLike[str], error: OSError) -> BadInput:
+    """Say in one line why `path` cannot be read and what to do."""
+    where = os.fspath(path)
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return BadInput(f"{where}: no such file; check the path")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return BadInput(f"{where}: no permission to read it; change its mode or run as its owner")
+    if error.errno == errno.EISDIR:
+        return BadInput(f"{where}: is a folder, not a file; name a file in it")
+    return BadInput(f"{where}: cannot be read ({error.strerror or error}); check the disk")
+
+
+def write_refusal(path: str | os.PathLike[str], error: OSError, n_bytes: int | None = None) -> BadInput:
+    """Say in one line why `path` cannot be written and what to do."""
+    where, folder = os.fspath(path), os.fspath(Path(path).parent)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        needed = "" if n_bytes is None else f": {n_bytes:,} bytes are needed in {folder}"
+        too_big = error.errno == errno.EFBIG
+        reason = "a file may not grow that big" if too_big else "the disk is full"
+        return BadInput(f"{where}: {reason}{needed}; free space or write elsewhere")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return BadInput(f"{where}: no permission to write in {folder}; choose another folder")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return BadInput(f"{where}: the folder {folder} does not exist; create it first")
+    return BadInput(f"{where}: cannot be written ({error.strerror or error}); check the disk")
+
+
+def _check_free_space(target: Path, n_bytes: int | None) -> None:
+    """Refuse before the first byte when the folder's disk has less than `n_bytes` free."""
+    if n_bytes is None:
+        return
+    try:
+        n_free = shutil.disk_usage(target.parent).free
+    except OSError as error:
+        raise write_refusal(target, error, n_bytes) from error
+    if n_bytes > n_free:
+        raise BadInput(
+            f"{target}: the disk is full: {n_bytes:,} bytes are needed in {target.parent} and "
+            f"{n_free:,} are free; free space or write elsewhere"
+        )

@@ -1,0 +1,127 @@
+"""Tensor types and their sizes: the only place in the package that knows them.
+
+Everything comes from gguf-py's `GGML_QUANT_SIZES` table (block size in elements, block size in
+bytes). Sizes are integer bytes, shapes are in ggml order: `shape[0]` is the row length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from cerebellum.errors import BadInput
+
+_T = GGMLQuantizationType
+
+FLOAT_TYPES = frozenset({_T.F32, _T.F16, _T.BF16})
+"""What a source at its full precision is made of."""
+
+IMATRIX_TYPES = frozenset({_T.IQ1_S, _T.IQ1_M, _T.IQ2_XXS, _T.IQ2_XS, _T.IQ2_S, _T.IQ3_XXS})
+"""What llama.cpp refuses to make without an importance matrix (llama-quant.cpp,
+tensor_requires_imatrix; Q2_K asks for one in a Q2_K_S file only, which Cerebellum never makes)."""
+
+LADDER_256 = (
+    _T.IQ2_XXS,
+    _T.IQ2_XS,
+    _T.IQ2_S,
+    _T.Q2_K,
+    _T.IQ3_XXS,
+    _T.Q3_K,
+    _T.IQ3_S,
+    _T.IQ4_XS,
+    _T.Q4_K,
+    _T.Q5_K,
+    _T.Q6_K,
+)
+"""Types of 256-element blocks, cheapest first."""
+
+LADDER_32 = (_T.Q4_0, _T.IQ4_NL, _T.Q4_1, _T.Q5_0, _T.Q5_1)
+"""Types of 32-element blocks, for rows that take none of 256: elsewhere a 256-block type of the
+same size is better."""
+
+LADDER = (*LADDER_256, *LADDER_32, _T.Q8_0)
+"""Every type a group may be demoted or promoted to."""
+
+
+def block_size(type_: GGMLQuantizationType) -> int:
+    """Return how many elements of a row one block holds."""
+    return GGML_QUANT_SIZES[type_][0]
+
+
+def bits_per_weight(type_: GGMLQuantizationType) -> float:
+    """Return the bits one element costs, scales included."""
+    n_elements, n_bytes = GGML_QUANT_SIZES[type_]
+    return 8 * n_bytes / n_elements
+
+
+def row_bytes(type_: GGMLQuantizationType, n_per_row: int) -> int:
+    """Return the bytes of a row of `n_per_row` elements.
+
+    Raises:
+        BadInput: the row is not a whole number of blocks.
+    """
+    n_elements, n_bytes = GGML_QUANT_SIZES[type_]
+    if n_per_row % n_elements:
+        raise BadInput(
+            f"a row of {n_per_row} is no multiple of {type_.name}'s block of {n_elements}; "
+            f"choose a type with a smaller block"
+        )
+    return n_per_row // n_elements * n_bytes
+
+
+def tensor_bytes(type_: GGMLQuantizationType, shape: Sequence[int]) -> int:
+    """Return the bytes of a tensor of `shape` (ggml order), without padding.
+
+    Raises:
+        BadInput: its row is not a whole number of blocks.
+    """
+    return row_bytes(type_, shape[0]) * math.prod(shape[1:])
+
+
+def fits(type_: GGMLQuantizationType, shape: Sequence[int]) -> bool:
+    """Say whether rows of `shape` are whole numbers of the type's blocks.
+
+    llama-quantize silently takes another type where this is false; Cerebellum calls it illegal.
+    """
+    return shape[0] % block_size(type_) == 0
+
+
+def needs_imatrix(type_: GGMLQuantizationType) -> bool:
+    """Say whether llama.cpp refuses to make this type without an importance matrix."""
+    return type_ in IMATRIX_TYPES
+
+
+def is_quantized(type_: GGMLQuantizationType) -> bool:
+    """Say whether the type packs several elements into a block (integer tables do not)."""
+    return block_size(type_) > 1
+
+
+def parse_type(text: str) -> GGMLQuantizationType:
+    """Read a type's name as people write it: `q2_k`, `Q2_K`, `iq3_xxs`.
+
+    Raises:
+        BadInput: there is no such type; the message names the ladder.
+    """
+    try:
+        return GGMLQuantizationType[text.strip().upper()]
+    except KeyError:
+        known = ", ".join(type_.name for type_ in LADDER)
+        raise BadInput(f"unknown tensor type {text!r}; choose one of {known}") from None
+
+
+def legal_types(shapes: Iterable[Sequence[int]], has_imatrix: bool) -> tuple[GGMLQuantizationType, ...]:
+    """Return the ladder's types that every one of `shapes` can take, cheapest first.
+
+    The 32-block types are offered only where a row takes none of 256 elements.
+    """
+    row_lengths = {shape[0] for shape in shapes}
+    take_256 = all(n_per_row % 256 == 0 for n_per_row in row_lengths)
+    ladder = (*(LADDER_256 if take_256 else LADDER_32), _T.Q8_0)
+    return tuple(
+        type_
+        for type_ in ladder
+        if all(fits(type_, (n_per_row,)) for n_per_row in row_lengths)
+        and (has_imatrix or not needs_imatrix(type_))
+    )

@@ -1,0 +1,282 @@
+"""Source -> groups: which tensors are measured together, which never, and what each may become.
+
+A group is one role over all layers. What a tensor is follows from its GGUF name alone, as in
+llama.cpp's own quantizer, so that any architecture it knows is grouped without a table of ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cerebellum.gguf import TensorInfo, legal_types
+from cerebellum.source import Source
+
+BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*?)blk\.(?P<layer>\d+)\.(?P<rest>.+)$", re.ASCII)
+
+EMBEDDINGS_AND_HEADS = frozenset({"output", "cls", "cls.output", "token_types"})
+PER_LAYER_EMBEDDING_ROLES = frozenset({"inp_gate", "proj", "post_norm"})
+"""Gemma 3n's per-layer-embedding tensors inside the blocks; outside: `per_layer_`."""
+
+PROTECTED_ROLES = frozenset({"ssm_a", "ssm_d", "ssm_dt"})
+
+PROTECTED_PARTS = (
+    "ffn_gate_inp",
+    "norm",
+    "token_embd",
+    "position_embd",
+    "embed_tokens",
+    "shared_head_head",
+    "ssm_conv1d",
+    "per_layer_",
+)
+"""Parts of a role that DESIGN.md's word "protected" covers: routers, norms, embeddings and heads
+(those of multi-token prediction too), the convolution, per-layer embeddings."""
+
+LLAMA_CPP_NEVER_QUANTIZES = (
+    "ffn_gate_tid2eid.weight",
+    "altup",
+    "laurel",
+    "shortconv.conv.weight",
+    "indexer.k_proj.weight",
+    "indexer.q_proj.weight",
+    "time_mix_first.weight",
+    "time_mix_w0.weight",
+    "time_mix_w1.weight",
+    "time_mix_w2.weight",
+    "time_mix_v0.weight",
+    "time_mix_v1.weight",
+    "time_mix_v2.weight",
+    "time_mix_a0.weight",
+    "time_mix_a1.weight",
+    "time_mix_a2.weight",
+    "time_mix_g1.weight",
+    "time_mix_g2.weight",
+    "time_mix_decay_w1.weight",
+    "time_mix_decay_w2.weight",
+    "time_mix_lerp_fused.weight",
+    "attn_rel_b.weight",
+    ".position_embd",
+    "sam.pos_embd",
+    "sam.neck.",
+    "sam.net_",
+    ".rel_pos",
+    ".patch_embd",
+    ".patch_merger",
+    "a.rvq.codebook",
+    "mm.a.code_embd",
+)
+"""llama-quant.cpp, tensor_allows_quantization: parts of names it leaves alone, beyond the above."""
+
+GLM5_NEXT_NEVER_QUANTIZES = (
+    "hc_",
+    "indexer.attn_q_b",
+    "indexer.attn_k",
+    "indexer.proj",
+    "indexer_compressor_gate",
+    "indexer_compressor_ape",
+    "ssm_f_a.weight",
+    "ssm_f_b.weight",
+    "ssm_g_a.weight",
+    "ssm_g_b.weight",
+    "ssm_beta.weight",
+    "attn_kv_a_mqa.weight",
+    "attn_k_b.weight",
+    "attn_v_b.weight",
+)
+"""The same function's list for one architecture; others have such names and quantize them."""
+
+ROUTED = re.compile(r"_(?:ch)?exps(?:\.\w+)?$")
+"""Roles of routed experts: `_exps`, and GroveMoE's shared-between-neighbours `_chexps`, with biases
+and scales. The last dimension counts the experts."""
+
+ATTENTION_ROLES = frozenset({"attn_k", "attn_kv_a_mqa", "attn_kv_b", "attn_k_b"})
+RECURRENT_PREFIXES = ("ssm_", "time_mix_", "shortconv.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Tensors measured together; a protected group has no `legal_types`."""
+
+    name: str
+    role: str
+    layers: tuple[int, ...]
+    tensors: tuple[str, ...]
+    parameters: int
+    n_bytes: int
+    types: dict[str, int]
+    protected: bool
+    legal_types: tuple[str, ...]
+
+
+def role_of(tensor_name: str) -> str:
+    """Return what a tensor does: its name without `blk.N.` and `.weight`.
+
+    `blk.3.attn_q.weight` -> `attn_q`, `enc.blk.3.attn_q.weight` -> `enc.attn_q`,
+    `blk.3.ssm_dt.bias` -> `ssm_dt.bias`, `token_embd.weight` -> `token_embd`.
+    """
+    match = BLOCK.match(tensor_name)
+    name = tensor_name if match is None else match["prefix"] + match["rest"]
+    return name.removesuffix(".weight")
+
+
+def layer_of(tensor_name: str) -> int | None:
+    """Return the layer a tensor belongs to, counted from 0, or None outside the layers."""
+    match = BLOCK.match(tensor_name)
+    return None if match is None else int(match["layer"])
+
+
+def is_protected(name: str, shape: Sequence[int], architecture: str = "") -> bool:
+    """Say whether a tensor is never touched: DESIGN.md's list and what llama-quantize leaves.
+
+    A tensor is 1-D when ggml counts it so: trailing dimensions of one do not count.
+    """
+    role = role_of(name)
+    if not name.endswith("weight") or all(n == 1 for n in shape[1:]):
+        return True
+    own = role.rpartition(".")[2] if layer_of(name) is not None else role
+    if role in EMBEDDINGS_AND_HEADS or own in PROTECTED_ROLES or own in PER_LAYER_EMBEDDING_ROLES:
+        return True
+    if architecture == "glm5-next" and any(part in name for part in GLM5_NEXT_NEVER_QUANTIZES):
+        return True
+    return any(part in role for part in PROTECTED_PARTS) or any(
+        part in name for part in LLAMA_CPP_NEVER_QUANTIZES
+    )
+
+
+def make_groups(source: Source, has_imatrix: bool = True) -> tuple[Group, ...]:
+    """Return the source's groups: first the demotable ones, then the protected ones, each in the
+    order in which their roles first appear in the file.
+
+    Without an importance matrix, the types that llama.cpp makes with one only are not legal.
+    """
+    by_role: dict[str, list[TensorInfo]] = {}
+    for tensor in source.tensors.values():
+        by_role.setdefault(role_of(tensor.name), []).append(tensor)
+    groups = [
+        _make_group(role, tensors, source.architecture, has_imatrix) for role, tensors in by_role.items()
+    ]
+    return tuple(sorted(groups, key=lambda group: group.protected))
+
+
+def _make_group(role: str, tensors: list[TensorInfo], architecture: str, has_imatrix: bool) -> Group:
+    """Make the group of one role; one protected tensor protects its whole role."""
+    protected = any(is_protected(t.name, t.shape, architecture) for t in tensors)
+    legal = () if protected else legal_types([t.shape for t in tensors], has_imatrix)
+    layers = {layer for t in tensors if (layer := layer_of(t.name)) is not None}
+    return Group(
+        name=role,
+        role=role,
+        layers=tuple(sorted(layers)),
+        tensors=tuple(t.name for t in tensors),
+        parameters=sum(t.n_elements for t in tensors),
+        n_bytes=sum(t.n_bytes for t in tensors),
+        types=dict(Counter(t.type.name for t in tensors)),
+        protected=protected,
+        legal_types=tuple(type_.name for type_ in legal),
+    )
+
+
+def describe(source: Source, groups: Sequence[Group]) -> dict[str, Any]:
+    """Return what `inspect --json` prints and groups.json holds: the contract in DESIGN.md.
+
+    In a group, `tensors` is their number and `tensor_names` their names.
+    """
+    return {
+        "architecture": source.architecture,
+        "name": source.name,
+        "parameters": sum(t.n_elements for t in source.tensors.values()),
+        "active_parameters": active_parameters(source),
+        "layers": _count(source, "block_count"),
+        "experts": _count(source, "expert_count"),
+        "experts_used": _count(source, "expert_used_count"),
+        "attention_layers": list(attention_layers(source)),
+        "recurrent_layers": len(recurrent_layers(source)),
+        "context_length": _count(source, "context_length"),
+        "bytes": source.n_bytes,
+        "groups": [_describe_group(group) for group in groups],
+    }
+
+
+def active_parameters(source: Source) -> int:
+    """Return the parameters one token meets: all, but of routed experts only those used.
+
+    Of a tensor of E experts, `expert_used_count` / E counts; without that key all of it does.
+    """
+    n_used = _count(source, "expert_used_count")
+    total = 0
+    for tensor in source.tensors.values():
+        n_experts = tensor.shape[-1]
+        routed = ROUTED.search(role_of(tensor.name)) and "norm" not in tensor.name
+        if routed and 0 < n_used < n_experts:
+            total += tensor.n_elements * n_used // n_experts
+        else:
+            total += tensor.n_elements
+    return total
+
+
+def attention_layers(source: Source) -> tuple[int, ...]:
+    """Return the layers that attend, from 0.
+
+    A layer attends if it has keys of its own, or a fused `attn_qkv` that no recurrent mixer uses
+    (as the linear attention of Qwen3-Next and RWKV hybrids does). Where `head_count_kv` is given
+    per layer, zero rules a layer out: Kimi Linear's recurrent layers have an `attn_k` too.
+    """
+    heads = source.arch_value("attention.head_count_kv")
+    without_keys: set[int] = set()
+    if isinstance(heads, np.ndarray):
+        without_keys = {layer for layer, n_heads in enumerate(heads) if n_heads == 0}
+    return tuple(
+        layer
+        for layer, roles in sorted(_roles_by_layer(source).items())
+        if layer not in without_keys
+        and (roles & ATTENTION_ROLES or ("attn_qkv" in roles and not _any_recurrent(roles)))
+    )
+
+
+def recurrent_layers(source: Source) -> tuple[int, ...]:
+    """Return the layers with a state, from 0: state-space, RWKV, short convolution."""
+    return tuple(layer for layer, roles in sorted(_roles_by_layer(source).items()) if _any_recurrent(roles))
+
+
+def _roles_by_layer(source: Source) -> dict[int, set[str]]:
+    """Return each layer's roles, those of an encoder and a decoder (T5) without their prefix."""
+    roles: dict[int, set[str]] = {}
+    for name in source.tensors:
+        layer = layer_of(name)
+        if layer is not None:
+            role = role_of(name).removeprefix("enc.").removeprefix("dec.")
+            roles.setdefault(layer, set()).add(role)
+    return roles
+
+
+def _any_recurrent(roles: set[str]) -> bool:
+    return any(role.startswith(RECURRENT_PREFIXES) for role in roles)
+
+
+def _count(source: Source, suffix: str) -> int:
+    """Return a metadata count, 0 where it is not given; of a count per layer, the largest."""
+    value = source.arch_value(suffix, 0)
+    if isinstance(value, np.ndarray):
+        return int(value.max()) if value.size and value.dtype.kind in "iu" else 0
+    return int(value) if isinstance(value, int) else 0
+
+
+def _describe_group(group: Group) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "role": group.role,
+        "layers": list(group.layers),
+        "tensors": len(group.tensors),
+        "tensor_names": list(group.tensors),
+        "parameters": group.parameters,
+        "bytes": group.n_bytes,
+        "types": dict(group.types),
+        "protected": group.protected,
+        "legal_types": list(group.legal_types),
+    }

@@ -1,0 +1,218 @@
+"""The importance matrix: how much each input column of each weight is used.
+
+Computed in process from a text, or read from a file of llama-imatrix (GGUF, or the older .dat).
+An expert that the text never reached gets the average of its siblings, never zero: zeros make
+quantizers divide by nothing and have produced NaN blocks in llama.cpp.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType
+from numpy.typing import NDArray
+
+from cerebellum.errors import BadInput
+from cerebellum.files import sha256_file
+from cerebellum.gguf import GgufFile, TensorSource, encode_kv, read_gguf, write_gguf
+from cerebellum.llama.activations import ActivationCollector
+from cerebellum.llama.native import LlamaEngine
+from cerebellum.progress import Reporter, Tick
+from cerebellum.texts import Corpus
+
+_RECIPE = "cerebellum.recipe"
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_FLOOR = 1e-6  # of the row's mean: small enough to mean "unused", large enough not to be zero
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """``sums`` (experts, columns): sums of squared activations; ``counts`` (experts,): rows summed."""
+
+    sums: Floats
+    counts: NDArray[np.int64]
+
+    def importance(self) -> Floats:
+        """Mean squares, (experts * columns,), strictly positive."""
+        return filled(self).ravel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceMatrix:
+    """Entries by weight name, with where they came from. ``sha256`` is that of the file."""
+
+    path: Path
+    entries: dict[str, Entry]
+    datasets: tuple[str, ...]
+    chunk_count: int
+
+    @property
+    def sha256(self) -> str:
+        return sha256_file(self.path)
+
+    def importance(self, name: str) -> Floats | None:
+        """For one weight, or None where the matrix has no entry (embeddings, as a rule)."""
+        entry = self.entries.get(name)
+        return None if entry is None else entry.importance()
+
+
+def filled(entry: Entry) -> Floats:
+    """Mean squares (experts, columns) without zeros: unseen experts get the mean of the seen ones."""
+    seen = entry.counts > 0
+    if not seen.any():
+        return np.ones_like(entry.sums, dtype=np.float32)
+    means = np.empty(entry.sums.shape, np.float64)
+    means[seen] = entry.sums[seen] / entry.counts[seen, None]
+    means[~seen] = means[seen].mean(axis=0)
+    floors = np.maximum(means.mean(axis=1, keepdims=True) * _FLOOR, np.finfo(np.float32).tiny)
+    return np.asarray(np.maximum(means, floors), np.float32)
+
+
+def compute_or_reuse(
+    *,
+    engine: LlamaEngine,
+    shards: Sequence[Path],
+    source_sha256: str,
+    corpus: Corpus,
+    chunks: int,
+    out: Path,
+    reporter: Reporter,
+) -> ImportanceMatrix:
+    """The matrix at ``out`` if it was made from just this; otherwise made now from ``chunks`` chunks."""
+    count = min(chunks, corpus.n_chunks)
+    recipe = f"{source_sha256} {corpus.sha256} {corpus.ctx} {count} {engine.identity}"
+    if out.exists() and read_gguf(out).value(_RECIPE) == recipe:
+        return read(out)
+    with reporter.task("importance matrix", count) as tick:
+        entries = collect(engine, shards, corpus, count, tick)
+    write(out, entries, corpus.path.name, count, corpus.ctx, recipe)
+    return read(out)
+
+
+def collect(
+    engine: LlamaEngine, shards: Sequence[Path], corpus: Corpus, chunks: int, tick: Tick
+) -> dict[str, Entry]:
+    """Decodes the first ``chunks`` chunks and sums the squares that each weight meets."""
+    collector = ActivationCollector()
+    with engine.open(shards, corpus.ctx, collector.callback) as model:
+        for chunk in range(chunks):
+            model.evaluate(corpus.inputs(chunk))
+            if collector.error:
+                raise collector.error
+            tick()
+    if not collector.sums:
+        raise BadInput(f"{shards[0]}: no matrix product was seen; this build hides its graph nodes")
+    return {
+        name: Entry(sums=sums.squares.astype(np.float32), counts=sums.counts)
+        for name, sums in sorted(collector.sums.items())
+    }
+
+
+def write(
+    out: Path, entries: dict[str, Entry], dataset: str, chunks: int, ctx: int, recipe: str = ""
+) -> None:
+    """llama.cpp's GGUF imatrix format; entries of unseen experts are stored filled, count 1."""
+    records = [
+        encode_kv("general.type", "imatrix", GGUFValueType.STRING),
+        encode_kv("imatrix.datasets", [dataset], GGUFValueType.ARRAY),
+        encode_kv("imatrix.chunk_count", chunks, GGUFValueType.UINT32),
+        encode_kv("imatrix.chunk_size", ctx, GGUFValueType.UINT32),
+        encode_kv(_RECIPE, recipe, GGUFValueType.STRING),
+    ]
+    tensors = [part for name, entry in entries.items() for part in _as_tensors(name, entry)]
+    write_gguf(out, records, tensors)
+
+
+def _as_tensors(name: str, entry: Entry) -> tuple[TensorSource, TensorSource]:
+    counts = np.maximum(entry.counts, 1)
+    sums = filled(entry) * counts[:, None].astype(np.float32)
+    return (
+        _f32_tensor(name + _SUMS, (entry.sums.shape[1], entry.sums.shape[0]), sums),
+        _f32_tensor(name + _COUNTS, (1, len(counts)), counts),
+    )
+
+
+def _f32_tensor(name: str, shape: tuple[int, ...], values: NDArray[np.generic]) -> TensorSource:
+    data = np.ascontiguousarray(values, np.float32).tobytes()
+    return TensorSource(name=name, shape=shape, type=GGMLQuantizationType.F32, chunks=lambda: iter([data]))
+
+
+def read(path: Path) -> ImportanceMatrix:
+    """A GGUF or legacy importance matrix; BadInput says what is wrong with anything else."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); give an importance matrix") from error
+    matrix = _read_gguf(path) if magic == b"GGUF" else _read_legacy(path)
+    for name, entry in matrix.entries.items():
+        if not np.isfinite(entry.sums).all() or (entry.sums < 0).any():
+            raise BadInput(f"{path}: {name} holds values that are not finite or are negative; make it anew")
+    return matrix
+
+
+def _read_gguf(path: Path) -> ImportanceMatrix:
+    file = read_gguf(path)
+    names = {tensor.name for tensor in file.tensors}
+    if not any(name.endswith(_SUMS) for name in names):
+        raise BadInput(f"{path}: a GGUF, but not an importance matrix (no *{_SUMS} tensors)")
+    entries = {}
+    for tensor in file.tensors:
+        if not tensor.name.endswith(_SUMS):
+            continue
+        name = tensor.name.removesuffix(_SUMS)
+        if name + _COUNTS not in names:
+            raise BadInput(f"{path}: {tensor.name} has no {_COUNTS} beside it; make the matrix anew")
+        counts = np.rint(_floats(file, name + _COUNTS).ravel()).astype(np.int64)
+        sums = _floats(file, tensor.name)
+        if not counts.size or sums.size % counts.size:
+            raise BadInput(f"{path}: {name} has {sums.size} sums for {counts.size} counts; make it anew")
+        entries[name] = Entry(sums=sums.reshape(counts.size, -1), counts=counts)
+    return ImportanceMatrix(
+        path=path,
+        entries=entries,
+        datasets=tuple(file.value("imatrix.datasets", [])),
+        chunk_count=int(file.value("imatrix.chunk_count", 0)),
+    )
+
+
+def _floats(file: GgufFile, name: str) -> Floats:
+    tensor = file.tensor(name)
+    if tensor.type != GGMLQuantizationType.F32:
+        raise BadInput(f"{file.path}: {name} is {tensor.type.name}, an importance matrix is F32")
+    return np.frombuffer(file.data(tensor), np.float32)
+
+
+def _read_legacy(path: Path) -> ImportanceMatrix:
+    """n entries of (name, calls, values): sums are (sum / count) * calls, so calls serve as counts."""
+    raw = path.read_bytes()
+    entries: dict[str, Entry] = {}
+    try:
+        n_entries, at = _int32(raw, 0), 4
+        for _ in range(n_entries):
+            length = _int32(raw, at)
+            name = raw[at + 4 : at + 4 + length].decode("utf-8")
+            at += 4 + length
+            calls, n_values = _int32(raw, at), _int32(raw, at + 4)
+            if n_values < 1 or length < 1 or not name.isprintable():
+                raise ValueError
+            values = np.frombuffer(raw, "<f4", n_values, at + 8)
+            at += 8 + 4 * n_values
+            entries[name] = Entry(sums=values[None], counts=np.array([max(calls, 1)]))
+        chunks = _int32(raw, at) if len(raw) >= at + 4 else 0
+    except (struct.error, ValueError) as error:
+        raise BadInput(f"{path}: neither a GGUF nor a legacy importance matrix, or truncated") from error
+    if not entries:
+        raise BadInput(f"{path}: an importance matrix without entries; make it anew")
+    return ImportanceMatrix(path=path, entries=entries, datasets=(), chunk_count=chunks)
+
+
+def _int32(raw: bytes, at: int) -> int:
+    value: int = struct.unpack_from("<i", raw, at)[0]
+    return value

@@ -1,0 +1,5 @@
+"""The ledger: every measurement ever made in a run folder, immutable, one commit each."""
+
+from cerebellum.ledger.store import Ledger, SeriesKey
+
+__all__ = ["Ledger", "SeriesKey"]

@@ -1,0 +1,78 @@
+"""Which type llama.cpp itself would give each tensor for a preset such as Q3_K_M.
+
+The answer comes from llama_model_quantize's dry run, so presets, architectures and fallbacks are
+llama.cpp's own and never restated here. The dry run reports only through the log, a line a tensor:
+``[  3/ 58] blk.0.attn_k.weight - [256, 128, 1, 1], type = f16, size = 0.063 MiB -> 0.01 MiB (q3_K)``
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from gguf import GGMLQuantizationType, LlamaFileType
+
+from cerebellum.errors import BadInput
+from cerebellum.gguf.types import parse_type
+from cerebellum.llama.library import LOG, llama
+
+_PREFIXES = ("MOSTLY_", "ALL_")
+_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # llama-quantize's own
+_LINE = re.compile(
+    r"^\[ *\d+/ *\d+\] (?P<name>\S+) +- \[.*?\], type = +(?P<source>\S+), size = +[\d.]+ MiB"
+    r"(?: -> +[\d.]+ MiB \((?P<target>\S+)\))?$",
+    re.MULTILINE,
+)
+
+
+def preset_names() -> tuple[str, ...]:
+    """The presets by the names llama-quantize users type."""
+    return tuple(_short(kind) for kind in LlamaFileType if kind.name.startswith(_PREFIXES))
+
+
+def parse_preset(text: str) -> LlamaFileType:
+    """``q3_k_m`` -> LlamaFileType.MOSTLY_Q3_K_M; BadInput lists the names otherwise."""
+    wanted = text.upper()
+    wanted = _ALIASES.get(wanted, wanted)
+    for kind in LlamaFileType:
+        if kind.name.startswith(_PREFIXES) and _short(kind) == wanted:
+            return kind
+    raise BadInput(f"unknown preset {text!r}: choose one of {', '.join(preset_names())}")
+
+
+def _short(kind: LlamaFileType) -> str:
+    return kind.name.split("_", 1)[1]
+
+
+def preset_types(
+    source: Path, preset: LlamaFileType, *, has_imatrix: bool, allow_requantize: bool = False
+) -> dict[str, GGMLQuantizationType]:
+    """Tensor name -> the type llama-quantize would write, fallbacks included. Loads no weights."""
+    lib = llama()
+    params = lib.llama_model_quantize_default_params()
+    params.ftype, params.dry_run, params.allow_requantize = int(preset), True, allow_requantize
+    marker = _any_imatrix(lib)  # only its presence matters to the choice of types
+    if has_imatrix:
+        params.imatrix = marker
+    with LOG.captured() as fragments:
+        status = lib.llama_model_quantize(os.fsencode(source), b"", ctypes.byref(params))
+    if status != 0:
+        raise BadInput(f"{source}: llama.cpp cannot plan {_short(preset)}: {LOG.last_error()}")
+    found = {
+        match["name"]: parse_type(match["target"] or match["source"])
+        for match in _LINE.finditer("".join(fragments))
+    }
+    if not found:
+        raise BadInput(f"{source}: this build of llama.cpp reports no types; see `cerebellum doctor`")
+    return found
+
+
+def _any_imatrix(lib: Any) -> ctypes.Array[ctypes.Structure]:
+    entry = lib.llama_model_imatrix_data
+    value = (ctypes.c_float * 1)(1.0)
+    array: ctypes.Array[ctypes.Structure] = (entry * 2)()
+    array[0].name, array[0].data, array[0].size = b"present", value, 1
+    return array

@@ -1,0 +1,1 @@
+"""Estimates with their uncertainty: small functions over vectors, no I/O."""

@@ -1,0 +1,186 @@
+"""Results as tables a person can read. Everything here takes the JSON artifacts, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+_VERDICT_STYLES = {"tolerant": "green", "sensitive": "red", "collapsed": "bold red"}
+
+
+def count(number: float) -> str:
+    """31.4 M, 32.2 B: parameters as people say them."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.1f} {unit}"
+    return f"{number:.0f}"
+
+
+def size(n_bytes: float) -> str:
+    """Decimal units, as file managers and the Hub show them."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(n_bytes) >= limit:
+            return f"{n_bytes / limit:.4g} {unit}"
+    return f"{n_bytes:.0f} B"
+
+
+def gib(n_bytes: float) -> str:
+    """Binary units where llama.cpp's own figures are binary: 14.198 GiB, 7.24 MiB."""
+    if n_bytes >= 1 << 30:
+        return f"{n_bytes / (1 << 30):.3f} GiB"
+    return f"{n_bytes / (1 << 20):.2f} MiB"
+
+
+def percent(value: float | None, interval: Sequence[float | None] | None = None) -> str:
+    """+1.90% [+1.70, +2.10]; a dash where there is nothing."""
+    if value is None:
+        return "-"
+    text = f"{value:+.2f}%"
+    if interval and None not in interval:
+        text += f" [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+    return text
+
+
+def verdict(name: str) -> Text:
+    return Text(name, style=_VERDICT_STYLES.get(name, "yellow"))
+
+
+def inspect_tables(described: Mapping[str, Any]) -> list[Table]:
+    """The model at a glance, and its groups."""
+    facts = Table(show_header=False, box=None)
+    experts = "none"
+    if described["experts"]:
+        experts = f"{described['experts_used']} of {described['experts']} used"
+    rows = [
+        ("architecture", escape(described["architecture"])),
+        ("parameters", count(described["parameters"])),
+        ("active", count(described["active_parameters"])),
+        ("layers", str(described["layers"])),
+        ("experts", experts),
+        ("attention layers", _layers(described["attention_layers"], described["layers"])),
+        ("recurrent layers", str(described["recurrent_layers"])),
+        ("context", f"{described['context_length']:,} tokens"),
+        ("size", size(described["bytes"])),
+    ]
+    for name, value in rows:
+        facts.add_row(f"[bold]{name}", value)
+    return [facts, _groups_table(described["groups"])]
+
+
+def _layers(layers: Sequence[int], total: int) -> str:
+    if len(layers) == total:
+        return "all"
+    return ", ".join(str(layer) for layer in layers) or "none"
+
+
+def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("group", "tensors", "parameters", "size", "types", "may become", title="Groups")
+    for column in (1, 2, 3):
+        table.columns[column].justify = "right"
+    for group in groups:
+        types = ", ".join(f"{name} x{n}" for name, n in group["types"].items())
+        legal = "protected" if group["protected"] else " ".join(group["legal_types"]) or "nothing cheaper"
+        table.add_row(
+            escape(group["name"]),
+            str(group["tensors"]),
+            count(group["parameters"]),
+            size(group["bytes"]),
+            types,
+            legal,
+            style="dim" if group["protected"] else "",
+        )
+    return table
+
+
+def measurements_table(measured: Mapping[str, Any]) -> Table:
+    """What measure found."""
+    title = f"To {measured['demote']} from {measured['base']}, one at a time"
+    table = Table("groups", "type", "delta", "chunks", "verdict", title=title)
+    for row in measured["measurements"]:
+        table.add_row(
+            escape(" + ".join(row["groups"])),
+            str(row["type"]),
+            percent(row["delta_pct"], row["ci_pct"]),
+            str(row["chunks"] or "-"),
+            verdict(row["verdict"]),
+        )
+    return table
+
+
+def plan_table(plan: Mapping[str, Any]) -> Table:
+    """The plan, a row a group."""
+    title = f"Base {plan['base']}, demoting to {plan['demote']}, limit +{plan['threshold_pct']:g}%"
+    table = Table("group", "tensors", "base", "saves", "delta", "verdict", "decision", title=title)
+    table.columns[0].no_wrap = table.columns[4].no_wrap = True
+    for column in (1, 3):
+        table.columns[column].justify = "right"
+    for row in plan["groups"]:
+        note = f" (with {', '.join(row['measured_with'])})" if row["measured_with"] else ""
+        table.add_row(
+            escape(row["name"]),
+            str(row["tensors"]),
+            row["base_type"],
+            size(row["bytes_saved"]),
+            percent(row["delta_pct"], row["ci_pct"]) + note,
+            verdict(row["verdict"]),
+            Text(row["decision"], style="bold green" if row["decision"] == "demoted" else "dim"),
+        )
+    return table
+
+
+def plan_summary(plan: Mapping[str, Any]) -> str:
+    """One paragraph: bytes before and after, predicted and measured."""
+    return (
+        f"tensors {gib(plan['base_tensor_bytes'])} -> {gib(plan['tensor_bytes'])}, "
+        f"{size(plan['bytes_saved'])} saved; predicted {percent(plan['predicted_delta_pct'])}, "
+        f"measured together {percent(plan['measured_delta_pct'], plan['ci_pct'])}"
+    )
+
+
+def verify_table(found: Mapping[str, Any]) -> Table:
+    """Checks of the finished file."""
+    table = Table("check", "", "what was seen", title="Verification")
+    for check in found["checks"]:
+        mark = Text("ok", style="green") if check["ok"] else Text("FAILED", style="bold red")
+        table.add_row(check["name"], mark, escape(check["detail"]))
+    return table
+
+
+def report_table(found: Mapping[str, Any]) -> Table:
+    """Perplexities on the report text."""
+    report = found["report"]
+    title = f"Perplexity on {escape(report['text'])}, {report['chunks']} of {report['of_chunks']} chunks"
+    table = Table("model", "perplexity", "against the base", title=title)
+    for name, key in (("source", "source"), ("base", "base"), ("Cerebellum", "result")):
+        change = percent(report["delta_pct"], report["ci_pct"]) if key == "result" else ""
+        table.add_row(name, f"{report[key]['ppl']:.4f} ± {report[key]['se']:.4f}", change)
+    return table
+
+
+def run_instructions(path: Path) -> str:
+    """How to use the file, with stock llama.cpp."""
+    return f"llama-server -m {path} -c 4096        # or: llama-cli -m {path} -p 'Once upon a time'"
+
+
+def comparison_table(found: Mapping[str, Any]) -> Table:
+    """compare's answer."""
+    table = Table(show_header=False, box=None)
+    rows = [
+        ("perplexity A", f"{found['ppl_a']:.4f}"),
+        ("perplexity B", f"{found['ppl_b']:.4f}"),
+        ("B against A", percent(found["delta_pct"], found["ci_pct"])),
+        (
+            "KL divergence",
+            f"{found['kld_mean']:.6f} nats [{found['kld_ci'][0]:.6f}, {found['kld_ci'][1]:.6f}]",
+        ),
+        ("same top token", f"{100 * found['top1_agreement']:.2f}%"),
+        ("over", f"{found['chunks']} chunks of {found['ctx']}, {found['tokens']:,} tokens scored"),
+    ]
+    for name, value in rows:
+        table.add_row(f"[bold]{name}", value)
+    return table

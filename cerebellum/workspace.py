@@ -1,0 +1,236 @@
+"""The run folder: what was asked, and everything the stages need, rebuilt from its files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from cerebellum import imatrix
+from cerebellum.base import Base, file_base, preset_base
+from cerebellum.errors import BadInput
+from cerebellum.files import atomic_write_text
+from cerebellum.gguf import parse_type
+from cerebellum.groups import Group, describe, make_groups
+from cerebellum.ledger import Ledger
+from cerebellum.llama.native import EngineSettings, LlamaEngine
+from cerebellum.plan import Sizes, demotable
+from cerebellum.progress import Reporter
+from cerebellum.shards import Recipe, Shards
+from cerebellum.source import Source, open_source
+from cerebellum.texts import Corpus, load_corpus
+
+DATA = Path(__file__).parent / "data"
+DEMO_MODEL = DATA / "cerebellum-demo.F16.gguf"
+SELECTION_TEXT = DATA / "selection.txt"
+REPORT_TEXT = DATA / "report.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What was asked. Everything here is in settings.json; 0 chunks means all there are."""
+
+    source: Path
+    base: str = "Q3_K_M"
+    base_file: Path | None = None
+    demote: str = "Q2_K"
+    max_increase_pct: float = 3.0
+    imatrix: Path | None = None
+    imatrix_text: Path | None = None
+    imatrix_chunks: int = 0
+    select_text: Path = SELECTION_TEXT
+    report_text: Path = REPORT_TEXT
+    ctx: int = 512
+    chunks: int = 0
+    report_chunks: int = 0
+    threads: int = os.cpu_count() or 1
+    gpu_layers: int = 0
+    seed: int = 1
+    allow_requantize: bool = False
+
+    def save(self, path: Path) -> None:
+        write_json(path, {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()})
+
+    @classmethod
+    def load(cls, path: Path) -> Settings:
+        raw = read_json(path)
+        is_path = {f.name for f in fields(cls) if "Path" in str(f.type)}
+        known = {f.name for f in fields(cls)}
+        try:
+            given: dict[str, Any] = {
+                k: Path(v) if k in is_path and v else v for k, v in raw.items() if k in known
+            }
+            return cls(**given)
+        except TypeError as error:
+            raise BadInput(f"{path}: not the settings of a run ({error})") from error
+
+
+class Workspace:
+    """A run folder, opened. Everything is made when first needed and then kept.
+
+    Use ``with workspace.locked():`` around anything that writes, so that two runs never share a folder.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, reporter: Reporter) -> None:
+        self.folder, self.settings, self.reporter = folder, settings, reporter
+        self.engine = LlamaEngine(EngineSettings(threads=settings.threads, gpu_layers=settings.gpu_layers))
+        parse_type(settings.demote)
+
+    @classmethod
+    def reopen(cls, folder: Path, reporter: Reporter, **changed: Any) -> Workspace:
+        """A folder that ``run`` or ``measure`` made earlier, with other settings where given."""
+        path = folder / "settings.json"
+        if not path.exists():
+            raise BadInput(f"{folder}: not a run folder (no settings.json); start with `cerebellum run`")
+        return cls(folder, replace(Settings.load(path), **changed), reporter)
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process; makes it and saves the settings."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path(".lock"), timeout=0):
+                self._refuse_another_source()
+                self.settings.save(self.path("settings.json"))
+                yield
+        except Timeout as error:
+            raise BadInput(f"{self.folder}: another Cerebellum is at work in it; wait, or use -o") from error
+        except OSError as error:
+            raise BadInput(
+                f"{self.folder}: cannot be written ({error.strerror}); choose another folder with -o"
+            ) from error
+
+    def _refuse_another_source(self) -> None:
+        if not self.path("source.json").exists():
+            return
+        before = read_json(self.path("source.json")).get("header_sha256")
+        if before != self.source.header_sha256:
+            raise BadInput(f"{self.folder}: holds the run of another model; choose another folder with -o")
+
+    @cached_property
+    def source(self) -> Source:
+        return open_source(self.settings.source, allow_requantize=self.settings.allow_requantize)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        return make_groups(self.source, has_imatrix=True)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.path("ledger.sqlite"))
+
+    @cached_property
+    def source_sha256(self) -> str:
+        """Full content hash, read once, with progress where it is long."""
+        mebibytes = max(1, self.source.n_bytes >> 20)
+        with self.reporter.task("hashing the source", mebibytes) as tick:
+            done = 0
+
+            def progress(n_bytes: int, _total: int) -> None:
+                nonlocal done
+                while done < n_bytes >> 20:
+                    tick()
+                    done += 1
+
+            return self.source.sha256(progress)
+
+    @cached_property
+    def matrix(self) -> imatrix.ImportanceMatrix:
+        """The matrix given, or the one in the folder, or one made now."""
+        if self.settings.imatrix is not None:
+            return imatrix.read(self.settings.imatrix)
+        text = self.settings.imatrix_text or self.settings.select_text
+        corpus = load_corpus(self.engine, self.source.path, text, self.settings.ctx)
+        return imatrix.compute_or_reuse(
+            engine=self.engine,
+            shards=[file.path for file in self.source.files],
+            source_sha256=self.source_sha256,
+            corpus=corpus,
+            chunks=self.settings.imatrix_chunks or corpus.n_chunks,
+            out=self.path("imatrix.gguf"),
+            reporter=self.reporter,
+        )
+
+    @cached_property
+    def base(self) -> Base:
+        if self.settings.base_file is not None:
+            return file_base(self.source, self.settings.base_file)
+        return preset_base(self.source, self.settings.base, self.matrix)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        groups = {group.name: group for group in self.groups if not group.protected}
+        return Sizes(tensors=self.source.tensors, groups=groups, base=self.base)
+
+    @cached_property
+    def shards(self) -> Shards:
+        self.source_sha256  # noqa: B018 - hashed here, where progress can be shown
+        recipe = Recipe(
+            source=self.source,
+            base=self.base,
+            matrix=self.matrix,
+            groups=self.groups,
+            folder=self.path("shards"),
+            threads=self.settings.threads,
+        )
+        return Shards(recipe, self.ledger, lambda what: self.reporter.note(f"quantizing {what}"))
+
+    @cached_property
+    def selection(self) -> Corpus:
+        return load_corpus(self.engine, self.source.path, self.settings.select_text, self.settings.ctx)
+
+    @cached_property
+    def report_corpus(self) -> Corpus:
+        return load_corpus(self.engine, self.source.path, self.settings.report_text, self.settings.ctx)
+
+    def write_source(self) -> None:
+        """source.json and groups.json."""
+        described = describe(self.source, self.groups)
+        groups = described.pop("groups")
+        described |= {
+            "path": str(self.source.path),
+            "sha256": self.source_sha256,
+            "header_sha256": self.source.header_sha256,
+            "requantized": self.source.is_quantized,
+        }
+        write_json(self.path("source.json"), described)
+        write_json(self.path("groups.json"), groups)
+
+    def check_space(self) -> None:
+        """BadInput before any work if shards and result cannot fit on the disk."""
+        kind, sizes = self.settings.demote, self.sizes
+        demoted = sum(sizes.bytes_at(name, kind) for changes in demotable(sizes, kind) for name in changes)
+        shards = self.path("shards")
+        present = sum(p.stat().st_size for p in shards.glob("*.gguf")) if shards.exists() else 0
+        needed = 2 * sizes.total({}) + demoted - present
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise BadInput(
+                f"{self.folder}: {needed / 1e9:.2f} GB are needed (base, one demotion of each group, "
+                f"result), {free / 1e9:.2f} GB are free; choose a larger disk with -o"
+            )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all; floats that are not finite are refused rather than written as NaN."""
+    atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); run the stage that makes it") from error
+    except ValueError as error:
+        raise BadInput(f"{path}: not JSON ({error}); remove it and run its stage again") from error
