@@ -33,7 +33,7 @@ class Corpus:
 
     def inputs(self, chunk: int) -> Tokens:
         """What the model is fed, (ctx,): the chunk with its first token replaced by BOS if wanted."""
-        tokens_T = self.tokens_NT[chunk].copy()
+        tokens_T: Tokens = self.tokens_NT[chunk].copy()
         if self.bos is not None:
             tokens_T[0] = self.bos
         return tokens_T
