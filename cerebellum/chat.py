@@ -40,7 +40,9 @@ def render_chat(vocabulary: Vocabulary, messages: Sequence[Mapping[str, str]], *
 @cache
 def _compiled(template: str) -> Template:
     """Templates come from model files, so they run in a sandbox."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
     environment.globals["raise_exception"] = _refuse
     environment.filters["tojson"] = _to_json
     return environment.from_string(template)

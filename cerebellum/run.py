@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from cerebellum import __version__
 from cerebellum.base import preset_base
+from cerebellum.bench import Candidate, Request, bench, candidate_from, llama_opener
 from cerebellum.build import build, output_path
 from cerebellum.errors import BadInput
 from cerebellum.files import sha256_file
@@ -40,13 +41,15 @@ from cerebellum.workspace import Settings, Workspace, read_json, write_json
 Outcome = TypeVar("Outcome")
 
 
-def run_all(workspace: Workspace) -> dict[str, Any]:
+def run_all(workspace: Workspace, bench: Request | None = None) -> dict[str, Any]:
     """Every stage in order; what is finished already is read, not repeated."""
     with workspace.locked():
         measure_stage(workspace)
         plan_stage(workspace)
         build_stage(workspace)
         verify_stage(workspace)
+        if bench is not None:
+            bench_stage(workspace, bench)
         return manifest_stage(workspace)
 
 
@@ -136,6 +139,17 @@ def verify_stage(workspace: Workspace) -> dict[str, Any]:
     result = verify_json(checks, found)
     write_json(workspace.path("verify.json"), result)
     return result
+
+
+def bench_stage(workspace: Workspace, request: Request) -> dict[str, Any]:
+    """The finished file against its base on the same questions -> bench.json and bench/."""
+    result = candidate_from(output_path(workspace.folder, workspace.source, workspace.base))
+    variant = workspace.shards.variant({})
+    base = Candidate(name=workspace.base.label, paths=tuple(variant.paths), sha256=variant.digest)
+    opener = llama_opener(workspace.engine.settings)
+    found = bench((result, base), request, opener, workspace.path("bench"), workspace.reporter)
+    write_json(workspace.path("bench.json"), found)
+    return found
 
 
 def manifest_stage(workspace: Workspace) -> dict[str, Any]:

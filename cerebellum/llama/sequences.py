@@ -151,9 +151,7 @@ class Sequences:
         raw = text.encode()
         room = len(raw) + 4
         buffer = (ctypes.c_int32 * room)()
-        count = self._lib.llama_tokenize(
-            self._vocab, raw, len(raw), buffer, room, add_special, parse_special
-        )
+        count = self._lib.llama_tokenize(self._vocab, raw, len(raw), buffer, room, add_special, parse_special)
         if count < 0:
             raise CerebellumError(f"llama_tokenize wants room for {-count} tokens, had {room}")
         return tuple(buffer[:count])
@@ -272,7 +270,8 @@ class Sequences:
         self, wave: Sequence[_Part], runs: Sequence[Run], max_tokens: int, stops: Sequence[str]
     ) -> Iterator[tuple[int, str]]:
         """Greedy decoding of a wave, one token for each sequence that is still going."""
-        going, written = list(wave), {part.index: [] for part in wave}  # type: dict[int, list[int]]
+        going = list(wave)
+        written: dict[int, list[int]] = {part.index: [] for part in wave}
         for step in range(max_tokens):
             rows = [self._decode_piece(piece) for piece in _cut(runs, _UBATCH, whole=self._recurrent)]
             tops = np.concatenate([piece.argmax(axis=1) for piece in rows])
