@@ -34,8 +34,12 @@ class Evidence:
             self._stream: BinaryIO = open(self.path, "a+b")  # noqa: SIM115 - closed by __exit__
         except OSError as error:
             raise write_refusal(self.path, error) from error
-        atomic_write_text(self.path.with_suffix(".key.json"), json.dumps(key, indent=2) + "\n")
-        self._read()
+        try:
+            atomic_write_text(self.path.with_suffix(".key.json"), json.dumps(key, indent=2) + "\n")
+            self._read()
+        except BaseException:
+            self._stream.close()
+            raise
 
     def _read(self) -> None:
         self._stream.seek(0)

@@ -108,20 +108,23 @@ def letter_prompt(task: Task, question: Question, vocabulary: Vocabulary, turns:
 
 
 _LETTER_PATTERNS = (
-    r"^\W*([A-Z])(?![A-Za-z'])",  # "B", "(B)", "**B.** because"
-    r"(?i:answer|option|choice)(?i:\s+is|\s*:)*\W*\b([A-Z])\b(?!')",  # "The correct answer is: B"
-    r"\\boxed\{\W*([A-Z])\b",
-    r"(?m)^\W*([A-Z])[.):]",  # a line that begins with "B."
+    r"^\W*([{}])(?![\w'])(?! [a-z])",  # "B", "(B)", "**B.** because", but not "A planet turns"
+    r"(?i:answer|option|choice)(?i:\s+is|\s*:)*\W*\b([{}])\b(?!')(?! [a-z])",  # "The answer is: B"
+    r"\\boxed\{{\W*([{}])\b",
+    r"(?m)^\W*([{}])[.):]",  # a line that begins with "B."
 )
 
 
 def read_letter(text: str, allowed: str) -> str | None:
-    """The letter that generated text answers with; None where it names none, or none of the allowed."""
-    visible = re.sub(r"(?s)<think>.*?(</think>|$)", "", text).replace("```", " ")
+    """The letter that generated text answers with; None where it names none of the allowed.
+
+    Every letter has the same rules: what could be the article "A" or the pronoun "I" is no answer.
+    """
+    visible = re.sub(r"(?s)<think>.*?(</think>|$)", "", text).replace("```", " ").strip()
     for pattern in _LETTER_PATTERNS:
-        found = re.search(pattern, visible.strip())
+        found = re.search(pattern.format(allowed), visible)
         if found:
-            return found[1] if found[1] in allowed else None
+            return found[1]
     return None
 
 
