@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cerebellum.bench import Exam, answers, prepare
+from cerebellum.answers import Exam, answers, prepare
 from cerebellum.llama.asking import Ask
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.llama.sequences import Room, Sequences, open_asker

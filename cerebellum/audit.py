@@ -42,7 +42,7 @@ def audit(records: Sequence[Record]) -> dict[str, Any]:
     }
     problems = [text for text in (_count_problems(counts, n) + _clusters(records)) if text]
     shares = {metric: chosen_shares(records, metric) for metric in _metrics(records)}
-    return counts | {"chosen_shares": shares, "problems": problems}
+    return counts | {"chosen_shares": shares, "letter_bias": letter_bias(records), "problems": problems}
 
 
 def _unread(record: Record) -> bool:
@@ -92,6 +92,17 @@ def chosen_shares(records: Sequence[Record], metric: str) -> list[float]:
     places = max((len(r["options"]) for r in records), default=0)
     counts = Counter(chosen)
     return [round(counts[place] / len(chosen), 4) for place in range(places)] if chosen else []
+
+
+def letter_bias(records: Sequence[Record]) -> list[float]:
+    """Mean probability of each letter when every option has stood at every letter; empty otherwise.
+
+    Content is the same for all letters then, so 1/n for each is a model without a liking for a letter.
+    """
+    asked = [r["letter_log_probs"] for r in records if len(r["options"]) == 4 and "letter_log_probs" in r]
+    probabilities = [[math.exp(x) for x in row] for rows in asked if len(rows) == 4 for row in rows]
+    shares = [[p / sum(row) for p in row] for row in probabilities]
+    return [round(sum(column) / len(shares), 4) for column in zip(*shares, strict=True)]
 
 
 def _metrics(records: Sequence[Record]) -> list[str]:

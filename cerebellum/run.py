@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from cerebellum import __version__
 from cerebellum.base import preset_base
-from cerebellum.bench import Candidate, Request, bench, candidate_from, llama_opener
+from cerebellum.bench import Request, bench, candidate_from, llama_opener
 from cerebellum.build import build, output_path
 from cerebellum.errors import BadInput
 from cerebellum.files import sha256_file
@@ -33,6 +33,7 @@ from cerebellum.plan import (
     read_measurements,
     threshold_plan,
 )
+from cerebellum.scores import Candidate
 from cerebellum.source import open_source
 from cerebellum.stats.paired import as_nats
 from cerebellum.verify import check_file, report, verify_json

@@ -14,14 +14,16 @@ import pytest
 from click.testing import CliRunner
 
 from cerebellum import cli
+from cerebellum.answers import encode_pair
 from cerebellum.audit import audit, is_mojibake
-from cerebellum.bench import Candidate, Request, bench, encode_pair
+from cerebellum.bench import Request, bench
 from cerebellum.bench_tables import bench_tables
 from cerebellum.chat import render_chat
 from cerebellum.errors import BadInput
 from cerebellum.llama.asking import Vocabulary
 from cerebellum.llama.fake_asker import PLAIN, FakeAsker, arbitrary
 from cerebellum.progress import Silent
+from cerebellum.scores import Candidate
 from cerebellum.tasks import SAMPLES, TASKS, choose, letter_prompt, load_questions, read_letter, rotated
 
 REQUEST = Request(data=SAMPLES)
@@ -73,7 +75,8 @@ def test_a_model_that_knows_is_right_in_both_protocols(task: str, tmp_path: Path
 def test_turned_options_change_no_answer_of_a_model_that_knows(tmp_path: Path) -> None:
     """Nothing in prompt or reading prefers a letter: wherever an option stands, it is chosen the same."""
     request = Request(data=SAMPLES, tasks=("arc_challenge",), protocols=("letter",), rotations=5)
-    run(tmp_path, FakeAsker(worth=knows("arc_challenge")), request)
+    found = run(tmp_path, FakeAsker(worth=knows("arc_challenge")), request)
+    assert found["audit"]["checks"][0]["letter_bias"] == [0.25] * 4
     for record in lines(tmp_path, "arc_challenge.letter"):
         chosen = [
             (row.index(max(row)) + turn) % len(record["options"])
@@ -89,6 +92,7 @@ def test_a_model_that_says_a_letter_is_at_chance_once_turned(tmp_path: Path) -> 
     found = run(tmp_path, asker, request)
     (check,) = found["audit"]["checks"]
     assert check["chosen_shares"]["letter"][1] == 1.0
+    assert check["letter_bias"] == pytest.approx([0.0193, 0.942, 0.0193, 0.0193], abs=1e-3)
     assert any("option B is chosen 100% of the time" in problem for problem in check["problems"])
     for record in lines(tmp_path, "mmlu_redux.letter"):
         totals = [0.0] * 4

@@ -14,7 +14,8 @@ from cerebellum.llama.asking import Ask, Reply, TokenIds, cut_at_stop, shared_pr
 from cerebellum.llama.engine import Tokens
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.llama.scoring import target_log_probs
-from cerebellum.llama.sequences import Room, Run, Sequences, _cut, open_asker
+from cerebellum.llama.sequences import Room, Sequences, open_asker
+from cerebellum.llama.waves import Run, cut_runs
 from cerebellum.workspace import DEMO_MODEL, REPORT_TEXT
 
 TOLERANCE = 2e-3  # nats; other shapes of a batch are summed in another order
@@ -147,7 +148,7 @@ def test_the_shared_prefix_is_shared_and_no_longer(sequences: list[TokenIds]) ->
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.booleans())
 def test_pieces_hold_every_token_and_output_once(lengths: list[int], whole: bool) -> None:
     runs = [Run(seq=i, start=3, tokens=tuple(range(n)), outputs_from=n // 2) for i, n in enumerate(lengths)]
-    pieces = list(_cut(runs, 16, whole=whole))
+    pieces = list(cut_runs(runs, 16, whole=whole))
     assert all(0 < sum(len(run.tokens) for run in piece) <= 16 for piece in pieces)
     for i, n in enumerate(lengths):
         mine = [run for piece in pieces for run in piece if run.seq == i]

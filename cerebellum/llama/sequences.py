@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cerebellum.errors import BadInput, CerebellumError
-from cerebellum.llama.asking import Ask, Reply, Scored, TokenIds, Vocabulary, cut_at_stop, shared_prefix
+from cerebellum.llama.asking import Ask, Reply, TokenIds, Vocabulary, cut_at_stop
 from cerebellum.llama.engine import Logits
 from cerebellum.llama.library import LOG, llama
 from cerebellum.llama.native import LlamaEngine
 from cerebellum.llama.scoring import log_normalizer, overlapped
+from cerebellum.llama.vocabulary import read_vocabulary, text_of, tokens_of
+from cerebellum.llama.waves import (
+    Part,
+    Run,
+    Sheet,
+    Want,
+    common_prefix,
+    cut_runs,
+    make_parts,
+    make_waves,
+    prompt_wants,
+)
 
 _UBATCH = 512
 _MIN_CELLS = 2048
 _MAX_SEQUENCES = 128  # llama.cpp allows 256
 _MIN_SEQUENCES = 8
 _STATE_BYTES = 2 << 30  # recurrent states of all sequences together
-_PREFIX_WORTH_KEEPING = 4  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,78 +56,7 @@ class Room:
     sequences: int = _MAX_SEQUENCES
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Tokens that continue one sequence from ``start``; logits are wanted from token ``outputs_from`` on."""
-
-    seq: int
-    start: int
-    tokens: TokenIds
-    outputs_from: int
-
-
-@dataclass
-class _Part:
-    """An ask under way (or some of its endings, where it has more than there are sequences)."""
-
-    index: int
-    ask: Ask
-    endings: tuple[int, ...]
-    seq: int = 0
-
-    @property
-    def continued(self) -> list[TokenIds]:
-        """Tokens to decode of each ending that has more than one; the last is only scored, never fed."""
-        return [self.ask.endings[e][:-1] for e in self.endings if len(self.ask.endings[e]) > 1]
-
-    @property
-    def sequences(self) -> int:
-        return max(1, len(self.continued))
-
-    def cells(self, prefix: int) -> int:
-        return len(self.ask.prompt) - prefix + sum(len(tokens) for tokens in self.continued)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Want:
-    """Row ``row`` of a piece's logits scores token ``position`` of an ending."""
-
-    row: int
-    sheet: _Sheet
-    ending: int
-    position: int
-
-
-@dataclass
-class _Sheet:
-    """Fills up as pieces are decoded; full when every token of every ending has its log-probability."""
-
-    index: int
-    ask: Ask
-    log_probs: list[list[float]] = field(default_factory=list)
-    greedy: list[bool] = field(default_factory=list)
-    top_token: int = -1
-    missing: int = 0
-
-    def __post_init__(self) -> None:
-        self.log_probs = [[0.0] * len(ending) for ending in self.ask.endings]
-        self.greedy = [True] * len(self.ask.endings)
-        self.missing = sum(len(ending) for ending in self.ask.endings)
-
-    def fill(self, want: _Want, log_prob: float, top_token: int) -> None:
-        self.log_probs[want.ending][want.position] = log_prob
-        self.greedy[want.ending] &= top_token == self.ask.endings[want.ending][want.position]
-        if want.position == 0:
-            self.top_token = top_token
-        self.missing -= 1
-
-    def reply(self) -> Reply:
-        rows = zip(self.log_probs, self.greedy, strict=True)
-        scored = tuple(Scored(log_probs=tuple(probs), greedy=greedy) for probs, greedy in rows)
-        return Reply(endings=scored, top_token=self.top_token)
-
-
-_Piece = tuple[list[_Want], Logits]
+_Piece = tuple[list[Want], Logits]
 
 
 class Sequences:
@@ -132,7 +72,7 @@ class Sequences:
         self._batch = self._lib.llama_batch_init(_UBATCH, 0, 1)
         self._context: Any = None
         self._cells = 0
-        self._vocabulary = _vocabulary(self._lib, model, self._vocab)
+        self._vocabulary = read_vocabulary(self._lib, model, self._vocab)
         self.decoded_tokens = 0
 
     @property
@@ -148,20 +88,13 @@ class Sequences:
         return int(self._lib.llama_model_n_ctx_train(self._model))
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> TokenIds:
-        raw = text.encode()
-        room = len(raw) + 4
-        buffer = (ctypes.c_int32 * room)()
-        count = self._lib.llama_tokenize(self._vocab, raw, len(raw), buffer, room, add_special, parse_special)
-        if count < 0:
-            raise CerebellumError(f"llama_tokenize wants room for {-count} tokens, had {room}")
-        return tuple(buffer[:count])
+        return tokens_of(self._lib, self._vocab, text, add_special=add_special, parse_special=parse_special)
 
     def text(self, tokens: TokenIds) -> str:
-        """The tokens as text, special ones left out; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(_piece(self._lib, self._vocab, token) for token in tokens).decode("utf-8", "replace")
+        return text_of(self._lib, self._vocab, tokens)
 
     def score(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
-        sheets = [_Sheet(index=index, ask=ask) for index, ask in enumerate(asks)]
+        sheets = [Sheet(index=index, ask=ask) for index, ask in enumerate(asks)]
         if not sheets:
             return
         for wants, tops, log_probs in overlapped(self._pieces(sheets), _score_piece):
@@ -170,28 +103,28 @@ class Sequences:
                 if not want.sheet.missing:
                     yield want.sheet.index, want.sheet.reply()
 
-    def _pieces(self, sheets: Sequence[_Sheet]) -> Iterator[_Piece]:
+    def _pieces(self, sheets: Sequence[Sheet]) -> Iterator[_Piece]:
         """Every decode that the asks need, with what its rows are wanted for."""
-        prefix = _prefix([sheet.ask.prompt for sheet in sheets])
-        parts = _parts(sheets, self._sequences() - 1)
+        prefix = common_prefix([sheet.ask.prompt for sheet in sheets])
+        parts = make_parts(sheets, self._sequences() - 1)
         self._reserve(len(prefix) + max(part.cells(len(prefix)) for part in parts))
         self._keep_prefix(prefix)
-        for wave in _waves(parts, len(prefix), self._cells - len(prefix), self._sequences() - 1):
+        for wave in make_waves(parts, len(prefix), self._cells - len(prefix), self._sequences() - 1):
             runs = [self._prompt_run(part, prefix) for part in wave]
-            yield from self._decode(runs, [_prompt_wants(sheets, part) for part in wave])
+            yield from self._decode(runs, [prompt_wants(sheets, part) for part in wave])
             runs, wants = self._fork(sheets, wave)
             yield from self._decode(runs, wants)
             self._forget([run.seq for run in runs] + [part.seq for part in wave])
 
-    def _prompt_run(self, part: _Part, prefix: TokenIds) -> Run:
+    def _prompt_run(self, part: Part, prefix: TokenIds) -> Run:
         if prefix:
             self._copy(0, part.seq)
         tokens = part.ask.prompt[len(prefix) :]
         return Run(seq=part.seq, start=len(prefix), tokens=tokens, outputs_from=len(tokens) - 1)
 
     def _fork(
-        self, sheets: Sequence[_Sheet], wave: Sequence[_Part]
-    ) -> tuple[list[Run], list[list[tuple[_Sheet, int, int]]]]:
+        self, sheets: Sequence[Sheet], wave: Sequence[Part]
+    ) -> tuple[list[Run], list[list[tuple[Sheet, int, int]]]]:
         """The endings of a wave, each in a fork of its prompt; the last goes on in the prompt's own."""
         runs, wants = [], []
         for part in wave:
@@ -207,16 +140,16 @@ class Sequences:
         return runs, wants
 
     def _decode(
-        self, runs: Sequence[Run], wants_per_row: Sequence[Sequence[tuple[_Sheet, int, int]]]
+        self, runs: Sequence[Run], wants_per_row: Sequence[Sequence[tuple[Sheet, int, int]]]
     ) -> Iterator[_Piece]:
         """Decodes runs piece by piece; ``wants_per_row`` goes with their output rows, in order."""
         done = 0
-        for piece in _cut(runs, _UBATCH, whole=self._recurrent):
+        for piece in cut_runs(runs, _UBATCH, whole=self._recurrent):
             rows = self._decode_piece(piece)
             if not len(rows):
                 continue
             wants = [
-                _Want(row=row, sheet=sheet, ending=ending, position=position)
+                Want(row=row, sheet=sheet, ending=ending, position=position)
                 for row in range(len(rows))
                 for sheet, ending, position in wants_per_row[done + row]
             ]
@@ -257,23 +190,23 @@ class Sequences:
         asks = [Ask(prompt=prompt, endings=((0,) * (max_tokens + 1),)) for prompt in prompts]
         if not asks:
             return
-        sheets = [_Sheet(index=index, ask=ask) for index, ask in enumerate(asks)]
-        prefix, parts = _prefix(prompts), _parts(sheets, self._sequences() - 1)
+        sheets = [Sheet(index=index, ask=ask) for index, ask in enumerate(asks)]
+        prefix, parts = common_prefix(prompts), make_parts(sheets, self._sequences() - 1)
         self._reserve(len(prefix) + max(part.cells(len(prefix)) for part in parts))
         self._keep_prefix(prefix)
-        for wave in _waves(parts, len(prefix), self._cells - len(prefix), self._sequences() - 1):
+        for wave in make_waves(parts, len(prefix), self._cells - len(prefix), self._sequences() - 1):
             runs = [self._prompt_run(part, prefix) for part in wave]
             yield from self._continue(wave, runs, max_tokens, stops)
             self._forget([part.seq for part in wave])
 
     def _continue(
-        self, wave: Sequence[_Part], runs: Sequence[Run], max_tokens: int, stops: Sequence[str]
+        self, wave: Sequence[Part], runs: Sequence[Run], max_tokens: int, stops: Sequence[str]
     ) -> Iterator[tuple[int, str]]:
         """Greedy decoding of a wave, one token for each sequence that is still going."""
         going = list(wave)
         written: dict[int, list[int]] = {part.index: [] for part in wave}
         for step in range(max_tokens):
-            rows = [self._decode_piece(piece) for piece in _cut(runs, _UBATCH, whole=self._recurrent)]
+            rows = [self._decode_piece(piece) for piece in cut_runs(runs, _UBATCH, whole=self._recurrent)]
             tops = np.concatenate([piece.argmax(axis=1) for piece in rows])
             still = []
             for part, top in zip(going, tops, strict=True):
@@ -306,7 +239,7 @@ class Sequences:
         self._lib.llama_memory_clear(self._memory(), True)
         if prefix:
             run = Run(seq=0, start=0, tokens=prefix, outputs_from=len(prefix))
-            for piece in _cut([run], _UBATCH, whole=False):
+            for piece in cut_runs([run], _UBATCH, whole=False):
                 self._decode_piece(piece)
 
     def _copy(self, source: int, target: int) -> None:
@@ -365,80 +298,7 @@ def open_asker(engine: LlamaEngine, paths: Sequence[Path], room: Room | None = N
             opened.close()
 
 
-def _prefix(prompts: Sequence[TokenIds]) -> TokenIds:
-    """What all prompts begin with, leaving each a token of its own; empty where it is not worth a fork."""
-    if len(prompts) < 2:
-        return ()
-    shared = min(shared_prefix(prompts), min(len(prompt) for prompt in prompts) - 1)
-    return prompts[0][:shared] if shared >= _PREFIX_WORTH_KEEPING else ()
-
-
-def _parts(sheets: Sequence[_Sheet], sequences: int) -> list[_Part]:
-    """Asks in the order to decode them: by length of the prompt, since equal lengths share a ubatch."""
-    parts = []
-    for sheet in sorted(sheets, key=lambda s: len(s.ask.prompt)):
-        endings = range(len(sheet.ask.endings))
-        for start in range(0, len(endings), sequences):
-            chosen = tuple(endings[start : start + sequences])
-            parts.append(_Part(index=sheet.index, ask=sheet.ask, endings=chosen))
-    return parts
-
-
-def _waves(parts: Sequence[_Part], prefix: int, cells: int, sequences: int) -> Iterator[list[_Part]]:
-    """As many parts as fit together; each is given its first sequence, counted from 1."""
-    wave: list[_Part] = []
-    free_cells, next_seq = cells, 1
-    for part in parts:
-        if wave and (part.cells(prefix) > free_cells or next_seq + part.sequences - 1 > sequences):
-            yield wave
-            wave, free_cells, next_seq = [], cells, 1
-        part.seq = next_seq
-        next_seq += part.sequences
-        free_cells -= part.cells(prefix)
-        wave.append(part)
-    if wave:
-        yield wave
-
-
-def _cut(runs: Sequence[Run], size: int, *, whole: bool) -> Iterator[list[Run]]:
-    """Pieces of at most ``size`` tokens.
-
-    Attention takes tokens of any sequences together, so runs are cut to fill every piece. Recurrent
-    layers take equal lengths together, so there a run stays ``whole`` unless it is larger than a piece.
-    """
-    piece: list[Run] = []
-    free = size
-    for run in runs:
-        if piece and (free == 0 or (whole and len(run.tokens) > free)):
-            yield piece
-            piece, free = [], size
-        while len(run.tokens) > free:
-            head, run = _split(run, free)
-            yield [*piece, head]
-            piece, free = [], size
-        piece.append(run)
-        free -= len(run.tokens)
-    if piece:
-        yield piece
-
-
-def _split(run: Run, at: int) -> tuple[Run, Run]:
-    head = Run(seq=run.seq, start=run.start, tokens=run.tokens[:at], outputs_from=run.outputs_from)
-    tail = Run(
-        seq=run.seq,
-        start=run.start + at,
-        tokens=run.tokens[at:],
-        outputs_from=max(0, run.outputs_from - at),
-    )
-    return head, tail
-
-
-def _prompt_wants(sheets: Sequence[_Sheet], part: _Part) -> list[tuple[_Sheet, int, int]]:
-    """The row after a prompt scores the first token of every ending."""
-    return [(sheets[part.index], ending, 0) for ending in part.endings]
-
-
-def _score_piece(piece: _Piece) -> tuple[list[_Want], NDArray[np.int64], NDArray[np.float64]]:
+def _score_piece(piece: _Piece) -> tuple[list[Want], NDArray[np.int64], NDArray[np.float64]]:
     """(wants, top token of each one's row, log-probability of each one's token); NaN stays NaN."""
     wants, logits_RV = piece
     rows = np.array([want.row for want in wants])
@@ -446,33 +306,6 @@ def _score_piece(piece: _Piece) -> tuple[list[_Want], NDArray[np.int64], NDArray
     top_R, log_sum_R = log_normalizer(logits_RV)
     log_probs = (logits_RV[rows, tokens] - top_R[rows]).astype(np.float64) - log_sum_R[rows]
     return wants, logits_RV.argmax(axis=1)[rows], log_probs
-
-
-def _piece(lib: Any, vocab: Any, token: int) -> bytes:
-    room = 64
-    while True:
-        buffer = ctypes.create_string_buffer(room)
-        count = lib.llama_token_to_piece(vocab, token, buffer, room, 0, False)
-        if count >= 0:
-            return buffer.raw[:count]
-        room = -count
-
-
-def _vocabulary(lib: Any, model: Any, vocab: Any) -> Vocabulary:
-    bos, eos = int(lib.llama_vocab_bos(vocab)), int(lib.llama_vocab_eos(vocab))
-    template = lib.llama_model_chat_template(model, None)
-    return Vocabulary(
-        bos=bos if bos >= 0 else None,
-        eos=eos if eos >= 0 else None,
-        bos_text=_special_text(lib, vocab, bos),
-        eos_text=_special_text(lib, vocab, eos),
-        adds_bos=bool(lib.llama_vocab_get_add_bos(vocab)),
-        chat_template=template.decode("utf-8", "replace") if template else None,
-    )
-
-
-def _special_text(lib: Any, vocab: Any, token: int) -> str:
-    return lib.llama_vocab_get_text(vocab, token).decode("utf-8", "replace") if token >= 0 else ""
 
 
 def _state_bytes(lib: Any, model: Any) -> int:

@@ -128,11 +128,3 @@ def smallest_significant(discordant: int, n: int, alpha: float = 1 - CONFIDENCE)
     while rarer >= 0 and mcnemar_exact(rarer, discordant - rarer) >= alpha:
         rarer -= 1
     return (discordant - 2 * rarer) / n if rarer >= 0 and discordant else None
-
-
-def letter_uniformity(counts: Sequence[int], expected: Sequence[float]) -> float:
-    """p-value of Pearson's chi-squared: do the chosen letters follow the ``expected`` shares?"""
-    from scipy.stats import chisquare
-
-    total = sum(counts)
-    return float(chisquare(counts, [share * total for share in expected]).pvalue)
