@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cerebellum.answers import Exam, Prepared, answers, prepare
-from cerebellum.evidence import Evidence
+from cerebellum.evidence import Evidence, held
 from cerebellum.llama.asking import Asker
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.llama.sequences import open_asker
@@ -48,7 +48,7 @@ def bench(
     exams = make_exams(request)
     sittings: list[Sitting] = []
     for candidate in candidates:
-        with opener(candidate.paths) as asker:
+        with held(folder), opener(candidate.paths) as asker:
             sittings += [sit(asker, exam, candidate, folder, reporter) for exam in exams]
     asked = asdict(request) | {"data": str(request.data) if request.data else None}
     return bench_json(candidates, asked, sittings)

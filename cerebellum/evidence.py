@@ -5,15 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
 
 from cerebellum.errors import BadInput
 from cerebellum.files import atomic_write_text, write_refusal
 
 Record = Mapping[str, Any]
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder for this process alone, made where missing: two at once would ask everything twice."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise BadInput(f"{folder}: another bench is at work in it; wait, or use -o") from error
 
 
 class Evidence:

@@ -20,6 +20,7 @@ from cerebellum.bench import Request, bench
 from cerebellum.bench_tables import bench_tables
 from cerebellum.chat import render_chat
 from cerebellum.errors import BadInput
+from cerebellum.evidence import held
 from cerebellum.llama.asking import Vocabulary
 from cerebellum.llama.fake_asker import PLAIN, FakeAsker, arbitrary
 from cerebellum.progress import Silent
@@ -145,6 +146,11 @@ def test_a_damaged_line_in_the_middle_is_refused(tmp_path: Path) -> None:
     path.write_text("".join([content[0], "{broken\n", *content[2:]]))
     with pytest.raises(BadInput, match="line 2 is damaged"):
         run(tmp_path, FakeAsker(), request)
+
+
+def test_a_folder_is_for_one_bench_at_a_time(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(BadInput, match="another bench is at work"):
+        run(tmp_path, FakeAsker())
 
 
 def test_another_model_shares_no_answers(tmp_path: Path) -> None:
@@ -330,7 +336,9 @@ def test_the_hub_has_the_same_questions(monkeypatch: pytest.MonkeyPatch) -> None
 def _hub() -> SimpleNamespace:
     rows = {
         name: [
-            json.loads(line) for line in (SAMPLES / task.file).with_suffix("").read_text().split("\n") if line
+            json.loads(line)
+            for line in (SAMPLES / task.file).with_suffix("").read_text("utf-8").split("\n")
+            if line
         ]
         for name, task in TASKS.items()
     }
