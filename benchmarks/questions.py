@@ -38,17 +38,19 @@ def main() -> None:
     found: dict[str, Any] = {"model": args.model.name, "task": args.task, "questions": len(chosen)}
     engine = LlamaEngine(EngineSettings(threads=args.threads))
     found["ours"] = timed(lambda: ours(engine, args, exam), len(chosen))
+    print("ours", found["ours"], file=sys.stderr)
     few = Exam(task=task, protocol=LOGLIKELIHOOD, questions=chosen[: args.slow_limit])
-    found["one_question_at_a_time"] = timed(
-        lambda: one_at_a_time(engine, args, few, split=False), len(few.questions)
-    )
-    found["one_option_at_a_time"] = timed(
-        lambda: one_at_a_time(engine, args, few, split=True), len(few.questions)
-    )
+    if few.questions:
+        for name, split in (("one_question_at_a_time", False), ("one_option_at_a_time", True)):
+            found[name] = timed(
+                lambda split=split: one_at_a_time(engine, args, few, split=split), args.slow_limit
+            )
+            print(name, found[name], file=sys.stderr)
     if args.llama_perplexity:
         for name, extra in (("stock", []), ("stock_np128", ["-np", "128", "-c", "16"])):
             if name in args.stock:
                 found[name] = timed(lambda extra=extra: stock(args, chosen, extra), len(chosen))
+                print(name, found[name], file=sys.stderr)
     print(json.dumps(found, indent=2))
 
 
