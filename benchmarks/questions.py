@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=400)
     parser.add_argument("--slow-limit", type=int, default=40, help="questions for the one-at-a-time runs")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cells", type=int, default=Room().cells)
+    parser.add_argument("--cells", type=int, help="of the context [default: what suits the machine]")
     parser.add_argument("--llama-perplexity", type=Path)
     parser.add_argument("--stock", nargs="*", default=["stock", "stock_np128"])
     return parser.parse_args(arguments)
