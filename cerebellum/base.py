@@ -47,7 +47,7 @@ def preset_base(
         raise BadInput(
             f"{source.path}: llama.cpp gives no type for {sorted(missing)[0]}; is it of this model?"
         )
-    return Base(label=preset_label(kind), types=types, records=_records(source, kind, matrix))
+    return Base(label=preset_label(kind), types=types, records=preset_records(source, kind, matrix))
 
 
 def file_base(source: Source, path: Path) -> Base:
@@ -77,7 +77,7 @@ def _file_label(file: Source) -> str:
         return "custom"
 
 
-def _records(source: Source, kind: LlamaFileType, matrix: ImportanceMatrix | None) -> tuple[bytes, ...]:
+def preset_records(source: Source, kind: LlamaFileType, matrix: ImportanceMatrix | None) -> tuple[bytes, ...]:
     """The source's metadata as bytes, with the keys that llama-quantize sets set."""
     replaced = {
         "general.quantization_version": encode_kv(

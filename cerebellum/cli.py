@@ -300,6 +300,43 @@ def verify(folder: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("manifest", type=PathArgument)
+@click.option("--source", type=PathArgument, required=True, help="The GGUF that the manifest names.")
+@click.option("-o", "--out", type=PathArgument, help="Where to build [default: reproduced/ beside it].")
+@click.option("--base-file", type=PathArgument, help="The base, where the run was given one.")
+@click.option("--select-text", type=PathArgument, help="To compare [default: beside it, or Cerebellum's].")
+@click.option("--report-text", type=PathArgument, help="To compare [default: beside it, or Cerebellum's].")
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True)
+@json_option
+def reproduce(
+    manifest: Path,
+    source: Path,
+    out: Path | None,
+    base_file: Path | None,
+    select_text: Path | None,
+    report_text: Path | None,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """The same GGUF again, bit for bit, from a MANIFEST and its source; names what changed."""
+    from cerebellum.reproduce import Request
+    from cerebellum.reproduce import reproduce as make_again
+
+    texts = {"selection": select_text, "report": report_text}
+    request = Request(
+        manifest=manifest,
+        source=source,
+        out=out or manifest.parent / "reproduced",
+        base_file=base_file,
+        texts={part: path for part, path in texts.items() if path},
+        threads=threads,
+    )
+    found = make_again(request, ProgressReporter())
+    _answer(found, as_json, tables.reproduced_table(found), tables.reproduced_line(found))
+    sys.exit(0 if found["ok"] else 1)
+
+
+@cli.command()
 @click.argument("a", type=PathArgument)
 @click.argument("b", type=PathArgument)
 @text_option

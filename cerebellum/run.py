@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cerebellum import __version__
 from cerebellum.base import preset_base
 from cerebellum.build import build, output_path
 from cerebellum.errors import BadInput
-from cerebellum.files import sha256_file
 from cerebellum.groups import make_groups
-from cerebellum.llama.library import build_id
+from cerebellum.manifest import make_manifest
 from cerebellum.measure import (
     Measurement,
     Measurer,
@@ -139,22 +136,8 @@ def verify_stage(workspace: Workspace) -> dict[str, Any]:
 
 
 def manifest_stage(workspace: Workspace) -> dict[str, Any]:
-    """What made what: hashes, builds, settings, seed -> manifest.json, written last."""
-    out = output_path(workspace.folder, workspace.source, workspace.base)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(workspace.settings).items()}
-    manifest = {
-        "cerebellum": __version__,
-        "llama_cpp": build_id(),
-        "settings": settings,
-        "source": {"name": workspace.source.name, "sha256": workspace.source_sha256},
-        "imatrix": {"file": workspace.matrix.path.name, "sha256": workspace.matrix.sha256},
-        "texts": {"selection": workspace.selection.sha256, "report": workspace.report_corpus.sha256},
-        "shards": {path.name: sha256_file(path) for path in _shard_paths(workspace)},
-        "ledger_digest": workspace.ledger.digest(),
-        "result": {"file": out.name, "sha256": sha256_file(out), "bytes": out.stat().st_size},
-    }
-    write_json(workspace.path("manifest.json"), manifest)
-    return manifest
+    """What made what: hashes, builds, settings, seed -> manifest.json."""
+    return make_manifest(workspace, planned_changes(workspace))
 
 
 def planned_changes(workspace: Workspace) -> dict[str, str]:
@@ -196,8 +179,3 @@ def _write_measurements(
     }
     write_json(workspace.path("measurements.json"), content)
     return content | counts
-
-
-def _shard_paths(workspace: Workspace) -> list[Path]:
-    base, result = workspace.shards.variant({}), workspace.shards.variant(planned_changes(workspace))
-    return sorted({*base.paths, *result.paths})

@@ -184,3 +184,22 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
     for name, value in rows:
         table.add_row(f"[bold]{name}", value)
     return table
+
+
+def reproduced_table(found: Mapping[str, Any]) -> Table:
+    """What reproduce compared."""
+    styles = {"same": "green", "changed": "bold red"}
+    table = Table("what", "", "seen", title="Against the manifest")
+    for row in found["compared"]:
+        status = Text(row["status"], style=styles.get(row["status"], "yellow"))
+        table.add_row(escape(row["name"]), status, escape(row["detail"]))
+    return table
+
+
+def reproduced_line(found: Mapping[str, Any]) -> str:
+    """The answer in one line."""
+    changed = f"; changed: {escape(', '.join(found['changed']))}" if found["changed"] else ""
+    if found["file"] is None:
+        return f"[red]not rebuilt[/]{changed}"
+    said = "[green]bit for bit the same[/]" if found["bit_equal"] else "[red]another file[/]"
+    return f"{escape(found['file'])}: {said}, sha256 {found['sha256']}{changed}"

@@ -22,6 +22,7 @@ from cerebellum.gguf import parse_type
 from cerebellum.groups import Group, describe, make_groups
 from cerebellum.ledger import Ledger
 from cerebellum.llama.native import EngineSettings, LlamaEngine
+from cerebellum.memory import plain_metadata
 from cerebellum.plan import Sizes, demotable
 from cerebellum.progress import Reporter
 from cerebellum.shards import Recipe, Shards
@@ -199,10 +200,11 @@ class Workspace:
         described = describe(self.source, self.groups)
         groups = described.pop("groups")
         described |= {
-            "path": str(self.source.path),
+            "path": self.source.path.name,
             "sha256": self.source_sha256,
             "header_sha256": self.source.header_sha256,
             "requantized": self.source.is_quantized,
+            "metadata": plain_metadata(self.source.files[0]),
         }
         write_json(self.path("source.json"), described)
         write_json(self.path("groups.json"), groups)
