@@ -25,7 +25,7 @@ _PACKAGES = ("gguf", "llama-cpp-python", "numpy", "scipy")
 
 
 def make_manifest(workspace: Workspace, changes: Mapping[str, str]) -> dict[str, Any]:
-    """manifest.json of a run that shipped ``changes``; the importance matrix is put beside it if it lay elsewhere."""
+    """manifest.json of a run that shipped ``changes``; a matrix from elsewhere is put beside it."""
     out = output_path(workspace.folder, workspace.source, workspace.base)
     matrix = _beside(workspace.matrix.path, workspace.folder)
     manifest = {

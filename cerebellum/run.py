@@ -44,7 +44,9 @@ def run_all(workspace: Workspace) -> dict[str, Any]:
         plan_stage(workspace)
         build_stage(workspace)
         verify_stage(workspace)
-        return manifest_stage(workspace)
+        manifest = manifest_stage(workspace)
+        card_stage(workspace.folder)
+        return manifest
 
 
 def measure_stage(workspace: Workspace) -> dict[str, Any]:
@@ -138,6 +140,13 @@ def verify_stage(workspace: Workspace) -> dict[str, Any]:
 def manifest_stage(workspace: Workspace) -> dict[str, Any]:
     """What made what: hashes, builds, settings, seed -> manifest.json."""
     return make_manifest(workspace, planned_changes(workspace))
+
+
+def card_stage(folder: Path, repo: str | None = None) -> tuple[Path, ...]:
+    """The artifacts -> README.md, report.html and charts."""
+    from cerebellum.card import make_card  # matplotlib takes a second to load, and only this needs it
+
+    return make_card(folder, repo)
 
 
 def planned_changes(workspace: Workspace) -> dict[str, str]:

@@ -1,0 +1,183 @@
+"""Evidence -> charts. A chart that the run has no data for is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from cerebellum.evidence import Evidence, GroupRow
+from cerebellum.findings import percent, rated, unit_of
+from cerebellum.html import (
+    Bar,
+    Cell,
+    Estimate,
+    Panel,
+    Picture,
+    Point,
+    estimates_chart,
+    heat_map,
+    paths_chart,
+    picture,
+    rates_chart,
+    sizes_chart,
+)
+
+AGAINST_BASE = "change of perplexity against the base"
+
+
+def drawings(evidence: Evidence) -> dict[str, Picture]:
+    """Every chart there is data for, by name."""
+    draw: tuple[Callable[[Evidence], Picture | None], ...] = (
+        _sensitivity,
+        _rates,
+        _layers,
+        _sizes,
+        _paths,
+        _predicted,
+    )
+    return {found.name: found for one in draw if (found := one(evidence)) is not None}
+
+
+def _measured(evidence: Evidence) -> list[GroupRow]:
+    return [row for row in evidence.rows if row.change is not None and not row.together_with]
+
+
+def _sensitivity(evidence: Evidence) -> Picture | None:
+    rows = sorted(_measured(evidence), key=lambda row: row.change.mean if row.change else 0)
+    if not rows:
+        return None
+    estimates = [_estimate(row) for row in rows]
+    return picture(
+        "sensitivity",
+        "Change of perplexity for each group alone, with its interval",
+        lambda width: estimates_chart(width, estimates, evidence.limit, AGAINST_BASE),
+    )
+
+
+def _estimate(row: GroupRow) -> Estimate:
+    assert row.change is not None
+    return Estimate(
+        name=row.name,
+        mean=row.change.mean,
+        low=row.change.low,
+        high=row.change.high,
+        verdict=row.verdict,
+        text=percent(row.change.mean),
+    )
+
+
+def _rates(evidence: Evidence) -> Picture | None:
+    ranked, (_, unit) = rated(evidence), unit_of(evidence)
+    if len(ranked) < 2:
+        return None
+    bars = [
+        Bar(
+            name=row.name,
+            value=per.mean,
+            low=per.low,
+            high=per.high,
+            changed=row.changed,
+            text=percent(per.mean),
+        )
+        for row, per in ranked
+    ]
+    label = f"change of perplexity for each {unit} saved"
+    return picture("rates", f"Damage for each {unit} saved", lambda width: rates_chart(width, bars, label))
+
+
+def _layers(evidence: Evidence) -> Picture | None:
+    """Only where a role was measured in more than one span of layers."""
+    rows = [row for row in _measured(evidence) if row.layers]
+    zoomed = {row.role for row in rows if sum(other.role == row.role for other in rows) > 1}
+    cells = [
+        Cell(role=row.role, layers=row.layers, delta=row.change.mean)
+        for row in rows
+        if row.role in zoomed and row.change
+    ]
+    if not cells:
+        return None
+    return picture("layers", "Damage by role and layer", lambda width: heat_map(width, cells))
+
+
+def _sizes(evidence: Evidence) -> Picture | None:
+    """The base, each variant that was measured, and what was shipped."""
+    unit, name = unit_of(evidence)
+    whole = evidence.plan["base_tensor_bytes"]
+    rows = _measured(evidence)
+    saved = {row.name: row.bytes_saved for row in evidence.rows}
+    points = [_point((row.name,), row, saved, whole / unit, unit) for row in rows]
+    joint = [c for c in evidence.combinations if all(name in saved for name in c.groups)]
+    for combination in joint:
+        label = "shipped" if combination == evidence.shipped else ""
+        size = (whole - sum(saved[group] for group in combination.groups)) / unit
+        change = combination.change
+        points.append(
+            Point(
+                name=" + ".join(combination.groups),
+                size=size,
+                delta=change.mean,
+                low=change.low,
+                high=change.high,
+                verdict=combination.verdict,
+                label=label,
+            )
+        )
+    if len(points) < 2:
+        return None
+    base = Point(name="base", size=whole / unit, delta=0, low=0, high=0, verdict="", label="base")
+    title = "Size and damage of everything that was measured"
+    return picture("sizes", title, lambda width: sizes_chart(width, [base, *points], name, evidence.limit))
+
+
+def _point(names: Sequence[str], row: GroupRow, saved: dict[str, int], whole: float, unit: float) -> Point:
+    assert row.change is not None
+    return Point(
+        name=names[0],
+        size=whole - saved[row.name] / unit,
+        delta=row.change.mean,
+        low=row.change.low,
+        high=row.change.high,
+        verdict=row.verdict,
+    )
+
+
+def _paths(evidence: Evidence) -> Picture | None:
+    """Only where it was recorded how verdicts were reached."""
+    limit = evidence.limit
+    rows = [row for row in evidence.rows if len(row.trace) > 1]
+    if not rows or limit is None:
+        return None
+    panels = [
+        Panel(
+            name=row.name,
+            verdict=row.verdict,
+            chunks=[step["chunks"] for step in row.trace],
+            means=[step["delta_pct"] for step in row.trace],
+            lows=[step["ci_pct"][0] for step in row.trace],
+            highs=[step["ci_pct"][1] for step in row.trace],
+        )
+        for row in rows
+    ]
+    title = "How each verdict was reached over chunks"
+    return picture("paths", title, lambda width: paths_chart(width, panels, limit))
+
+
+def _predicted(evidence: Evidence) -> Picture | None:
+    """What the parts said, what the whole was, and what a text said that had no part in choosing."""
+    shipped, predicted = evidence.shipped, evidence.plan.get("predicted_delta_pct")
+    if shipped is None or predicted is None:
+        return None
+    rows = [
+        Estimate(
+            name="sum of the parts", mean=predicted, low=predicted, high=predicted, text=percent(predicted)
+        ),
+        _whole("measured together", shipped.change.mean, shipped.change.low, shipped.change.high),
+        _whole("on the report text", *(getattr(evidence.reported, k) for k in ("mean", "low", "high"))),
+    ]
+    title = "Predicted against measured"
+    return picture(
+        "predicted", title, lambda width: estimates_chart(width, rows, evidence.limit, AGAINST_BASE)
+    )
+
+
+def _whole(name: str, mean: float, low: float, high: float) -> Estimate:
+    return Estimate(name=name, mean=mean, low=low, high=high, text=percent(mean))

@@ -1,0 +1,38 @@
+"""Page and charts: a tool that turns numbers into HTML, Markdown and pictures, and knows no stage."""
+
+from cerebellum.html.charts import (
+    Bar,
+    Cell,
+    Estimate,
+    Panel,
+    Point,
+    estimates_chart,
+    heat_map,
+    paths_chart,
+    rates_chart,
+    sizes_chart,
+)
+from cerebellum.html.markdown import Code, Sentence, code_span, escape_text
+from cerebellum.html.pictures import Picture, picture
+from cerebellum.html.templates import render_html, render_markdown
+
+__all__ = [
+    "Bar",
+    "Cell",
+    "Code",
+    "Estimate",
+    "Panel",
+    "Picture",
+    "Point",
+    "Sentence",
+    "code_span",
+    "escape_text",
+    "estimates_chart",
+    "heat_map",
+    "paths_chart",
+    "picture",
+    "rates_chart",
+    "render_html",
+    "render_markdown",
+    "sizes_chart",
+]

@@ -1,0 +1,254 @@
+"""The charts, each one function from plain numbers to a matplotlib figure of a given width.
+
+Every mark of data carries an id (``gid``), so that a test can see that the page shows all there is.
+Colour is never alone: what is over the limit is also to the right of a line or named in words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from cerebellum.html.pictures import (
+    ACCENT,
+    INK,
+    MUTED,
+    NARROW,
+    RULE,
+    SENSITIVE,
+    TOLERANT,
+    UNDECIDED,
+    figure,
+)
+
+_ROW, _FRAME = 24, 62
+_LONGEST_NAME = 24
+_DASHES = (0, (4, 3))
+_COLOURS = {"tolerant": TOLERANT, "sensitive": SENSITIVE, "collapsed": SENSITIVE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A row of a forest plot: a mean with its interval, in percent."""
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    verdict: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A rate with the interval it could have."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    changed: bool
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """How one verdict was reached: chunks seen, and (mean, low, high) in percent after each look."""
+
+    name: str
+    verdict: str
+    chunks: Sequence[int]
+    means: Sequence[float]
+    lows: Sequence[float]
+    highs: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A variant by size and damage; ``label`` only where there is room for one."""
+
+    name: str
+    size: float
+    delta: float
+    low: float
+    high: float
+    verdict: str
+    label: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A role over a span of layers, and its damage in percent."""
+
+    role: str
+    layers: Sequence[int]
+    delta: float
+
+
+def verdict_colour(verdict: str) -> str:
+    return _COLOURS.get(verdict, UNDECIDED)
+
+
+def short(name: str) -> str:
+    """A name that leaves room for the data."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
+def estimates_chart(width: int, rows: Sequence[Estimate], limit: float | None, label: str) -> Figure:
+    """A forest plot: a dot and its interval for each row, the limit as a line."""
+    drawn = figure(width, _ROW * len(rows) + _FRAME)
+    axes = drawn.add_subplot()
+    for place, row in enumerate(rows):
+        colour = verdict_colour(row.verdict) if row.verdict else ACCENT
+        axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2, gid=f"interval-{place}")
+        axes.plot([row.mean], [place], "o", color=colour, markersize=6, gid=f"estimate-{place}")
+    if limit is not None:
+        axes.axvline(limit, color=SENSITIVE, linewidth=1.2, linestyle=_DASHES, gid="limit")
+    _named_rows(axes, [row.name for row in rows], [row.text for row in rows])
+    axes.axvline(0, color=MUTED, linewidth=1)
+    axes.set_xlabel(label)
+    return drawn
+
+
+def rates_chart(width: int, rows: Sequence[Bar], label: str) -> Figure:
+    """Bars from the cheapest byte to the dearest, with the interval each could have."""
+    drawn = figure(width, _ROW * len(rows) + _FRAME)
+    axes = drawn.add_subplot()
+    for place, row in enumerate(rows):
+        colour = ACCENT if row.changed else UNDECIDED
+        axes.barh(place, row.value, height=0.56, color=colour, gid=f"rate-{place}")
+        axes.plot([row.low, row.high], [place, place], color=INK, linewidth=1.2, alpha=0.7)
+    axes.axvline(0, color=MUTED, linewidth=1)
+    _named_rows(axes, [row.name for row in rows], [row.text for row in rows])
+    axes.set_xlabel(label)
+    return drawn
+
+
+def _named_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
+    """Names on the left, values on the right, a faint rule under each row, the first row on top."""
+    axes.set_yticks(range(len(names)), [short(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0, pad=8)
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(_percent_tick))
+    axes.grid(axis="x", alpha=0.8)
+    axes.set_axisbelow(True)
+    if any(texts):
+        right = axes.secondary_yaxis("right")
+        right.set_yticks(range(len(texts)), list(texts))
+        right.tick_params(length=0, pad=6, labelcolor=MUTED)
+        right.spines["right"].set_visible(False)
+
+
+def _percent_tick(value: float, _place: int | None = None) -> str:
+    return "0" if value == 0 else f"{value:+g}%"
+
+
+def paths_chart(width: int, panels: Sequence[Panel], limit: float) -> Figure:
+    """Small multiples: the interval of each group closing as chunks are read, against the limit."""
+    columns = 2 if width <= NARROW else 4
+    lines = math.ceil(len(panels) / columns)
+    drawn = figure(width, 118 * lines + 34)
+    grid = drawn.subplots(lines, columns, squeeze=False, sharey=True)
+    top = max(3 * limit, *(max(panel.means) * 1.25 for panel in panels))
+    bottom = min(-1.2 * limit, *(min(panel.means) * 1.25 for panel in panels))
+    for place, axes in enumerate(grid.flat):
+        if place >= len(panels):
+            axes.set_visible(False)
+            continue
+        _path(axes, panels[place], limit, place)
+        axes.set_ylim(bottom, top)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent_tick))
+        axes.tick_params(axis="y", labelcolor=MUTED, labelsize=9)
+    drawn.supxlabel("chunks read", fontsize=10, color=MUTED)
+    return drawn
+
+
+def _path(axes: Axes, panel: Panel, limit: float, place: int) -> None:
+    colour = verdict_colour(panel.verdict)
+    axes.fill_between(panel.chunks, panel.lows, panel.highs, color=colour, alpha=0.22, linewidth=0)
+    axes.plot(panel.chunks, panel.means, color=colour, linewidth=1.8, gid=f"path-{place}")
+    axes.plot(panel.chunks[-1:], panel.means[-1:], "o", color=colour, markersize=4.5)
+    axes.axhline(limit, color=SENSITIVE, linewidth=1, linestyle=_DASHES)
+    axes.axhline(0, color=RULE, linewidth=1)
+    axes.set_title(short(panel.name), fontsize=10, color=INK, loc="left", pad=4)
+    axes.set_xscale("log")
+    ends = sorted({panel.chunks[0], panel.chunks[-1]})
+    axes.set_xticks(ends, [str(n) for n in ends], fontsize=9)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.06)
+
+
+def sizes_chart(width: int, points: Sequence[Point], unit: str, limit: float | None) -> Figure:
+    """Everything that was measured, by its size and its damage; lower left is better."""
+    drawn = figure(width, 300)
+    axes = drawn.add_subplot()
+    for place, point in enumerate(points):
+        colour = ACCENT if point.label else verdict_colour(point.verdict)
+        if point.verdict:
+            axes.plot([point.size] * 2, [point.low, point.high], color=colour, linewidth=1.4, alpha=0.6)
+        axes.plot([point.size], [point.delta], "o", color=colour, markersize=6, gid=f"point-{place}")
+        if point.label:
+            _point_label(axes, point, points)
+    if limit is not None:
+        axes.axhline(limit, color=SENSITIVE, linewidth=1.2, linestyle=_DASHES)
+    axes.set_xlabel(f"tensors, {unit}")
+    axes.set_ylabel("perplexity against the base")
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent_tick))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.tick_params(axis="y", labelcolor=MUTED)
+    axes.grid(alpha=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(0.08, 0.14)
+    return drawn
+
+
+def _point_label(axes: Axes, point: Point, points: Sequence[Point]) -> None:
+    """Beside its point, on the side where the drawing goes on."""
+    middle = (min(p.size for p in points) + max(p.size for p in points)) / 2
+    side = 1 if point.size <= middle else -1
+    axes.annotate(
+        short(point.label),
+        (point.size, point.delta),
+        xytext=(9 * side, 7),
+        textcoords="offset points",
+        ha="left" if side > 0 else "right",
+        fontsize=10,
+    )
+
+
+def heat_map(width: int, cells: Sequence[Cell]) -> Figure:
+    """Roles by layers, where a role was measured in spans: the deeper the colour, the more damage."""
+    roles = list(dict.fromkeys(cell.role for cell in cells))
+    last = max(layer for cell in cells for layer in cell.layers)
+    drawn = figure(width, _ROW * len(roles) + _FRAME)
+    axes = drawn.add_subplot()
+    scale = max(max(abs(cell.delta) for cell in cells), 1e-9)
+    for place, cell in enumerate(cells):
+        for layer in cell.layers:
+            strength = max(cell.delta, 0) / scale
+            axes.barh(
+                roles.index(cell.role),
+                1,
+                left=layer - 0.5,
+                height=0.9,
+                color=SENSITIVE,
+                alpha=0.06 + 0.94 * strength,
+                gid=f"cell-{place}-{layer}",
+            )
+    axes.set_xlim(-0.5, last + 0.5)
+    axes.set_yticks(range(len(roles)), [short(role) for role in roles])
+    axes.set_ylim(len(roles) - 0.5, -0.5)
+    axes.tick_params(axis="both", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xlabel(f"layer; the deepest colour is {scale:+.2f}%")
+    return drawn

@@ -1,0 +1,275 @@
+"""A finished run's artifacts without a model: granite-4.0-h-small with FIELD's published figures.
+
+Intervals, traces and benchmarks are made up around them; names can be anything, as in the wild.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+# name, tensors, layers, base type, bytes saved, delta in percent
+GROUPS = (
+    ("ffn_gate_exps", 40, "all", "Q3_K", 920_000_000, 4.95),
+    ("ffn_up_exps", 40, "all", "Q3_K", 920_000_000, 6.04),
+    ("ffn_down_exps", 40, "all", "Q4_K+Q5_K", 2_180_000_000, 10.63),
+    ("ffn_gate_shexp", 40, "all", "Q3_K", 25_600_000, 0.52),
+    ("ffn_up_shexp", 40, "all", "Q3_K", 25_600_000, 0.55),
+    ("ffn_down_shexp", 40, "all", "Q4_K+Q5_K", 60_700_000, 0.84),
+    ("ssm_in", 36, "recurrent", "Q3_K", 251_000_000, 12.85),
+    ("ssm_out", 36, "recurrent", "Q3_K", 123_000_000, 5.01),
+    ("attn_k", 4, "attention", "Q3_K", 1_700_000, 2.9),
+)
+LAYERS = {
+    "all": list(range(40)),
+    "attention": [5, 15, 25, 35],
+    "recurrent": [n for n in range(40) if n not in (5, 15, 25, 35)],
+}
+LIMIT = 3.0
+SHIPPED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
+BASE_BYTES = 15_356_500_000
+HOSTILE = "<script>alert(1)</script>|`x`\n# $\\alpha$ [click](http://evil.example) {{ 7*7 }}"
+
+
+def write_run_folder(folder: Path, **changed: Any) -> Path:
+    """Write the artifacts; keyword arguments replace whole artifacts by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    artifacts = {
+        "source": source(),
+        "groups": groups(),
+        "measurements": measurements(),
+        "plan": plan(),
+        "verify": verify(),
+        "manifest": manifest(),
+        "bench": bench(),
+    } | changed
+    for name, value in artifacts.items():
+        if value is not None:
+            (folder / f"{name}.json").write_text(json.dumps(value, indent=2))
+    return folder
+
+
+def source(**changed: Any) -> dict[str, Any]:
+    metadata = {
+        "general.architecture": "granitehybrid",
+        "general.name": "Granite 4.0 H Small",
+        "general.license": "apache-2.0",
+        "general.source.huggingface.repository": "ibm-granite/granite-4.0-h-small",
+        "general.languages": ["en", "de"],
+        "granitehybrid.embedding_length": 4096,
+        "granitehybrid.attention.head_count": 32,
+        "granitehybrid.attention.head_count_kv": [8 if n in LAYERS["attention"] else 0 for n in range(40)],
+        "granitehybrid.ssm.conv_kernel": 4,
+        "granitehybrid.ssm.inner_size": 8192,
+        "granitehybrid.ssm.state_size": 128,
+        "granitehybrid.ssm.group_count": 1,
+        "granitehybrid.vocab_size": 100_352,
+        "vocabulary": 100_352,
+        "chat_template": True,
+    }
+    return {
+        "architecture": "granitehybrid",
+        "name": "Granite 4.0 H Small",
+        "parameters": 32_200_000_000,
+        "active_parameters": 9_000_000_000,
+        "layers": 40,
+        "experts": 72,
+        "experts_used": 10,
+        "attention_layers": LAYERS["attention"],
+        "recurrent_layers": 36,
+        "context_length": 131_072,
+        "bytes": 64_400_000_000,
+        "path": "granite-4.0-h-small-F16.gguf",
+        "sha256": "a" * 64,
+        "header_sha256": "b" * 64,
+        "requantized": False,
+        "metadata": metadata,
+    } | changed
+
+
+def groups() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "role": name,
+            "layers": LAYERS[where],
+            "tensors": n,
+            "tensor_names": [f"blk.{layer}.{name}.weight" for layer in LAYERS[where]],
+            "parameters": saved,
+            "bytes": 4 * saved,
+            "types": {"F16": n},
+            "protected": False,
+            "legal_types": ["Q2_K", "Q3_K"],
+        }
+        for name, n, where, _, saved, _ in GROUPS
+    ]
+
+
+def verdict_of(delta: float, half: float) -> str:
+    if delta + half < LIMIT:
+        return "tolerant"
+    return "sensitive" if delta - half > LIMIT else "undecided"
+
+
+def trace(delta: float, n_chunks: int) -> list[dict[str, Any]]:
+    """An interval that closes as the square root of what was read."""
+    steps, n = [], 4
+    while n <= n_chunks:
+        half = 6.4 / math.sqrt(n)
+        wobble = 0.3 * half * math.sin(n)
+        mean = delta + (0 if n * 2 > n_chunks else wobble)
+        steps.append({"chunks": n, "delta_pct": mean, "ci_pct": [mean - half, mean + half]})
+        n *= 2
+    return steps
+
+
+def measurements() -> dict[str, Any]:
+    rows = []
+    for name, _, _, _, _, delta in GROUPS:
+        steps = trace(delta, 256 if abs(delta - LIMIT) < 1 else 16 if delta > 6 else 64)
+        half = steps[-1]["ci_pct"][1] - steps[-1]["delta_pct"]
+        rows.append(
+            {
+                "groups": [name],
+                "type": "Q2_K",
+                "delta_pct": delta,
+                "ci_pct": [delta - half, delta + half],
+                "chunks": steps[-1]["chunks"],
+                "verdict": verdict_of(delta, half),
+                "kld_mean": delta / 150,
+                "kld_ci": [delta / 170, delta / 130],
+                "top1_agreement": 0.97 - delta / 100,
+                "trace": steps,
+            }
+        )
+    rows.append(
+        {
+            "groups": sorted(SHIPPED),
+            "type": "Q2_K",
+            "delta_pct": 1.9,
+            "ci_pct": [1.7, 2.1],
+            "chunks": 256,
+            "verdict": "tolerant",
+            "kld_mean": 0.0127,
+            "kld_ci": [0.0121, 0.0133],
+            "top1_agreement": 0.951,
+            "trace": [],
+        }
+    )
+    return {
+        "base": "Q3_K_M",
+        "demote": "Q2_K",
+        "threshold_pct": LIMIT,
+        "text": "selection.txt",
+        "text_sha256": "c" * 64,
+        "ctx": 512,
+        "seed": 1,
+        "chunks_in_text": 592,
+        "tokens_scored": 310_000,
+        "tokens_full": 1_510_000,
+        "alpha": 0.05,
+        "measurements": rows,
+    }
+
+
+def plan(**changed: Any) -> dict[str, Any]:
+    rows = []
+    alone = {row["groups"][0]: row for row in measurements()["measurements"] if len(row["groups"]) == 1}
+    for name, n, _, base_type, saved, _ in GROUPS:
+        row = alone[name]
+        rows.append(
+            {
+                "name": name,
+                "tensors": n,
+                "base_type": base_type,
+                "chosen_type": "Q2_K" if name in SHIPPED else "base",
+                "bytes_saved": saved,
+                "delta_pct": row["delta_pct"],
+                "ci_pct": row["ci_pct"],
+                "chunks": row["chunks"],
+                "verdict": row["verdict"],
+                "decision": "demoted" if name in SHIPPED else "kept",
+                "measured_with": [],
+            }
+        )
+    saved = sum(row["bytes_saved"] for row in rows if row["decision"] == "demoted")
+    return {
+        "mode": "threshold",
+        "threshold_pct": LIMIT,
+        "base": "Q3_K_M",
+        "demote": "Q2_K",
+        "groups": rows,
+        "predicted_delta_pct": 1.92,
+        "measured_delta_pct": 1.9,
+        "ci_pct": [1.7, 2.1],
+        "base_tensor_bytes": BASE_BYTES,
+        "tensor_bytes": BASE_BYTES - saved,
+        "bytes_saved": saved,
+        "tensor_types": {},
+    } | changed
+
+
+def verify(**changed: Any) -> dict[str, Any]:
+    report = {
+        "text": "report.txt",
+        "text_sha256": "d" * 64,
+        "same_as_selection": False,
+        "chunks": 592,
+        "of_chunks": 592,
+        "source": {"ppl": 5.9312, "se": 0.031, "tokens": 150_960},
+        "base": {"ppl": 6.3376, "se": 0.034, "tokens": 150_960},
+        "result": {"ppl": 6.4580, "se": 0.035, "tokens": 150_960},
+        "delta_pct": 1.8998,
+        "ci_pct": [1.74, 2.06],
+    }
+    checks = [
+        {"name": "types as planned", "ok": True, "detail": "666 tensors"},
+        {"name": "tensor bytes", "ok": True, "detail": "546 bit-equal to the base, 120 to the demotion"},
+        {"name": "metadata", "ok": True, "detail": "43 keys copied as bytes"},
+        {"name": "finite logits", "ok": True, "detail": "150960 tokens scored"},
+    ]
+    return {"ok": True, "checks": checks, "report": report | changed}
+
+
+def manifest(**changed: Any) -> dict[str, Any]:
+    return {
+        "format": 2,
+        "cerebellum": "0.1.0",
+        "source": {"name": "Granite 4.0 H Small", "files": ["granite-F16.gguf"], "sha256": "a" * 64},
+        "imatrix": {"file": "imatrix.gguf", "sha256": "e" * 64},
+        "texts": {"selection": "c" * 64, "report": "d" * 64},
+        "text_files": {"selection": "selection.txt", "report": "report.txt"},
+        "shards": {"00-protected.base.000000000000.gguf": "f" * 64},
+        "ledger_digest": "1" * 64,
+        "result": {
+            "file": "granite-4.0-h-small-Cerebellum-Q3_K_M.gguf",
+            "sha256": "2" * 64,
+            "bytes": BASE_BYTES - 111_900_000 + 4_000_000,
+        },
+    } | changed
+
+
+def bench() -> dict[str, Any]:
+    def task(name: str, n: int, right: int, base: int, p: float) -> dict[str, Any]:
+        accuracy = right / n
+        half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / n)
+        return {
+            "task": name,
+            "protocol": "log-likelihood",
+            "n": n,
+            "accuracy": accuracy,
+            "ci": [accuracy - half, accuracy + half],
+            "base": {"accuracy": base / n, "ci": [0.0, 1.0]},
+            "mcnemar_p": p,
+            "something_new": [1, 2, 3],
+        }
+
+    return {
+        "tasks": [
+            task("HellaSwag", 10_042, 8_750, 8_771, 0.31),
+            task("ARC-Challenge", 1_172, 1_063, 1_066, 0.72),
+            task("MMLU-Redux", 2_400, 1_647, 1_702, 0.0016),
+        ]
+    }
