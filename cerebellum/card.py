@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from cerebellum import __version__
 from cerebellum.drawings import drawings
-from cerebellum.evidence import Benchmark, Evidence, GroupRow, read_evidence
+from cerebellum.evidence import Benchmark, Change, Evidence, GroupRow, read_evidence
 from cerebellum.files import atomic_write_bytes, atomic_write_text
 from cerebellum.findings import findings, percent, rate, unit_of, with_interval
 from cerebellum.frontmatter import checked, front_matter
@@ -74,6 +74,7 @@ def card_context(evidence: Evidence, pictures: Mapping[str, Picture], repo: str 
         "saved_share": f"{100 * plan['bytes_saved'] / plan['base_tensor_bytes']:.1f}%",
         "change": with_interval(evidence.reported),
         "change_mean": percent(evidence.reported.mean),
+        "change_range": _range(evidence.reported),
         "lead": _lead(evidence),
         "findings": findings(evidence),
         "changed": [_row(row, evidence, unit) for row in evidence.rows if row.changed],
@@ -98,6 +99,13 @@ def card_context(evidence: Evidence, pictures: Mapping[str, Picture], repo: str 
     }
 
 
+def _range(change: Change) -> str:
+    """`+1.74 to +2.06`."""
+    like = (change.mean, change.low, change.high)
+    low, high = (percent(bound, like).removesuffix("%") for bound in (change.low, change.high))
+    return f"{low} to {high} at 95%"
+
+
 def _lead(evidence: Evidence) -> Sentence:
     """What the file is, in a sentence."""
     plan, n_changed = evidence.plan, len(evidence.changed)
@@ -107,10 +115,7 @@ def _lead(evidence: Evidence) -> Sentence:
         if kinds
         else "nothing changed"
     )
-    return (
-        Code(evidence.source["name"]),
-        f" in llama.cpp's {plan['base']} with {done}, chosen by measuring each group on real text.",
-    )
+    return (f"llama.cpp's {plan['base']} with {done}, chosen by measuring each group on real text.",)
 
 
 def _row(row: GroupRow, evidence: Evidence, unit: float) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def _row(row: GroupRow, evidence: Evidence, unit: float) -> dict[str, Any]:
     return {
         "name": row.name,
         "tensors": row.tensors,
-        "layers": _layers(row, evidence.source["layers"]),
+        "layers": _layers(row, evidence.source),
         "types": types,
         "tried": row.tried_type,
         "change": with_interval(row.change) if row.change else "not measured",
@@ -134,10 +139,18 @@ def _row(row: GroupRow, evidence: Evidence, unit: float) -> dict[str, Any]:
     }
 
 
-def _layers(row: GroupRow, n_layers: int) -> str:
-    if not row.layers:
+def _layers(row: GroupRow, source: Mapping[str, Any]) -> str:
+    """All of them, all of one kind, or which."""
+    found, attends = set(row.layers), set(source["attention_layers"])
+    if not found:
         return "outside the layers"
-    return f"all {n_layers}" if len(row.layers) == n_layers else spans(row.layers)
+    if len(found) == source["layers"]:
+        return f"all {len(found)}"
+    if found == attends:
+        return f"attention ({len(found)})"
+    if len(found) == source["recurrent_layers"] and not found & attends:
+        return f"recurrent ({len(found)})"
+    return spans(row.layers)
 
 
 def spans(numbers: Sequence[int]) -> str:

@@ -165,7 +165,7 @@ def demo(out: Path, threads: int, gpu_layers: int, as_json: bool) -> None:
 @source_options
 @json_option
 def run(as_json: bool, out: Path, **asked: Any) -> None:
-    """The whole pipeline: SOURCE (a GGUF) to a smaller GGUF with its evidence."""
+    """The whole pipeline: SOURCE (a GGUF, or hf:owner/repo/file.gguf) to a smaller GGUF with its evidence."""
     _run(Workspace(out, _settings(asked), ProgressReporter()), as_json)
 
 
@@ -300,6 +300,33 @@ def verify(folder: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("folder", type=PathArgument)
+@click.option("--repo", help="The Hub repository it is for: owner/name.")
+@json_option
+def card(folder: Path, repo: str | None, as_json: bool) -> None:
+    """The model card, report and charts of a finished run, from its artifacts alone."""
+    from cerebellum.run import card_stage
+
+    written = [str(path) for path in card_stage(folder, repo)]
+    _answer({"files": written}, as_json, "\n".join(written))
+
+
+@cli.command()
+@click.argument("folder", type=PathArgument)
+@click.argument("repo")
+@click.option("--dry-run", is_flag=True, help="Only say what would be uploaded.")
+@click.option("--private", is_flag=True, help="If the repository is made, make it private.")
+@json_option
+def push(folder: Path, repo: str, dry_run: bool, private: bool, as_json: bool) -> None:
+    """A finished run to the Hub: model, card, report, evidence, manifest; REPO is owner/name."""
+    from cerebellum.hub import push as push_run
+    from cerebellum.run import card_stage
+
+    found = push_run(folder, repo, lambda: card_stage(folder, repo), dry_run, private)
+    _answer(found, as_json, tables.upload_table(found), found["url"] or "nothing was uploaded (--dry-run)")
+
+
+@cli.command()
 @click.argument("manifest", type=PathArgument)
 @click.option("--source", type=PathArgument, required=True, help="The GGUF that the manifest names.")
 @click.option("-o", "--out", type=PathArgument, help="Where to build [default: reproduced/ beside it].")
@@ -394,7 +421,12 @@ def doctor(as_json: bool) -> None:
 
 def _settings(asked: dict[str, Any]) -> Settings:
     asked["max_increase_pct"] = asked.pop("max_increase")
-    given: dict[str, Any] = {k: v.resolve() if isinstance(v, Path) else v for k, v in asked.items()}
+    from cerebellum.hub import download, is_address  # huggingface_hub takes half a second to load
+
+    address = str(asked["source"])
+    if is_address(address):
+        asked["source"] = download(address)
+    given: dict[str, Any] = {k: v.absolute() if isinstance(v, Path) else v for k, v in asked.items()}
     return Settings(**given)
 
 

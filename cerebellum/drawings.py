@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from cerebellum.evidence import Evidence, GroupRow
 from cerebellum.findings import percent, rated, unit_of
 from cerebellum.html import (
-    Bar,
     Cell,
     Estimate,
     Panel,
     Picture,
     Point,
+    Rate,
     estimates_chart,
     heat_map,
     paths_chart,
@@ -69,8 +69,8 @@ def _rates(evidence: Evidence) -> Picture | None:
     ranked, (_, unit) = rated(evidence), unit_of(evidence)
     if len(ranked) < 2:
         return None
-    bars = [
-        Bar(
+    rates = [
+        Rate(
             name=row.name,
             value=per.mean,
             low=per.low,
@@ -81,7 +81,7 @@ def _rates(evidence: Evidence) -> Picture | None:
         for row, per in ranked
     ]
     label = f"change of perplexity for each {unit} saved"
-    return picture("rates", f"Damage for each {unit} saved", lambda width: rates_chart(width, bars, label))
+    return picture("rates", f"Damage for each {unit} saved", lambda width: rates_chart(width, rates, label))
 
 
 def _layers(evidence: Evidence) -> Picture | None:

@@ -43,7 +43,7 @@ def findings(evidence: Evidence) -> list[Sentence]:
 def percent(value: float, like: Sequence[float] = ()) -> str:
     """With the digits that its size (or that of its interval) calls for: +12.9%, +1.07%, +0.002%."""
     largest = max((abs(x) for x in (value, *like) if math.isfinite(x)), default=0.0)
-    digits = 1 if largest >= 10 else 2 if largest >= 0.1 else 3
+    digits = 0 if largest >= 100 else 1 if largest >= 10 else 2 if largest >= 0.1 else 3
     return f"{value:+.{digits}f}%".replace("-", "\u2212")
 
 
@@ -107,14 +107,18 @@ def _verdicts(evidence: Evidence) -> Iterator[Sentence]:
     if limit is None:
         return
     for verdict, words in (
-        ("tolerant", f"stay under +{limit:g}%, their whole interval"),
-        ("sensitive", f"go over +{limit:g}%, their whole interval"),
-        ("undecided", f"are on neither side of +{limit:g}% for sure"),
-        ("collapsed", "broke the model: its logits were no longer finite"),
+        ("tolerant", f"under +{limit:g}%, the whole interval"),
+        ("sensitive", f"over +{limit:g}%, the whole interval"),
+        ("undecided", f"on neither side of +{limit:g}% for sure"),
+        ("collapsed", "broken, with logits that were no longer finite"),
     ):
         rows = [row for row in evidence.rows if row.verdict == verdict]
         if rows:
-            yield (f"{len(rows)} of {len(evidence.rows)} groups {words}: ", *_names(rows), ".")
+            yield (
+                f"{verdict.capitalize()} ({words}): {len(rows)} of {len(evidence.rows)}, ",
+                *_names(rows),
+                ".",
+            )
 
 
 def _rates(evidence: Evidence) -> Iterator[Sentence]:
@@ -128,7 +132,7 @@ def _rates(evidence: Evidence) -> Iterator[Sentence]:
         return
     times = f", {high.mean / low.mean:.0f} times as much" if low.low > 0 and high.mean > 2 * low.mean else ""
     yield (
-        f"A {name} saved in ",
+        f"Each {name} saved in ",
         Code(cheap.name),
         f" cost {percent(low.mean)} of perplexity, in ",
         Code(dear.name),

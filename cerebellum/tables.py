@@ -203,3 +203,12 @@ def reproduced_line(found: Mapping[str, Any]) -> str:
         return f"[red]not rebuilt[/]{changed}"
     said = "[green]bit for bit the same[/]" if found["bit_equal"] else "[red]another file[/]"
     return f"{escape(found['file'])}: {said}, sha256 {found['sha256']}{changed}"
+
+
+def upload_table(found: Mapping[str, Any]) -> Table:
+    """What push uploads."""
+    table = Table("file", "size", title=f"To {escape(found['repo'])}, {size(found['bytes'])}")
+    table.columns[1].justify = "right"
+    for row in found["files"]:
+        table.add_row(escape(row["name"]), size(row["bytes"]))
+    return table

@@ -1,11 +1,11 @@
 """Page and charts: a tool that turns numbers into HTML, Markdown and pictures, and knows no stage."""
 
 from cerebellum.html.charts import (
-    Bar,
     Cell,
     Estimate,
     Panel,
     Point,
+    Rate,
     estimates_chart,
     heat_map,
     paths_chart,
@@ -17,13 +17,13 @@ from cerebellum.html.pictures import Picture, picture
 from cerebellum.html.templates import render_html, render_markdown
 
 __all__ = [
-    "Bar",
     "Cell",
     "Code",
     "Estimate",
     "Panel",
     "Picture",
     "Point",
+    "Rate",
     "Sentence",
     "code_span",
     "escape_text",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from cerebellum.html.pictures import (
     ACCENT,
@@ -29,6 +29,8 @@ from cerebellum.html.pictures import (
 _ROW, _FRAME = 24, 62
 _LONGEST_NAME = 24
 _DASHES = (0, (4, 3))
+_MOST_EMPTY = 2.5
+_DECADES = 30  # a linear axis hides what is smaller than a thirtieth of its length
 _COLOURS = {"tolerant": TOLERANT, "sensitive": SENSITIVE, "collapsed": SENSITIVE}
 
 
@@ -45,7 +47,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bar:
+class Rate:
     """A rate with the interval it could have."""
 
     name: str
@@ -107,35 +109,59 @@ def estimates_chart(width: int, rows: Sequence[Estimate], limit: float | None, l
         colour = verdict_colour(row.verdict) if row.verdict else ACCENT
         axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2, gid=f"interval-{place}")
         axes.plot([row.mean], [place], "o", color=colour, markersize=6, gid=f"estimate-{place}")
-    if limit is not None:
-        axes.axvline(limit, color=SENSITIVE, linewidth=1.2, linestyle=_DASHES, gid="limit")
+    shown = limit if near(limit, [row.high for row in rows]) else None
+    if shown is not None:
+        axes.axvline(shown, color=SENSITIVE, linewidth=1.2, linestyle=_DASHES, gid="limit")
     _named_rows(axes, [row.name for row in rows], [row.text for row in rows])
     axes.axvline(0, color=MUTED, linewidth=1)
-    axes.set_xlabel(label)
+    axes.set_xlabel(label if limit is None or shown is not None else f"{label}; the limit is +{limit:g}%")
     return drawn
 
 
-def rates_chart(width: int, rows: Sequence[Bar], label: str) -> Figure:
-    """Bars from the cheapest byte to the dearest, with the interval each could have."""
+def near(limit: float | None, highs: Sequence[float]) -> bool:
+    """Whether drawing the limit leaves room for the data; if not, it is told and not drawn."""
+    return limit is not None and limit <= _MOST_EMPTY * max(highs, default=0)
+
+
+def rates_chart(width: int, rows: Sequence[Rate], label: str) -> Figure:
+    """Dots from the cheapest byte to the dearest; rates span decades, so then the scale is a logarithm."""
     drawn = figure(width, _ROW * len(rows) + _FRAME)
     axes = drawn.add_subplot()
+    floor = _log_floor([row.value for row in rows])
     for place, row in enumerate(rows):
         colour = ACCENT if row.changed else UNDECIDED
-        axes.barh(place, row.value, height=0.56, color=colour, gid=f"rate-{place}")
-        axes.plot([row.low, row.high], [place, place], color=INK, linewidth=1.2, alpha=0.7)
-    axes.axvline(0, color=MUTED, linewidth=1)
-    _named_rows(axes, [row.name for row in rows], [row.text for row in rows])
+        low, value, high = (max(x, floor or x) for x in (row.low, row.value, row.high))
+        axes.plot([low, high], [place, place], color=colour, linewidth=2)
+        face = colour if value == row.value else "none"
+        axes.plot(
+            [value], [place], "o", color=colour, markerfacecolor=face, markersize=6, gid=f"rate-{place}"
+        )
+    if floor:
+        axes.set_xscale("log")
+        axes.set_xlim(left=floor)
+    else:
+        axes.axvline(0, color=MUTED, linewidth=1)
+    _named_rows(axes, [row.name for row in rows], [row.text for row in rows], log=bool(floor))
     axes.set_xlabel(label)
     return drawn
 
 
-def _named_rows(axes: Axes, names: Sequence[str], texts: Sequence[str]) -> None:
+def _log_floor(values: Sequence[float]) -> float | None:
+    """Where a logarithmic axis starts, or None where a linear one shows everything."""
+    positive = [value for value in values if value > 0]
+    if not positive or max(positive) < _DECADES * min(positive):
+        return None
+    return min(positive) / 2
+
+
+def _named_rows(axes: Axes, names: Sequence[str], texts: Sequence[str], log: bool = False) -> None:
     """Names on the left, values on the right, a faint rule under each row, the first row on top."""
     axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0, pad=8)
     axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(LogLocator(numticks=6) if log else MaxNLocator(5))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(_percent_tick))
     axes.grid(axis="x", alpha=0.8)
     axes.set_axisbelow(True)
@@ -197,7 +223,7 @@ def sizes_chart(width: int, points: Sequence[Point], unit: str, limit: float | N
         axes.plot([point.size], [point.delta], "o", color=colour, markersize=6, gid=f"point-{place}")
         if point.label:
             _point_label(axes, point, points)
-    if limit is not None:
+    if limit is not None and near(limit, [point.high for point in points]):
         axes.axhline(limit, color=SENSITIVE, linewidth=1.2, linestyle=_DASHES)
     axes.set_xlabel(f"tensors, {unit}")
     axes.set_ylabel("perplexity against the base")
@@ -206,20 +232,24 @@ def sizes_chart(width: int, points: Sequence[Point], unit: str, limit: float | N
     axes.tick_params(axis="y", labelcolor=MUTED)
     axes.grid(alpha=0.8)
     axes.set_axisbelow(True)
-    axes.margins(0.08, 0.14)
+    axes.margins(0.08, 0.16)
     return drawn
 
 
 def _point_label(axes: Axes, point: Point, points: Sequence[Point]) -> None:
-    """Beside its point, on the side where the drawing goes on."""
+    """Under the base, which everything starts from; beside others, where the drawing goes on."""
     middle = (min(p.size for p in points) + max(p.size for p in points)) / 2
     side = 1 if point.size <= middle else -1
+    away, align = (
+        ((0, -13), "center") if not point.verdict else ((9 * side, 0), "left" if side > 0 else "right")
+    )
     axes.annotate(
         short(point.label),
         (point.size, point.delta),
-        xytext=(9 * side, 7),
+        xytext=away,
         textcoords="offset points",
-        ha="left" if side > 0 else "right",
+        ha=align,
+        va="center",
         fontsize=10,
     )
 

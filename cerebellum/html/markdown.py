@@ -11,7 +11,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-_ACTIVE = re.compile(r"([\\`*_\[\]|~$])")
+_INTERVAL = r"\[[+\u2212\d., ]+\](?![(\[:])"
+_ACTIVE = re.compile(rf"({_INTERVAL})|(?<=[A-Za-z0-9])_(?=[A-Za-z0-9])|([\\`*_\[\]|~$])")
+"""What Markdown may act on, but for intervals such as [+1.0, +2.0] and the _ inside a word."""
+
 _PLAIN_CODE = re.compile(r"[A-Za-z0-9_.+/:@ ,()-]+")
 _LINKS = (("://", "&#58;//"), ("www.", "www&#46;"), ("@", "&#64;"))
 
@@ -35,12 +38,13 @@ Sentence = tuple[str | Code, ...]
 
 def one_line(text: object) -> str:
     """Without line breaks and control characters (those that turn writing around among them)."""
-    return "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
+    return "".join(c if c.isprintable() else " " for c in str(text))
 
 
 def escape_text(text: object) -> Markdown:
     """Plain text as Markdown that reads the same: no markup, no HTML, no link, no mention."""
-    escaped = _ACTIVE.sub(r"\\\1", html.escape(one_line(text), quote=False))
+    plain = html.escape(one_line(text), quote=False)
+    escaped = _ACTIVE.sub(lambda match: f"\\{match[2]}" if match[2] else match[0], plain)
     for active, inert in _LINKS:
         escaped = escaped.replace(active, inert)
     return Markdown(escaped)

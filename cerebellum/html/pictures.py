@@ -32,7 +32,7 @@ _VARIABLES = {
     UNDECIDED: "--undecided",
     ACCENT: "--accent",
 }
-WIDE, NARROW = 760, 342
+WIDE, NARROW = 920, 342
 """Widths the two drawings are made for, in CSS pixels."""
 
 _STYLE: dict[Any, Any] = {

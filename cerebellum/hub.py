@@ -1,0 +1,182 @@
+"""To and from the Hugging Face Hub: a source by its address, a finished run as a repository.
+
+Everything is huggingface_hub's own: its cache, its resuming downloads, its upload protocol, its
+settings (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`). Here is only what goes where.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from cerebellum.errors import AnswerIsNo, BadInput
+from cerebellum.files import sha256_file
+from cerebellum.source import SPLIT_NAME
+from cerebellum.workspace import read_json
+
+SCHEME = "hf:"
+_ADDRESS = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?/(?P<file>.+\.gguf)$", re.ASCII)
+_REPO = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
+
+EVIDENCE = (
+    "README.md",
+    "report.html",
+    "manifest.json",
+    "source.json",
+    "groups.json",
+    "measurements.json",
+    "plan.json",
+    "verify.json",
+    "bench.json",
+    "ledger.sqlite",
+)
+"""What goes up beside the model and its importance matrix. Shards stay, and so do the settings,
+which know where things lie on this disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """One file of the repository."""
+
+    name: str
+    path: Path
+    n_bytes: int
+
+
+def is_address(text: str) -> bool:
+    """Whether a source is on the Hub: `hf:owner/repo/file.gguf`."""
+    return text.startswith(SCHEME)
+
+
+def download(address: str) -> Path:
+    """The file in the Hub's cache, fetched if it is not there; a download that was cut goes on.
+
+    Of a split model all parts are fetched and the first is returned.
+    """
+    match = _ADDRESS.match(address.removeprefix(SCHEME))
+    if match is None:
+        raise BadInput(f"{address}: not an address on the Hub; wanted hf:owner/repo/file.gguf")
+    with _told(address):
+        paths = [
+            Path(hf_hub_download(match["repo"], name, revision=match["revision"]))
+            for name in _parts(match["file"])
+        ]
+    return paths[0]
+
+
+def _parts(file: str) -> list[str]:
+    """The names of all splits, or the one name."""
+    split = SPLIT_NAME.match(file)
+    if split is None:
+        return [file]
+    n_files = int(split["count"])
+    return [f"{split['stem']}-{number:05d}-of-{n_files:05d}.gguf" for number in range(1, n_files + 1)]
+
+
+def uploads(folder: Path) -> list[Upload]:
+    """What `push` uploads, the model first; refused if the evidence is not of this very file."""
+    manifest = read_json(folder / "manifest.json")
+    _check(folder, manifest)
+    charts = sorted(f"charts/{path.name}" for path in (folder / "charts").glob("*.png"))
+    names = [manifest["result"]["file"], manifest["imatrix"]["file"], *EVIDENCE, *charts]
+    found = [(name, folder / name) for name in names if (folder / name).exists()]
+    return [Upload(name=name, path=path, n_bytes=path.stat().st_size) for name, path in found]
+
+
+def _check(folder: Path, manifest: Any) -> None:
+    """The card must be about the file that goes with it, and the file must have passed."""
+    result = folder / manifest["result"]["file"]
+    if not read_json(folder / "verify.json")["ok"]:
+        raise AnswerIsNo(f"{folder}: its file failed verification; nothing was uploaded")
+    for path, wanted in (
+        (result, manifest["result"]["sha256"]),
+        (folder / manifest["imatrix"]["file"], manifest["imatrix"]["sha256"]),
+    ):
+        if sha256_file(path) != wanted:
+            raise AnswerIsNo(f"{path}: is not the file its manifest names; run the stages again")
+
+
+def push(
+    folder: Path, repo: str, render: Callable[[], object], dry_run: bool, private: bool
+) -> dict[str, Any]:
+    """Makes the repository if there is none and uploads everything as one commit.
+
+    ``render`` writes the card again, for this repository.
+    """
+    if not _REPO.match(repo):
+        raise BadInput(f"{repo}: not a repository's name; wanted owner/name")
+    render()
+    _settle_ledger(folder / "ledger.sqlite")
+    files = uploads(folder)
+    answer: dict[str, Any] = {
+        "repo": repo,
+        "dry_run": dry_run,
+        "files": [{"name": f.name, "bytes": f.n_bytes} for f in files],
+        "bytes": sum(f.n_bytes for f in files),
+        "url": None,
+    }
+    return answer if dry_run else answer | {"url": _commit(repo, files, private)}
+
+
+def _settle_ledger(path: Path) -> None:
+    """Brings what SQLite still keeps beside the ledger into it, so that one file is all of it."""
+    import sqlite3
+    from contextlib import closing
+
+    if path.exists():
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _commit(repo: str, files: list[Upload], private: bool) -> str:
+    api = HfApi()
+    operations = [CommitOperationAdd(path_in_repo=f.name, path_or_fileobj=str(f.path)) for f in files]
+    with _told(repo):
+        api.create_repo(repo, private=private, exist_ok=True)
+        message = f"{files[0].name} with its evidence"
+        done = api.create_commit(repo, operations, commit_message=message)
+    return str(done.commit_url)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """The Hub's refusals in one line that says what to do."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise BadInput(f"{what}: access is asked for on its page; accept, then set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise BadInput(f"{what}: no such repository, or a private one; check it, or set HF_TOKEN") from error
+    except (EntryNotFoundError, RevisionNotFoundError) as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise BadInput(f"{what}: the Hub cannot be reached and the file is not in its cache") from error
+        raise BadInput(f"{what}: the repository has no such file or revision; see its page") from error
+    except HFValidationError as error:
+        raise BadInput(f"{what}: not a name the Hub takes ({error})") from error
+    except HfHubHTTPError as error:
+        raise BadInput(f"{what}: {_reason(error)}") from error
+    except (httpx2.HTTPError, ConnectionError, TimeoutError) as error:
+        raise BadInput(f"{what}: the Hub cannot be reached ({type(error).__name__}); try again") from error
+
+
+def _reason(error: HfHubHTTPError) -> str:
+    status = getattr(error.response, "status_code", None)
+    if status in (401, 403):
+        return f"the Hub refuses ({status}); set HF_TOKEN to a token that may do this"
+    return f"the Hub answered {status or 'with an error'}; try again"
