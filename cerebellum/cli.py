@@ -425,7 +425,7 @@ def _settings(asked: dict[str, Any]) -> Settings:
 
     address = str(asked["source"])
     if is_address(address):
-        asked["source"] = download(address)
+        asked["source"] = download(address, ProgressReporter().note)
     given: dict[str, Any] = {k: v.absolute() if isinstance(v, Path) else v for k, v in asked.items()}
     return Settings(**given)
 

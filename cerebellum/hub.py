@@ -1,29 +1,44 @@
 """To and from the Hugging Face Hub: a source by its address, a finished run as a repository.
 
-Everything is huggingface_hub's own: its cache, its resuming downloads, its upload protocol, its
+Everything is huggingface_hub's own: its requests and retries, its upload protocol, its
 settings (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`). Here is only what goes where.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from filelock import FileLock
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    HfFileMetadata,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers
 
 from cerebellum.errors import AnswerIsNo, BadInput
 from cerebellum.files import sha256_file
@@ -32,6 +47,7 @@ from cerebellum.workspace import read_json
 
 SCHEME = "hf:"
 _ADDRESS = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?/(?P<file>.+\.gguf)$", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _REPO = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
 
 EVIDENCE = (
@@ -64,19 +80,18 @@ def is_address(text: str) -> bool:
     return text.startswith(SCHEME)
 
 
-def download(address: str) -> Path:
-    """The file in the Hub's cache, fetched if it is not there; a download that was cut goes on.
+def download(address: str, tell: Callable[[str], None] = lambda _: None) -> Path:
+    """The file of an address, kept under `HF_HOME`; one that is there already is not fetched again.
+
+    ``tell`` hears what is fetched; on a terminal huggingface_hub draws its own bar too.
 
     Of a split model all parts are fetched and the first is returned.
     """
     match = _ADDRESS.match(address.removeprefix(SCHEME))
-    if match is None:
+    if match is None or ".." in match["file"].split("/"):
         raise BadInput(f"{address}: not an address on the Hub; wanted hf:owner/repo/file.gguf")
     with _told(address):
-        paths = [
-            Path(hf_hub_download(match["repo"], name, revision=match["revision"]))
-            for name in _parts(match["file"])
-        ]
+        paths = [_fetch(match["repo"], name, match["revision"], tell) for name in _parts(match["file"])]
     return paths[0]
 
 
@@ -87,6 +102,55 @@ def _parts(file: str) -> list[str]:
         return [file]
     n_files = int(split["count"])
     return [f"{split['stem']}-{number:05d}-of-{n_files:05d}.gguf" for number in range(1, n_files + 1)]
+
+
+def _fetch(repo: str, name: str, revision: str | None, tell: Callable[[str], None]) -> Path:
+    """One file, from where an earlier try left off.
+
+    huggingface_hub 2 starts a file anew after its process ended, so the part that is there is kept
+    here and handed to its own downloader. Files beyond what the Hub gives over plain HTTP go through
+    its usual way.
+    """
+    url = hf_hub_url(repo, name, revision=revision)
+    seen = get_hf_file_metadata(url)
+    if seen.size is None or seen.commit_hash is None or seen.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
+        return Path(hf_hub_download(repo, name, revision=revision))
+    folder = Path(constants.HF_HOME) / "cerebellum" / repo.replace("/", "--") / seen.commit_hash
+    target = folder / name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            _resume(seen, url, target, tell)
+    return target
+
+
+def _resume(seen: HfFileMetadata, url: str, target: Path, tell: Callable[[str], None]) -> None:
+    """Adds what is missing to the part that is there, and keeps it only if it is what the Hub named."""
+    part = target.with_name(f"{target.name}.{(seen.etag or 'part')[:16]}.partial")
+    have = part.stat().st_size if part.exists() else 0
+    tell(f"downloading {target.name}: {have:,} of {seen.size:,} bytes are here")
+    with part.open("r+b" if have else "wb") as stream:
+        stream.seek(have)
+        http_get(
+            seen.location,
+            stream,
+            resume_size=have,
+            headers=_headers(url, seen.location),
+            expected_size=seen.size,
+            displayed_filename=target.name,
+        )
+    if seen.etag and _SHA256.fullmatch(seen.etag) and sha256_file(part) != seen.etag:
+        part.unlink()
+        raise BadInput(f"{target.name}: what was downloaded is damaged and was removed; try again")
+    os.replace(part, target)
+
+
+def _headers(url: str, location: str) -> dict[str, str]:
+    """The token is for the Hub, never for the store that it sends us on to."""
+    headers = build_hf_headers()
+    if urlparse(url).netloc != urlparse(location).netloc:
+        headers.pop("authorization", None)
+    return headers
 
 
 def uploads(folder: Path) -> list[Upload]:
@@ -136,9 +200,6 @@ def push(
 
 def _settle_ledger(path: Path) -> None:
     """Brings what SQLite still keeps beside the ledger into it, so that one file is all of it."""
-    import sqlite3
-    from contextlib import closing
-
     if path.exists():
         with closing(sqlite3.connect(path)) as database:
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -171,6 +232,8 @@ def _told(what: str) -> Iterator[None]:
         raise BadInput(f"{what}: not a name the Hub takes ({error})") from error
     except HfHubHTTPError as error:
         raise BadInput(f"{what}: {_reason(error)}") from error
+    except OfflineModeIsEnabled as error:
+        raise BadInput(f"{what}: HF_HUB_OFFLINE is set; unset it, or give a file on this disk") from error
     except (httpx2.HTTPError, ConnectionError, TimeoutError) as error:
         raise BadInput(f"{what}: the Hub cannot be reached ({type(error).__name__}); try again") from error
 
