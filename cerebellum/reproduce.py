@@ -122,17 +122,25 @@ def _base(manifest: Mapping[str, Any], request: Request) -> list[Compared]:
 def _texts(manifest: Mapping[str, Any], request: Request) -> Iterator[Compared]:
     """The texts decide no byte of the file, but the numbers on its card: named if they changed."""
     for part, wanted in manifest["texts"].items():
-        name = manifest["text_files"][part]
-        folders = (request.manifest.parent, DATA)
-        path = request.texts.get(part) or next(
-            (p for p in (_inside(folder, name) for folder in folders) if p.exists()), None
-        )
-        title = f"{part} text"
+        name, title = manifest["text_files"][part], f"{part} text"
+        path = request.texts.get(part) or _text_here(request.manifest.parent, name, wanted)
         if path is None:
             yield Compared(name=title, status=ABSENT, detail=f"{name} is not here; the file does not need it")
             continue
-        found = hashlib.sha256(read_text(path)).hexdigest()
+        found = _text_sha256(path)
         yield _same(title, found) if found == wanted else _changed(title, f"{path.name} is another text")
+
+
+def _text_here(folder: Path, name: str, wanted: str) -> Path | None:
+    """The text beside the manifest, or Cerebellum's own if that is the very one that was used."""
+    beside, ours = _inside(folder, name), _inside(DATA, name)
+    if beside.exists():
+        return beside
+    return ours if ours.exists() and _text_sha256(ours) == wanted else None
+
+
+def _text_sha256(path: Path) -> str:
+    return hashlib.sha256(read_text(path)).hexdigest()
 
 
 def _evidence(manifest: Mapping[str, Any], folder: Path) -> Iterator[Compared]:
