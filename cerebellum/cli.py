@@ -136,7 +136,7 @@ def cli(ctx: click.Context) -> None:
     """Sensitivity-guided mixed-precision quantization of GGUF models.
 
     \b
-    source -> groups -> importance matrix -> base -> shards -> measure -> plan -> build -> verify
+    source -> groups -> importance matrix -> base -> shards -> measure -> plan -> build -> verify -> card
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -445,6 +445,7 @@ def _run(workspace: Workspace, as_json: bool) -> None:
         tables.verify_table(verified),
         tables.report_table(verified),
         f"[bold]{path}[/]  {tables.size(path.stat().st_size)}",
+        f"card {workspace.path('README.md')}, report {workspace.path('report.html')}",
         tables.run_instructions(path),
     )
     sys.exit(0 if verified["ok"] else 1)

@@ -150,10 +150,10 @@ def _paths(evidence: Evidence) -> Picture | None:
         Panel(
             name=row.name,
             verdict=row.verdict,
-            chunks=[step["chunks"] for step in row.trace],
-            means=[step["delta_pct"] for step in row.trace],
-            lows=[step["ci_pct"][0] for step in row.trace],
-            highs=[step["ci_pct"][1] for step in row.trace],
+            chunks=[look.chunks for look in row.trace],
+            means=[look.change.mean for look in row.trace],
+            lows=[look.change.low for look in row.trace],
+            highs=[look.change.high for look in row.trace],
         )
         for row in rows
     ]

@@ -28,6 +28,14 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Look:
+    """What was known after so many chunks, on the way to a verdict."""
+
+    chunks: int
+    change: Change
+
+
+@dataclass(frozen=True, kw_only=True)
 class GroupRow:
     """One group: what it was, what was seen, what was decided. ``change`` is None if nothing was."""
 
@@ -46,7 +54,7 @@ class GroupRow:
     together_with: tuple[str, ...]
     kld: Change | None
     agreement: float | None
-    trace: tuple[Json, ...]
+    trace: tuple[Look, ...]
 
     @property
     def changed(self) -> bool:
@@ -171,8 +179,17 @@ def _row(row: Json, group: Json, measured: Json, plan: Json) -> GroupRow:
         together_with=tuple(row.get("measured_with", ())),
         kld=_change(measured.get("kld_mean"), measured.get("kld_ci")),
         agreement=measured.get("top1_agreement"),
-        trace=tuple(t for t in measured.get("trace") or () if _change(t["delta_pct"], t["ci_pct"])),
+        trace=tuple(_looks(measured.get("trace") or ())),
     )
+
+
+def _looks(trace: Sequence[Json]) -> Iterator[Look]:
+    """Those after which there was an interval at all."""
+    for step in trace:
+        bounds: Any = step.get("ci_pct") or (None, None)
+        if step.get("delta_pct") is not None and None not in bounds:
+            low, high = bounds
+            yield Look(chunks=step["chunks"], change=Change(mean=step["delta_pct"], low=low, high=high))
 
 
 def _combinations(measured: Json) -> Iterator[Combination]:

@@ -115,7 +115,8 @@ def verdict_of(delta: float, half: float) -> str:
 
 def trace(delta: float, n_chunks: int) -> list[dict[str, Any]]:
     """An interval that closes as the square root of what was read."""
-    steps, n = [], 4
+    steps: list[dict[str, Any]] = [{"chunks": 1, "delta_pct": delta, "ci_pct": None}]
+    n = 4
     while n <= n_chunks:
         half = 6.4 / math.sqrt(n)
         wobble = 0.3 * half * math.sin(n)

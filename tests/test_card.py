@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from html import unescape as html_text
@@ -32,8 +33,11 @@ from cerebellum.errors import BadInput
 from cerebellum.evidence import read_evidence
 from cerebellum.findings import findings, percent
 from cerebellum.frontmatter import base_model
+from cerebellum.gguf import read_gguf
 from cerebellum.html import Code, code_span, escape_text, render_html
-from cerebellum.memory import contexts, memory_shape
+from cerebellum.llama.library import LOG, llama
+from cerebellum.memory import contexts, memory_shape, plain_metadata
+from cerebellum.workspace import DEMO_MODEL
 
 GOLD = Path(__file__).parent.parent / "docs" / "demo"
 
@@ -369,6 +373,25 @@ def scrubbed(text: str) -> str:
 
 
 # --- memory
+
+
+def test_memory_is_what_llama_cpp_allocates() -> None:
+    """Cache and state to the rounding of its log; the compute buffer, an estimate, within a tenth."""
+    file, lib = read_gguf(DEMO_MODEL), llama()
+    shape = memory_shape(plain_metadata(file), (2, 5), 4, file.n_bytes)
+    for context in (4096, 32768):
+        with LOG.captured() as lines:
+            model = lib.llama_model_load_from_file(os.fsencode(DEMO_MODEL), lib.llama_model_default_params())
+            params = lib.llama_context_default_params()
+            params.n_ctx = context
+            opened = lib.llama_init_from_model(model, params)
+            lib.llama_free(opened)
+            lib.llama_model_free(model)
+        log, memory = "".join(lines), shape.at(context)
+        assert f"KV buffer size = {memory.cache / 2**20:8.2f} MiB" in log
+        assert f"RS buffer size = {memory.state / 2**20:8.2f} MiB" in log
+        (compute,) = re.findall(r"compute buffer size = +([\d.]+) MiB", log)
+        assert memory.compute / 2**20 == pytest.approx(float(compute), rel=0.1)
 
 
 def test_memory_of_a_hybrid_by_hand() -> None:
