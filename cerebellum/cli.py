@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 from rich.console import Console
@@ -70,14 +71,39 @@ class Percent(click.ParamType[float]):
 
     name = "percent"
 
+    def __init__(self, low: float = 1e-9) -> None:
+        self.low = low
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         try:
             number = float(str(value).removesuffix("%"))
         except ValueError:
             self.fail(f"{value!r} is not a percentage such as 3%", param, ctx)
-        if not 0 < number < 1000:
+        if not self.low <= number < 1000:
             self.fail(f"{value} is not between 0% and 1000%", param, ctx)
         return number
+
+
+class Size(click.ParamType[int]):
+    """``14.2GB``, ``13GiB`` or bytes."""
+
+    name = "size"
+    units: ClassVar = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "kib": 2**10,
+        "mib": 2**20,
+        "gib": 2**30,
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+        if not found or found[2].lower() not in self.units:
+            self.fail(f"{value!r} is not a size such as 14.2GB or 13GiB", param, ctx)
+        return round(float(found[1]) * self.units[found[2].lower()])
 
 
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -115,7 +141,30 @@ source_options = options(
     click.option("--report-text", type=PathArgument, default=REPORT_TEXT, help="Text that reports."),
     ctx_option,
     click.option(
-        "--chunks", type=click.IntRange(0), default=0, help="Chunks of --select-text [default: all]."
+        "--chunks",
+        type=click.IntRange(0),
+        default=0,
+        help="Exactly N chunks for every group [default: as many as a verdict takes].",
+    ),
+    click.option(
+        "--max-chunks", type=click.IntRange(0), default=0, help="A limit for each group [default: the text]."
+    ),
+    click.option(
+        "--indifference",
+        type=Percent(0),
+        default="0.2%",
+        show_default=True,
+        help="A near-tie this close to the limit may be called either way.",
+    ),
+    click.option(
+        "--alpha",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        default=0.05,
+        show_default=True,
+        help="Chance that any verdict is wrong.",
+    ),
+    click.option(
+        "--kld-cache", type=Size(), default="1GiB", show_default=True, help="Disk for the base's logits."
     ),
     click.option("--report-chunks", type=click.IntRange(0), default=0, help="First N of --report-text."),
     engine_options,
@@ -151,7 +200,6 @@ def demo(out: Path, threads: int, gpu_layers: int, as_json: bool) -> None:
     settings = Settings(
         source=DEMO_MODEL,
         imatrix_chunks=100,
-        chunks=80,
         report_chunks=200,
         threads=threads,
         gpu_layers=gpu_layers,
@@ -242,7 +290,7 @@ def measure(as_json: bool, out: Path, **asked: Any) -> None:
     workspace = Workspace(out, _settings(asked), ProgressReporter())
     with workspace.locked():
         found = measure_stage(workspace)
-    _answer(found, as_json, tables.measurements_table(found), _counts(found))
+    _answer(found, as_json, tables.measurements_table(found), tables.tokens_saved(found), _counts(found))
 
 
 @cli.command()
@@ -357,6 +405,8 @@ def doctor(as_json: bool) -> None:
 
 def _settings(asked: dict[str, Any]) -> Settings:
     asked["max_increase_pct"] = asked.pop("max_increase")
+    asked["indifference_pct"] = asked.pop("indifference")
+    asked["kld_cache_bytes"] = asked.pop("kld_cache")
     given: dict[str, Any] = {k: v.resolve() if isinstance(v, Path) else v for k, v in asked.items()}
     return Settings(**given)
 
@@ -365,7 +415,8 @@ def _run(workspace: Workspace, as_json: bool) -> None:
     from cerebellum.run import run_all
 
     manifest = run_all(workspace)
-    planned, verified = (read_json(workspace.path(f"{name}.json")) for name in ("plan", "verify"))
+    names = ("measurements", "plan", "verify")
+    measured, planned, verified = (read_json(workspace.path(f"{name}.json")) for name in names)
     path = workspace.path(manifest["result"]["file"])
     answer = {"file": str(path), "plan": planned, "verify": verified, "manifest": manifest}
     _answer(
@@ -373,6 +424,7 @@ def _run(workspace: Workspace, as_json: bool) -> None:
         as_json,
         tables.plan_table(planned),
         tables.plan_summary(planned),
+        tables.tokens_saved(measured),
         tables.verify_table(verified),
         tables.report_table(verified),
         f"[bold]{path}[/]  {tables.size(path.stat().st_size)}",

@@ -19,9 +19,13 @@ from cerebellum.base import Base
 from cerebellum.errors import BadInput
 from cerebellum.gguf import TensorInfo, fits, parse_type, tensor_bytes
 from cerebellum.groups import Group
-from cerebellum.measure import COLLAPSED, Measurement
 from cerebellum.stats.paired import Interval, as_nats, as_percent
+from cerebellum.sweep import COLLAPSED, SENSITIVE, TOLERANT, Measurement, Threshold
 
+_MEASURED = (
+    *("delta_pct", "ci_pct", "chunks", "verdict", "near_tie"),
+    *("kld_mean", "kld_ci", "top1_agreement"),
+)
 KEPT, DEMOTED, ILLEGAL, NOTHING_TO_SAVE = "kept", "demoted", "illegal", "nothing to save"
 
 
@@ -83,7 +87,7 @@ class Plan:
 
     changes: Mapping[str, str]
     demote: str
-    threshold_pct: float
+    threshold: Threshold
     units: tuple[Unit, ...]
     measured: Measurement | None
 
@@ -116,27 +120,32 @@ def make_units(measurements: Sequence[Measurement], sizes: Sizes) -> tuple[Unit,
 
 
 def threshold_plan(
-    units: tuple[Unit, ...], demote: str, threshold_pct: float
+    units: tuple[Unit, ...], demote: str, threshold: Threshold
 ) -> Generator[Mapping[str, str], Measurement | None, Plan]:
     """Yields each combination it wants measured; is sent its measurement, or None if there is none."""
-    limit_nats = as_nats(threshold_pct)
-    chosen = [u for u in units if u.measurement.delta and u.measurement.delta.mean < limit_nats]
+    chosen = [unit for unit in units if _holds(unit.measurement, threshold)]
     measured: Measurement | None = None
     while chosen:
         measured = yield _merged(chosen)
-        if measured is None or (measured.delta is not None and measured.delta.mean < limit_nats):
+        if measured is None or _holds(measured, threshold):
             break
         chosen.remove(max(chosen, key=lambda unit: unit.damage_per_byte))
         measured = None
-    return Plan(
-        changes=_merged(chosen), demote=demote, threshold_pct=threshold_pct, units=units, measured=measured
-    )
+    return Plan(changes=_merged(chosen), demote=demote, threshold=threshold, units=units, measured=measured)
+
+
+def _holds(found: Measurement, threshold: Threshold) -> bool:
+    """Tolerant; or never decided, with the best estimate below the limit."""
+    verdict = threshold.verdict(found.delta)
+    if found.delta is None or verdict == SENSITIVE:
+        return False
+    return verdict == TOLERANT or found.delta.mean < threshold.nats
 
 
 def plan_from(measurements: Sequence[Measurement], sizes: Sizes, demote: str, threshold_pct: float) -> Plan:
     """A plan from what is known already; a combination that nobody measured stays unmeasured."""
     known = {tuple(sorted(m.changes.items())): m for m in measurements}
-    planning = threshold_plan(make_units(measurements, sizes), demote, threshold_pct)
+    planning = threshold_plan(make_units(measurements, sizes), demote, threshold)
     try:
         combination = next(planning)
         while True:
@@ -156,7 +165,8 @@ def plan_json(plan: Plan, sizes: Sizes) -> dict[str, Any]:
     percent = delta.percent() if delta else None
     return {
         "mode": "threshold",
-        "threshold_pct": plan.threshold_pct,
+        "threshold_pct": plan.threshold.limit_pct,
+        "indifference_pct": plan.threshold.indifference_pct,
         "base": sizes.base.label,
         "demote": plan.demote,
         "groups": [_group_row(name, plan, sizes) for name in sizes.groups],
@@ -182,13 +192,17 @@ def _group_row(name: str, plan: Plan, sizes: Sizes) -> dict[str, Any]:
         "delta_pct": None,
         "ci_pct": None,
         "chunks": None,
+        "kld_mean": None,
+        "kld_ci": None,
+        "top1_agreement": None,
+        "near_tie": False,
         "verdict": refusal or "not measured",
         "decision": DEMOTED if name in plan.changes else KEPT,
         "measured_with": [],
     }
     if unit is not None:
-        measured = unit.measurement.as_json(as_nats(plan.threshold_pct))
-        row |= {key: measured[key] for key in ("delta_pct", "ci_pct", "chunks", "verdict")}
+        measured = unit.measurement.as_json(plan.threshold)
+        row |= {key: measured[key] for key in _MEASURED}
         row["measured_with"] = sorted(set(unit.changes) - {name})
     return row
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cerebellum import __version__
 from cerebellum.base import preset_base
@@ -14,14 +15,8 @@ from cerebellum.errors import BadInput
 from cerebellum.files import sha256_file
 from cerebellum.groups import make_groups
 from cerebellum.llama.library import build_id
-from cerebellum.measure import (
-    Measurement,
-    Measurer,
-    chunk_order,
-    drive,
-    measure_change,
-    measure_each,
-)
+from cerebellum.llama.logit_cache import LogitCache
+from cerebellum.measure import Measurer, drive, with_divergence
 from cerebellum.plan import (
     Plan,
     Sizes,
@@ -33,11 +28,13 @@ from cerebellum.plan import (
     threshold_plan,
 )
 from cerebellum.source import open_source
-from cerebellum.stats.paired import as_nats
+from cerebellum.stats.sequential import StoppingRule, union_share
+from cerebellum.sweep import Changes, Measurement, RaceSettings, Sweep, chunk_order, measure_fixed, race
 from cerebellum.verify import check_file, report, verify_json
 from cerebellum.workspace import Settings, Workspace, read_json, write_json
 
-Outcome = TypeVar("Outcome")
+_SINGLES_SHARE = 0.5  # of alpha goes to the groups alone, the rest to their combinations
+_KLD_CHUNKS = 8  # the first block of a race: every variant measures these
 
 
 def run_all(workspace: Workspace) -> dict[str, Any]:
@@ -54,45 +51,74 @@ def measure_stage(workspace: Workspace) -> dict[str, Any]:
     """Every group alone at the demoted type -> measurements.json."""
     workspace.write_source()
     workspace.check_space()
-    chunks = _chunks(workspace)
     candidates = demotable(workspace.sizes, workspace.settings.demote)
-    sweep = measure_each(candidates, chunks, workspace.selection.n_chunks)
-    found, counts = _with_measurer(workspace, lambda m: drive(sweep, m, workspace.shards))
-    return _write_measurements(workspace, found, counts)
+    alpha = union_share(workspace.settings.alpha * _SINGLES_SHARE, len(candidates))
+    with _measuring(workspace) as measurer:
+        found = _sweep(workspace, measurer, candidates, alpha)
+        return _write_measurements(workspace, found, measurer)
 
 
 def plan_stage(workspace: Workspace) -> Plan:
     """Threshold planning, each combination measured whole -> plan.json."""
-    settings, sizes = workspace.settings, workspace.sizes
     known = read_measurements(workspace.path("measurements.json"))
     singles = tuple(m for m in known if len(m.changes) == 1)
-    planning = threshold_plan(make_units(singles, sizes), settings.demote, settings.max_increase_pct)
-    combinations: list[Measurement] = []
-
-    def complete(measurer: Measurer) -> Plan:
-        try:
-            changes = next(planning)
-            while True:
-                sweep = measure_change(changes, _chunks(workspace), workspace.selection.n_chunks)
-                combinations.append(drive(sweep, measurer, workspace.shards))
-                changes = planning.send(combinations[-1])
-        except StopIteration as stop:
-            plan: Plan = stop.value
-            return plan
-
-    plan, counts = _with_measurer(workspace, complete)
-    joint = tuple(m for m in combinations if len(m.changes) > 1)
-    _write_measurements(workspace, (*singles, *joint), counts)
-    write_json(workspace.path("plan.json"), plan_json(plan, sizes))
+    with _measuring(workspace) as measurer:
+        plan, combinations = _plan_measuring(workspace, measurer, singles)
+        joint = tuple(m for m in combinations if len(m.changes) > 1)
+        _write_measurements(workspace, (*singles, *joint), measurer)
+    write_json(workspace.path("plan.json"), plan_json(plan, workspace.sizes))
     return plan
+
+
+def _plan_measuring(
+    workspace: Workspace, measurer: Measurer, singles: tuple[Measurement, ...]
+) -> tuple[Plan, list[Measurement]]:
+    """Each combination the plan wants is measured; the k-th gets half the level of the one before."""
+    settings = workspace.settings
+    units = make_units(singles, workspace.sizes)
+    planning = threshold_plan(units, settings.demote, settings.threshold)
+    combinations: list[Measurement] = []
+    alpha = settings.alpha * (1 - _SINGLES_SHARE)
+    try:
+        changes = next(planning)
+        while True:
+            alpha /= 2
+            combinations += _sweep(workspace, measurer, [changes], alpha)
+            changes = planning.send(combinations[-1])
+    except StopIteration as stop:
+        return stop.value, combinations
+
+
+def _sweep(
+    workspace: Workspace, measurer: Measurer, candidates: Sequence[Changes], alpha: float
+) -> tuple[Measurement, ...]:
+    """Sequential by default; the same chunks for all where ``--chunks`` says how many."""
+    found = drive(_chosen_sweep(workspace, candidates, alpha), measurer, workspace.shards)
+    return tuple(with_divergence(m, measurer, workspace.shards) for m in found)
+
+
+def _chosen_sweep(
+    workspace: Workspace, candidates: Sequence[Changes], alpha: float
+) -> Sweep[tuple[Measurement, ...]]:
+    settings, population = workspace.settings, workspace.selection.n_chunks
+    order = chunk_order(population, settings.seed)
+    if settings.chunks:
+        return measure_fixed(candidates, order[: settings.chunks], population)
+    return race(
+        candidates,
+        RaceSettings(
+            order=order,
+            max_chunks=min(settings.max_chunks or population, population),
+            threshold=settings.threshold,
+            rule=StoppingRule(alpha=alpha, population=population),
+        ),
+    )
 
 
 def replan(workspace: Workspace, measurements: Path) -> dict[str, Any]:
     """A plan from measurements alone, no model loaded; a combination nobody measured stays open."""
     settings = workspace.settings
-    plan = plan_from(
-        read_measurements(measurements), workspace.sizes, settings.demote, settings.max_increase_pct
-    )
+    plan = plan_from(read_measurements(measurements), workspace.sizes, settings.demote, settings.threshold)
     return plan_json(plan, workspace.sizes)
 
 
@@ -103,7 +129,7 @@ def plan_header(settings: Settings, measurements: Path) -> dict[str, Any]:
     groups = {group.name: group for group in make_groups(source) if not group.protected}
     sizes = Sizes(tensors=source.tensors, groups=groups, base=base)
     found = read_measurements(measurements)
-    return plan_json(plan_from(found, sizes, settings.demote, settings.max_increase_pct), sizes)
+    return plan_json(plan_from(found, sizes, settings.demote, settings.threshold), sizes)
 
 
 def build_stage(workspace: Workspace) -> Path:
@@ -163,39 +189,52 @@ def planned_changes(workspace: Workspace) -> dict[str, str]:
     return {row["name"]: row["chosen_type"] for row in rows if row["chosen_type"] != "base"}
 
 
-def _chunks(workspace: Workspace) -> tuple[int, ...]:
-    n_chunks = workspace.selection.n_chunks
-    return chunk_order(n_chunks, workspace.settings.seed)[: workspace.settings.chunks or n_chunks]
-
-
-def _with_measurer(
-    workspace: Workspace, work: Callable[[Measurer], Outcome]
-) -> tuple[Outcome, dict[str, int]]:
-    measurer = Measurer(workspace.engine, workspace.ledger, workspace.selection, workspace.reporter)
+@contextmanager
+def _measuring(workspace: Workspace) -> Iterator[Measurer]:
+    """A measurer on the selection text, with the base's logits of the first chunks kept on disk."""
+    corpus, settings = workspace.selection, workspace.settings
+    order = chunk_order(corpus.n_chunks, settings.seed)[:_KLD_CHUNKS]
+    vocab_size = workspace.engine.vocab_size(workspace.source.path)
+    chunk_bytes = corpus.scored_per_chunk * vocab_size * 4
+    cache = LogitCache(workspace.path("base-logits"), order, chunk_bytes, settings.kld_cache_bytes)
+    measurer = Measurer(
+        workspace.engine,
+        workspace.ledger,
+        corpus,
+        workspace.reporter,
+        base=workspace.shards.variant({}),
+        cache=cache,
+    )
     try:
-        return work(measurer), {"measured": measurer.measured, "reused": measurer.reused}
+        yield measurer
     finally:
         measurer.close()
+        cache.remove()
 
 
 def _write_measurements(
-    workspace: Workspace, found: tuple[Measurement, ...], counts: dict[str, int]
+    workspace: Workspace, found: tuple[Measurement, ...], measurer: Measurer
 ) -> dict[str, Any]:
     settings, corpus = workspace.settings, workspace.selection
-    limit = as_nats(settings.max_increase_pct)
+    scored = workspace.ledger.n_rows(corpus.sha256)
     content = {
         "base": workspace.base.label,
         "demote": settings.demote,
         "threshold_pct": settings.max_increase_pct,
+        "indifference_pct": settings.indifference_pct,
+        "alpha": settings.alpha,
         "text": corpus.path.name,
         "text_sha256": corpus.sha256,
         "ctx": corpus.ctx,
         "seed": settings.seed,
         "chunks_in_text": corpus.n_chunks,
-        "measurements": [m.as_json(limit) for m in found],
+        "chunks_scored": scored,
+        "tokens_scored": scored * corpus.ctx,
+        "tokens_full": (1 + len(found)) * corpus.n_chunks * corpus.ctx,
+        "measurements": [m.as_json(settings.threshold) for m in found],
     }
     write_json(workspace.path("measurements.json"), content)
-    return content | counts
+    return content | {"measured": measurer.measured, "reused": measurer.reused}
 
 
 def _shard_paths(workspace: Workspace) -> list[Path]:

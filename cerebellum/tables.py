@@ -47,7 +47,7 @@ def percent(value: float | None, interval: Sequence[float | None] | None = None)
 
 
 def verdict(name: str) -> Text:
-    return Text(name, style=_VERDICT_STYLES.get(name, "yellow"))
+    return Text(name, style=_VERDICT_STYLES.get(name.split()[0], "yellow"))
 
 
 def inspect_tables(described: Mapping[str, Any]) -> list[Table]:
@@ -100,16 +100,26 @@ def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table:
 def measurements_table(measured: Mapping[str, Any]) -> Table:
     """What measure found."""
     title = f"To {measured['demote']} from {measured['base']}, one at a time"
-    table = Table("groups", "type", "delta", "chunks", "verdict", title=title)
+    table = Table("groups", "type", "delta", "KL divergence", "chunks", "verdict", title=title)
     for row in measured["measurements"]:
         table.add_row(
             escape(" + ".join(row["groups"])),
             str(row["type"]),
             percent(row["delta_pct"], row["ci_pct"]),
+            "-" if row["kld_mean"] is None else f"{row['kld_mean']:.5f}",
             str(row["chunks"] or "-"),
-            verdict(row["verdict"]),
+            verdict(row["verdict"] + (" (near tie)" if row["near_tie"] else "")),
         )
     return table
+
+
+def tokens_saved(measured: Mapping[str, Any]) -> str:
+    """How much of the usual way's scoring was needed."""
+    scored, full = measured["tokens_scored"], measured["tokens_full"]
+    return (
+        f"{scored:,} tokens scored where scoring every variant on the whole text takes {full:,}: "
+        f"{full / max(scored, 1):.1f}x fewer"
+    )
 
 
 def plan_table(plan: Mapping[str, Any]) -> Table:

@@ -26,6 +26,7 @@ from cerebellum.plan import Sizes, demotable
 from cerebellum.progress import Reporter
 from cerebellum.shards import Recipe, Shards
 from cerebellum.source import Source, open_source
+from cerebellum.sweep import Threshold
 from cerebellum.texts import Corpus, load_corpus
 
 DATA = Path(__file__).parent / "data"
@@ -36,13 +37,18 @@ REPORT_TEXT = DATA / "report.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What was asked. Everything here is in settings.json; 0 chunks means all there are."""
+    """What was asked. Everything here is in settings.json.
+
+    ``chunks`` 0 stops each group as soon as its verdict is sure; N gives every group the same N.
+    Elsewhere 0 chunks means all there are."""
 
     source: Path
     base: str = "Q3_K_M"
     base_file: Path | None = None
     demote: str = "Q2_K"
     max_increase_pct: float = 3.0
+    indifference_pct: float = 0.2
+    alpha: float = 0.05
     imatrix: Path | None = None
     imatrix_text: Path | None = None
     imatrix_chunks: int = 0
@@ -50,11 +56,17 @@ class Settings:
     report_text: Path = REPORT_TEXT
     ctx: int = 512
     chunks: int = 0
+    max_chunks: int = 0
+    kld_cache_bytes: int = 1 << 30
     report_chunks: int = 0
     threads: int = os.cpu_count() or 1
     gpu_layers: int = 0
     seed: int = 1
     allow_requantize: bool = False
+
+    @property
+    def threshold(self) -> Threshold:
+        return Threshold(limit_pct=self.max_increase_pct, indifference_pct=self.indifference_pct)
 
     def save(self, path: Path) -> None:
         write_json(path, {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()})

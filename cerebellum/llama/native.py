@@ -103,6 +103,11 @@ class LlamaEngine:
             bos = lib.llama_vocab_bos(vocab) if lib.llama_vocab_get_add_bos(vocab) else None
             return Tokenized(tokens=_tokenize(lib, vocab, text), bos=bos)
 
+    def vocab_size(self, path: Path) -> int:
+        """How many tokens the model's vocabulary has; loads nothing else."""
+        with self._weights([path], vocab_only=True) as model:
+            return int(llama().llama_vocab_n_tokens(llama().llama_model_get_vocab(model)))
+
     @contextmanager
     def open(
         self, paths: Sequence[Path], ctx: int, callback: TensorCallback | None = None

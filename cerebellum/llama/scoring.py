@@ -34,7 +34,8 @@ def target_log_probs(logits_SV: Logits, targets_S: Tokens) -> NDArray[np.float64
     """Log-probability of each target, nats, shape (S,)."""
     top_S, log_sum_S = log_normalizer(logits_SV)
     chosen_S = logits_SV[np.arange(len(targets_S)), targets_S]
-    return (chosen_S - top_S).astype(np.float64) - log_sum_S
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is the answer
+        return (chosen_S - top_S).astype(np.float64) - log_sum_S
 
 
 def log_normalizer(logits_SV: Logits) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
