@@ -142,7 +142,7 @@ def _holds(found: Measurement, threshold: Threshold) -> bool:
     return verdict == TOLERANT or found.delta.mean < threshold.nats
 
 
-def plan_from(measurements: Sequence[Measurement], sizes: Sizes, demote: str, threshold_pct: float) -> Plan:
+def plan_from(measurements: Sequence[Measurement], sizes: Sizes, demote: str, threshold: Threshold) -> Plan:
     """A plan from what is known already; a combination that nobody measured stays unmeasured."""
     known = {tuple(sorted(m.changes.items())): m for m in measurements}
     planning = threshold_plan(make_units(measurements, sizes), demote, threshold)
