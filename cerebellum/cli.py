@@ -353,17 +353,19 @@ def verify(folder: Path, as_json: bool) -> None:
 @text_option
 @ctx_option
 @first_chunks_option
+@click.option("--until", type=Percent(), help="Stop when the change is known to within this (0.5%).")
+@click.option("--seed", type=int, default=1, show_default=True, help="Order of the chunks with --until.")
 @engine_options
 @json_option
-def compare(
-    a: Path, b: Path, text: Path, ctx: int, chunks: int, threads: int, gpu_layers: int, as_json: bool
-) -> None:
+def compare(a: Path, b: Path, threads: int, gpu_layers: int, as_json: bool, **asked: Any) -> None:
     """B against A on the same tokens: perplexity, KL divergence, top token, with intervals."""
+    from cerebellum.compare import ComparisonSettings
     from cerebellum.compare import compare as compare_models
     from cerebellum.llama.native import EngineSettings, LlamaEngine
 
+    asked["until_pct"] = asked.pop("until")
     engine = LlamaEngine(EngineSettings(threads=threads, gpu_layers=gpu_layers))
-    found = compare_models(engine, a, b, text, ctx, chunks, ProgressReporter())
+    found = compare_models(engine, a, b, ComparisonSettings(**asked), ProgressReporter())
     _answer(found, as_json, tables.comparison_table(found))
 
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from cerebellum.files import sha256_file
 from cerebellum.ledger import Divergence, Ledger, SeriesKey
 from cerebellum.llama.engine import Engine, Logits, Model
-from cerebellum.llama.logit_cache import LogitCache
-from cerebellum.llama.scoring import divergence, overlapped, token_nll
+from cerebellum.llama.prediction_cache import PredictionCache
+from cerebellum.llama.scoring import divergence, normalize, overlapped, predict
 from cerebellum.progress import Reporter, Silent
 from cerebellum.shards import Shards, Variant
 from cerebellum.stats.paired import Interval, superpopulation_interval
@@ -38,7 +38,7 @@ class _Scored:
 class Measurer:
     """``nll`` gives vectors; one model stays open between calls, so a run on one variant loads it once.
 
-    With ``base`` and ``cache``, chunks in the cache are also compared with the base's logits.
+    With ``base`` and ``cache``, chunks in the cache are also compared with the base's predictions.
     ``measured`` and ``reused`` count chunks of this session.
     """
 
@@ -49,7 +49,7 @@ class Measurer:
         corpus: Corpus,
         reporter: Reporter | None = None,
         base: Variant | None = None,
-        cache: LogitCache | None = None,
+        cache: PredictionCache | None = None,
     ) -> None:
         self.engine, self.ledger, self.corpus = engine, ledger, corpus
         self.reporter: Reporter = reporter or Silent()
@@ -106,27 +106,28 @@ class Measurer:
 
         def work(item: tuple[int, Logits]) -> _Scored:
             chunk, logits = item
-            nll = token_nll(logits, self.corpus.targets(chunk))
-            if is_base and self.cache:
-                self.cache.store(chunk, logits)
+            scores = normalize(logits)
+            nll = scores.nll(self.corpus.targets(chunk))
+            if is_base and self.cache and chunk in self.cache.chunks:
+                self.cache.store(chunk, predict(scores))
             kept = self.cache.load(chunk) if self.cache and base_series else None
             if kept is None:
                 return _Scored(chunk=chunk, nll=nll, divergence=None)
-            kld, same_top = divergence(kept, logits)
+            kld, same_top = divergence(kept, scores)
             found = Divergence(base_series=base_series, kld=kld, same_top=same_top)
             return _Scored(chunk=chunk, nll=nll, divergence=found)
 
         return work
 
     def _refill_cache(self, variant: Variant, chunks: Sequence[int]) -> None:
-        """Decodes the base again where its logits are gone but its NLL is known: after a kill, say."""
+        """Decodes the base again where its predictions are gone but its NLL is known: after a kill, say."""
         if self.cache is None or self.base is None or variant.digest == self.base.digest:
             return
         missing = self.cache.missing(chunks)
         if missing:
             model = self._opened(self.base)
             for chunk in missing:
-                self.cache.store(chunk, model.logits(self.corpus.inputs(chunk)))
+                self.cache.store(chunk, predict(normalize(model.logits(self.corpus.inputs(chunk)))))
 
     def _opened(self, variant: Variant) -> Model:
         if self._model is None or self._open_digest != variant.digest:

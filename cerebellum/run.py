@@ -15,7 +15,7 @@ from cerebellum.errors import BadInput
 from cerebellum.files import sha256_file
 from cerebellum.groups import make_groups
 from cerebellum.llama.library import build_id
-from cerebellum.llama.logit_cache import LogitCache
+from cerebellum.llama.prediction_cache import PredictionCache
 from cerebellum.measure import Measurer, drive, with_divergence
 from cerebellum.plan import (
     Plan,
@@ -191,12 +191,12 @@ def planned_changes(workspace: Workspace) -> dict[str, str]:
 
 @contextmanager
 def _measuring(workspace: Workspace) -> Iterator[Measurer]:
-    """A measurer on the selection text, with the base's logits of the first chunks kept on disk."""
+    """A measurer on the selection text, with the base's predictions for the first chunks kept on disk."""
     corpus, settings = workspace.selection, workspace.settings
     order = chunk_order(corpus.n_chunks, settings.seed)[:_KLD_CHUNKS]
     vocab_size = workspace.engine.vocab_size(workspace.source.path)
     chunk_bytes = corpus.scored_per_chunk * vocab_size * 4
-    cache = LogitCache(workspace.path("base-logits"), order, chunk_bytes, settings.kld_cache_bytes)
+    cache = PredictionCache(workspace.path("base-predictions"), order, chunk_bytes, settings.kld_cache_bytes)
     measurer = Measurer(
         workspace.engine,
         workspace.ledger,

@@ -51,7 +51,7 @@ class ActivationCollector:
                 return True
             enough = op == b"MUL_MAT_ID" or activation.ne[1] >= _MIN_ROWS
             return name.startswith("blk.") and enough and activation.type == _F32
-        except Exception as error:
+        except BaseException as error:
             self.error = self.error or error
             return not ask
 

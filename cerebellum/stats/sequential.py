@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,18 +47,20 @@ class StoppingRule:
         half = 0.0
         if n < self.population:
             spread = float(np.std(values_N, ddof=1)) if n > 1 else math.inf
-            half = spread * self.multiplier(n)
+            half = spread * multiplier(n, self.population, self.alpha, self.tightest_at)
         return Interval(mean=mean, low=mean - half, high=mean + half, n=n, population=self.population)
 
-    def multiplier(self, n: int) -> float:
-        """Half-width in standard deviations of a chunk."""
-        if n < 2:
-            return math.inf
-        tau = n * self.population / (self.population - n)
-        rho2 = _rho_squared(self.alpha, self.tightest_at)
-        log_term = math.log1p(math.sqrt(tau * rho2 + 1) / (2 * self.alpha))
-        quantile = math.sqrt(2 * (tau * rho2 + 1) / (tau * rho2) * log_term)
-        return _student(quantile, n - 1) / math.sqrt(tau)
+
+@lru_cache(maxsize=4096)
+def multiplier(n: int, population: int, alpha: float, tightest_at: int) -> float:
+    """Half-width after ``n`` of ``population`` chunks, in standard deviations of a chunk."""
+    if n < 2:
+        return math.inf
+    tau = n * population / (population - n)
+    rho2 = _rho_squared(alpha, tightest_at)
+    log_term = math.log1p(math.sqrt(tau * rho2 + 1) / (2 * alpha))
+    quantile = math.sqrt(2 * (tau * rho2 + 1) / (tau * rho2) * log_term)
+    return _student(quantile, n - 1) / math.sqrt(tau)
 
 
 def _rho_squared(alpha: float, tightest_at: int) -> float:
