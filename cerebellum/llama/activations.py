@@ -35,10 +35,10 @@ class ActivationCollector:
     """Pass ``.callback`` to ``LlamaEngine.open``; read ``.sums`` after decoding."""
 
     sums: dict[str, ColumnSquares] = field(default_factory=dict)
-    error: Exception | None = None
+    error: BaseException | None = None
 
     def callback(self, address: int, ask: bool) -> bool:
-        """cb_eval. Exceptions cannot cross C, so the first is kept in ``error``."""
+        """cb_eval. Exceptions, Ctrl-C too, cannot cross C, so the first is kept in ``error``."""
         try:
             node = GgmlTensor.from_address(address)
             op = ggml().ggml_op_name(node.op)
