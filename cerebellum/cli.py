@@ -462,8 +462,9 @@ def _plan_folder(folder: Path, measurements: Path | None, given: dict[str, Any])
     from cerebellum.run import replan
 
     workspace = Workspace.reopen(folder, ProgressReporter(), **given)
-    planned = replan(workspace, measurements or workspace.path("measurements.json"))
-    write_json(workspace.path("plan.json"), planned)
+    with workspace.locked():
+        planned = replan(workspace, measurements or workspace.path("measurements.json"))
+        write_json(workspace.path("plan.json"), planned)
     return planned
 
 

@@ -134,7 +134,7 @@ def summarise(scores: list[PairScore], ctx: int, delta: Interval | None = None) 
     kld = superpopulation_interval(np.array([s.kld.mean() for s in scores]))
     mean, low, high = delta.percent()
     found_a, found_b = perplexity(nll_a), perplexity(nll_b)
-    return {
+    answer = {
         "ppl_a": found_a.ppl,
         "ppl_b": found_b.ppl,
         "delta_pct": mean,
@@ -146,6 +146,8 @@ def summarise(scores: list[PairScore], ctx: int, delta: Interval | None = None) 
         "tokens": found_a.tokens,
         "ctx": ctx,
     }
+    # One chunk has no interval: null rather than infinity.
+    return answer if len(scores) > 1 else answer | {"ci_pct": [None, None], "kld_ci": [None, None]}
 
 
 def perplexity_of(

@@ -73,6 +73,10 @@ class Measurer:
                     tick()
         return self.ledger.nll(series, chunks)
 
+    def n_measured(self, variant: Variant) -> int:
+        """How many chunks of the text the ledger has of a variant."""
+        return len(self.ledger.measured(self._series(variant)))
+
     def chunk_means(self, variant: Variant, chunks: Sequence[int]) -> Vector:
         """Mean NLL of each chunk, (chunks,)."""
         return np.asarray(self.nll(variant, chunks).mean(axis=1, dtype=np.float64))

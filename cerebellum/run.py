@@ -216,7 +216,8 @@ def _write_measurements(
     workspace: Workspace, found: tuple[Measurement, ...], measurer: Measurer
 ) -> dict[str, Any]:
     settings, corpus = workspace.settings, workspace.selection
-    scored = workspace.ledger.n_rows(corpus.sha256)
+    variants = [workspace.shards.variant(changes) for changes in ({}, *(m.changes for m in found))]
+    scored = sum(measurer.n_measured(variant) for variant in variants)
     content = {
         "base": workspace.base.label,
         "demote": settings.demote,

@@ -46,6 +46,17 @@ def percent(value: float | None, interval: Sequence[float | None] | None = None)
     return text
 
 
+def nats(value: float, interval: Sequence[float | None]) -> str:
+    """0.007249 nats [0.006956, 0.007542]."""
+    if None in interval:
+        return f"{value:.6f} nats"
+    return f"{value:.6f} nats [{interval[0]:.6f}, {interval[1]:.6f}]"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
 def verdict(name: str) -> Text:
     return Text(name, style=_VERDICT_STYLES.get(name.split()[0], "yellow"))
 
@@ -168,7 +179,7 @@ def report_table(found: Mapping[str, Any]) -> Table:
     table = Table("model", "perplexity", "against the base", title=title)
     for name, key in (("source", "source"), ("base", "base"), ("Cerebellum", "result")):
         change = percent(report["delta_pct"], report["ci_pct"]) if key == "result" else ""
-        table.add_row(name, f"{report[key]['ppl']:.4f} ± {report[key]['se']:.4f}", change)
+        table.add_row(name, f"{number(report[key]['ppl'])} ± {number(report[key]['se'])}", change)
     return table
 
 
@@ -184,10 +195,7 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
         ("perplexity A", f"{found['ppl_a']:.4f}"),
         ("perplexity B", f"{found['ppl_b']:.4f}"),
         ("B against A", percent(found["delta_pct"], found["ci_pct"])),
-        (
-            "KL divergence",
-            f"{found['kld_mean']:.6f} nats [{found['kld_ci'][0]:.6f}, {found['kld_ci'][1]:.6f}]",
-        ),
+        ("KL divergence", nats(found["kld_mean"], found["kld_ci"])),
         ("same top token", f"{100 * found['top1_agreement']:.2f}%"),
         ("over", f"{found['chunks']} chunks of {found['ctx']}, {found['tokens']:,} tokens scored"),
     ]

@@ -17,7 +17,7 @@ from cerebellum.base import Base
 from cerebellum.gguf import GgufFile, read_gguf
 from cerebellum.measure import Measurer, file_variant
 from cerebellum.shards import Shards, Variant, shard_tensors
-from cerebellum.stats.paired import Perplexity, mean_interval, perplexity
+from cerebellum.stats.paired import Perplexity, mean_interval, perplexity, without_nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def _source_variant(paths: Sequence[Path]) -> Variant:
 
 
 def verify_json(checks: Sequence[Check], found: Report) -> dict[str, Any]:
-    """verify.json."""
+    """verify.json; a perplexity that is not finite is null there, and a failed check."""
     finite = Check(
         name="finite logits",
         ok=bool(np.isfinite([found.result.ppl, found.delta_pct]).all()),
@@ -141,5 +141,5 @@ def verify_json(checks: Sequence[Check], found: Report) -> dict[str, Any]:
     return {
         "ok": all(check.ok for check in everything),
         "checks": [asdict(check) for check in everything],
-        "report": asdict(found),
+        "report": without_nan(asdict(found)),
     }

@@ -36,7 +36,8 @@ class Normalized:
     def nll(self, targets_S: Tokens) -> NDArray[np.float64]:
         """Negative log-likelihood of each target, nats, (S,)."""
         chosen_S = self.logits_SV[np.arange(len(targets_S)), targets_S]
-        return np.asarray(self.log_sum_S - (chosen_S - self.top_S).astype(np.float64))
+        with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is the answer
+            return np.asarray(self.log_sum_S - (chosen_S - self.top_S).astype(np.float64))
 
 
 def normalize(logits_SV: Logits) -> Normalized:
