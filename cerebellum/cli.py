@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import click
 from rich.console import Console
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cerebellum import __version__, tables
 from cerebellum.errors import BadInput, CerebellumError
+from cerebellum.sizes import parse_size
 from cerebellum.workspace import (
     DEMO_MODEL,
     REPORT_TEXT,
@@ -111,22 +111,12 @@ class Size(click.ParamType[int]):
     """``14.2GB``, ``13GiB`` or bytes."""
 
     name = "size"
-    units: ClassVar = {
-        "": 1,
-        "b": 1,
-        "kb": 10**3,
-        "mb": 10**6,
-        "gb": 10**9,
-        "kib": 2**10,
-        "mib": 2**20,
-        "gib": 2**30,
-    }
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
-        if not found or found[2].lower() not in self.units:
-            self.fail(f"{value!r} is not a size such as 14.2GB or 13GiB", param, ctx)
-        return round(float(found[1]) * self.units[found[2].lower()])
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -157,6 +147,7 @@ source_options = options(
     click.option("--base-file", type=PathArgument, help="A base made already, instead of --base."),
     click.option("--demote", default="Q2_K", show_default=True, help="Type that groups are tried at."),
     click.option("--max-increase", type=Percent(), default="3%", show_default=True, help="Limit on damage."),
+    click.option("--budget", help="Instead of a limit: the best file of this SIZE or PRESET's size."),
     click.option("--imatrix", type=PathArgument, help="An importance matrix (GGUF or .dat)."),
     click.option("--imatrix-text", type=PathArgument, help="Text to make one from [default: --select-text]."),
     click.option("--imatrix-chunks", type=click.IntRange(0), default=0, help="First N of it [default: all]."),
@@ -320,6 +311,8 @@ def measure(as_json: bool, out: Path, **asked: Any) -> None:
 @click.argument("target", type=PathArgument)
 @click.option("--measurements", type=PathArgument, help="Measurements to plan from, instead of the folder's.")
 @click.option("--max-increase", type=Percent(), help="Another limit than the run's.")
+@click.option("--budget", help="Another SIZE or PRESET, from the response curves of a `run --budget`.")
+@click.option("--frontier", is_flag=True, help="The whole curve of size against damage, from those curves.")
 @click.option("--base", help="Another preset [with a GGUF; default: Q3_K_M].")
 @click.option("--demote", help="Another type [with a GGUF; default: Q2_K].")
 @json_option
@@ -329,11 +322,16 @@ def plan(
     max_increase: float | None,
     base: str | None,
     demote: str | None,
+    budget: str | None,
+    frontier: bool,
     as_json: bool,
 ) -> None:
     """What to demote: from a run folder, or from a GGUF (its header is enough) and --measurements."""
     asked = {"base": base, "demote": demote, "max_increase_pct": max_increase}
     given = {key: value for key, value in asked.items() if value is not None}
+    if budget or frontier:
+        _plan_budget(target, budget, frontier, as_json)
+        return
     planned = (
         _plan_folder(target, measurements, given)
         if target.is_dir()
@@ -440,22 +438,40 @@ def _run(workspace: Workspace, as_json: bool) -> None:
     from cerebellum.run import run_all
 
     manifest = run_all(workspace)
-    names = ("measurements", "plan", "verify")
-    measured, planned, verified = (read_json(workspace.path(f"{name}.json")) for name in names)
+    planned, verified = (read_json(workspace.path(f"{name}.json")) for name in ("plan", "verify"))
     path = workspace.path(manifest["result"]["file"])
     answer = {"file": str(path), "plan": planned, "verify": verified, "manifest": manifest}
     _answer(
         answer,
         as_json,
-        tables.plan_table(planned),
-        tables.plan_summary(planned),
-        tables.tokens_saved(measured),
+        *_plan_shown(workspace, planned),
         tables.verify_table(verified),
         tables.report_table(verified),
         f"[bold]{path}[/]  {tables.size(path.stat().st_size)}",
         tables.run_instructions(path),
     )
     sys.exit(0 if verified["ok"] else 1)
+
+
+def _plan_shown(workspace: Workspace, planned: dict[str, Any]) -> tuple[Any, ...]:
+    if planned["mode"] == "budget":
+        return tables.budget_table(planned), tables.budget_summary(planned)
+    measured = read_json(workspace.path("measurements.json"))
+    return tables.plan_table(planned), tables.plan_summary(planned), tables.tokens_saved(measured)
+
+
+def _plan_budget(folder: Path, budget: str | None, frontier: bool, as_json: bool) -> None:
+    from cerebellum.run import frontier_of, rebudget
+
+    workspace = Workspace.reopen(folder, ProgressReporter(), **({"budget": budget} if budget else {}))
+    if frontier:
+        curve = frontier_of(workspace)
+        _answer(curve, as_json, tables.frontier_table(curve))
+        return
+    with workspace.locked():
+        planned = rebudget(workspace)
+        write_json(workspace.path("plan.json"), planned)
+    _answer(planned, as_json, tables.budget_table(planned), tables.budget_summary(planned))
 
 
 def _plan_folder(folder: Path, measurements: Path | None, given: dict[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,8 @@ class _Scored:
 class Measurer:
     """``nll`` gives vectors; one model stays open between calls, so a run on one variant loads it once.
 
-    With ``base`` and ``cache``, chunks in the cache are also compared with the base's predictions.
+    With ``reference`` and ``cache``, chunks in the cache are also compared with its predictions: those of
+    the base, or of the source.
     ``measured`` and ``reused`` count chunks of this session.
     """
 
@@ -48,12 +49,12 @@ class Measurer:
         ledger: Ledger,
         corpus: Corpus,
         reporter: Reporter | None = None,
-        base: Variant | None = None,
+        reference: Variant | None = None,
         cache: PredictionCache | None = None,
     ) -> None:
         self.engine, self.ledger, self.corpus = engine, ledger, corpus
         self.reporter: Reporter = reporter or Silent()
-        self.base, self.cache = base, cache
+        self.reference, self.cache = reference, cache
         self.measured = self.reused = 0
         self._stack, self._open_digest = ExitStack(), ""
         self._model: Model | None = None
@@ -64,14 +65,39 @@ class Measurer:
         known = self.ledger.measured(series)
         missing = [chunk for chunk in chunks if chunk not in known]
         self.reused += len(chunks) - len(missing)
-        if missing:
-            self._refill_cache(variant, missing)
-            with self.reporter.task(variant.label, len(missing)) as tick:
-                for scored in self._score(variant, missing):
+        self._measure(variant, missing, known)
+        return self.ledger.nll(series, chunks)
+
+    def kld_means(self, variant: Variant, chunks: Sequence[int]) -> Vector:
+        """Mean KL divergence from the reference of each chunk, nats/token, (chunks,).
+
+        The chunks must fit in the cache. A chunk whose NLL is known but whose divergence from this
+        reference is not is decoded again; its NLL stays as it was.
+        """
+        if self.reference is None:
+            raise ValueError("a measurer without a reference knows no divergence")
+        if variant.digest == self.reference.digest:
+            return np.zeros(len(chunks))
+        series, reference = self._series(variant), self._series(self.reference)
+        found = self.ledger.diverged(series, reference)
+        missing = [chunk for chunk in chunks if chunk not in found]
+        self._measure(variant, missing, self.ledger.measured(series))
+        found = self.ledger.diverged(series, reference)
+        return np.array([found[chunk] for chunk in chunks])
+
+    def _measure(self, variant: Variant, chunks: Sequence[int], known: frozenset[int]) -> None:
+        if not chunks:
+            return
+        series = self._series(variant)
+        self._refill_cache(variant, chunks)
+        with self.reporter.task(variant.label, len(chunks)) as tick:
+            for scored in self._score(variant, chunks):
+                if scored.chunk not in known:
                     self.ledger.record(series, scored.chunk, scored.nll, scored.divergence)
                     self.measured += 1
-                    tick()
-        return self.ledger.nll(series, chunks)
+                elif scored.divergence is not None:
+                    self.ledger.record_divergence(series, scored.chunk, scored.divergence)
+                tick()
 
     def n_measured(self, variant: Variant) -> int:
         """How many chunks of the text the ledger has of a variant."""
@@ -82,10 +108,10 @@ class Measurer:
         return np.asarray(self.nll(variant, chunks).mean(axis=1, dtype=np.float64))
 
     def divergence(self, variant: Variant) -> tuple[Interval, float] | None:
-        """(mean KL divergence from the base with its interval, share of equal top tokens), if measured."""
-        if self.base is None:
+        """(mean KL divergence from the reference, share of equal top tokens), if measured."""
+        if self.reference is None:
             return None
-        kld, same = self.ledger.divergence(self._series(variant), self._series(self.base))
+        kld, same = self.ledger.divergence(self._series(variant), self._series(self.reference))
         return (superpopulation_interval(kld), float(same.mean())) if len(kld) else None
 
     def _series(self, variant: Variant) -> int:
@@ -105,31 +131,31 @@ class Measurer:
 
     def _work(self, variant: Variant) -> Callable[[tuple[int, Logits]], _Scored]:
         """What the worker thread does with a chunk's logits."""
-        is_base = self.base is not None and variant.digest == self.base.digest
-        base_series = self._series(self.base) if self.base and not is_base else 0
+        is_reference = self.reference is not None and variant.digest == self.reference.digest
+        reference_series = self._series(self.reference) if self.reference and not is_reference else 0
 
         def work(item: tuple[int, Logits]) -> _Scored:
             chunk, logits = item
             scores = normalize(logits)
             nll = scores.nll(self.corpus.targets(chunk))
-            if is_base and self.cache and chunk in self.cache.chunks:
+            if is_reference and self.cache and chunk in self.cache.chunks:
                 self.cache.store(chunk, predict(scores))
-            kept = self.cache.load(chunk) if self.cache and base_series else None
+            kept = self.cache.load(chunk) if self.cache and reference_series else None
             if kept is None:
                 return _Scored(chunk=chunk, nll=nll, divergence=None)
             kld, same_top = divergence(kept, scores)
-            found = Divergence(base_series=base_series, kld=kld, same_top=same_top)
+            found = Divergence(base_series=reference_series, kld=kld, same_top=same_top)
             return _Scored(chunk=chunk, nll=nll, divergence=found)
 
         return work
 
     def _refill_cache(self, variant: Variant, chunks: Sequence[int]) -> None:
-        """Decodes the base again where its predictions are gone but its NLL is known: after a kill, say."""
-        if self.cache is None or self.base is None or variant.digest == self.base.digest:
+        """Decodes the reference again where its predictions are gone: after a kill, say."""
+        if self.cache is None or self.reference is None or variant.digest == self.reference.digest:
             return
         missing = self.cache.missing(chunks)
         if missing:
-            model = self._opened(self.base)
+            model = self._opened(self.reference)
             for chunk in missing:
                 self.cache.store(chunk, predict(normalize(model.logits(self.corpus.inputs(chunk)))))
 

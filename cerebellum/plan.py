@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 
 from cerebellum.base import Base
 from cerebellum.errors import BadInput
-from cerebellum.gguf import TensorInfo, fits, parse_type, tensor_bytes
+from cerebellum.gguf import TensorInfo, fits, gguf_size, parse_type, tensor_bytes
 from cerebellum.groups import Group
 from cerebellum.stats.paired import Interval, as_nats, as_percent
 from cerebellum.sweep import COLLAPSED, SENSITIVE, TOLERANT, Measurement, Threshold
@@ -42,6 +42,13 @@ class Unit:
         """Nats per byte saved."""
         assert self.measurement.delta is not None
         return self.measurement.delta.mean / self.bytes_saved
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Meta:
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +80,41 @@ class Sizes:
         """Bytes of all tensors of the model with ``changes``, without metadata or padding."""
         whole = sum(tensor_bytes(t, self.tensors[n].shape) for n, t in self.base.types.items())
         return whole - self.bytes_saved(changes)
+
+    def file_bytes(self, name: str, kind: str) -> int:
+        """Bytes of a group in the file at ``kind`` (or "base"), every tensor padded to the alignment."""
+        types = self.base_types(name)
+        if kind != "base":
+            types = dict.fromkeys(types, parse_type(kind))
+        return sum(self._padded(tensor_bytes(t, self.tensors[n].shape)) for n, t in types.items())
+
+    def fixed_bytes(self) -> int:
+        """Bytes of the file that no plan changes: header, metadata and protected tensors."""
+        grouped = {tensor for group in self.groups.values() for tensor in group.tensors}
+        metas = [_Meta(name=n, shape=self.tensors[n].shape, type=t) for n, t in self.base.types.items()]
+        whole = gguf_size(self.base.records, metas, self.base.alignment)
+        return whole - sum(
+            self._padded(tensor_bytes(t, self.tensors[n].shape))
+            for n, t in self.base.types.items()
+            if n in grouped
+        )
+
+    def whole_file_bytes(self, changes: Mapping[str, str] | None = None) -> int:
+        """Exact bytes of the file with ``changes``: header, metadata, tensors and padding."""
+        changes = changes or {}
+        return self.fixed_bytes() + sum(
+            self.file_bytes(name, changes.get(name, "base")) for name in self.groups
+        )
+
+    def _padded(self, n_bytes: int) -> int:
+        return -(-n_bytes // self.base.alignment) * self.base.alignment
+
+    def tensor_types(self, changes: Mapping[str, str]) -> dict[str, str]:
+        """Tensor name -> type name of the whole model with ``changes``."""
+        types = {name: kind.name for name, kind in self.base.types.items()}
+        for group, kind in changes.items():
+            types |= dict.fromkeys(self.groups[group].tensors, parse_type(kind).name)
+        return types
 
     def why_not(self, name: str, kind: str) -> str | None:
         """Why a group cannot be demoted to ``kind``, or None if it can."""
@@ -176,7 +218,7 @@ def plan_json(plan: Plan, sizes: Sizes) -> dict[str, Any]:
         "base_tensor_bytes": sizes.total({}),
         "tensor_bytes": sizes.total(plan.changes),
         "bytes_saved": sizes.bytes_saved(plan.changes),
-        "tensor_types": _tensor_types(plan, sizes),
+        "tensor_types": sizes.tensor_types(plan.changes),
     }
 
 
@@ -205,13 +247,6 @@ def _group_row(name: str, plan: Plan, sizes: Sizes) -> dict[str, Any]:
         row |= {key: measured[key] for key in _MEASURED}
         row["measured_with"] = sorted(set(unit.changes) - {name})
     return row
-
-
-def _tensor_types(plan: Plan, sizes: Sizes) -> dict[str, str]:
-    types = {name: kind.name for name, kind in sizes.base.types.items()}
-    for group, kind in plan.changes.items():
-        types |= dict.fromkeys(sizes.groups[group].tensors, parse_type(kind).name)
-    return types
 
 
 def read_measurements(path: Path) -> tuple[Measurement, ...]:

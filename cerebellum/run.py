@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from cerebellum import __version__
 from cerebellum.base import preset_base
+from cerebellum.budget import budget_json, budget_plan, frontier
 from cerebellum.build import build, output_path
+from cerebellum.curves import (
+    Point,
+    Score,
+    Scorer,
+    candidates,
+    chunks_within,
+    measure_curves,
+    point_from_json,
+)
 from cerebellum.errors import BadInput
 from cerebellum.files import sha256_file
 from cerebellum.groups import make_groups
@@ -27,6 +37,8 @@ from cerebellum.plan import (
     read_measurements,
     threshold_plan,
 )
+from cerebellum.shards import Variant
+from cerebellum.sizes import parse_size
 from cerebellum.source import open_source
 from cerebellum.stats.sequential import StoppingRule, union_share
 from cerebellum.sweep import Changes, Measurement, RaceSettings, Sweep, chunk_order, measure_fixed, race
@@ -40,8 +52,12 @@ _KLD_CHUNKS = 8  # the first block of a race: every variant measures these
 def run_all(workspace: Workspace) -> dict[str, Any]:
     """Every stage in order; what is finished already is read, not repeated."""
     with workspace.locked():
-        measure_stage(workspace)
-        plan_stage(workspace)
+        if workspace.settings.budget:
+            curves_stage(workspace)
+            budget_stage(workspace)
+        else:
+            measure_stage(workspace)
+            plan_stage(workspace)
         build_stage(workspace)
         verify_stage(workspace)
         return manifest_stage(workspace)
@@ -115,6 +131,97 @@ def _chosen_sweep(
     )
 
 
+def curves_stage(workspace: Workspace) -> dict[str, Any]:
+    """Every group at every type of the ladder, against the source -> curves.json."""
+    workspace.write_source()
+    tried = candidates(workspace.sizes, workspace.settings.types)
+    with _scoring(workspace, len(tried)) as score:
+        points = measure_curves(workspace.sizes, tried, score)
+        chunks = points[0].kld.n if points and points[0].kld else 0
+    corpus = workspace.selection
+    content = {
+        "base": workspace.base.label,
+        "text": corpus.path.name,
+        "text_sha256": corpus.sha256,
+        "ctx": corpus.ctx,
+        "seed": workspace.settings.seed,
+        "chunks": chunks,
+        "tokens_scored": chunks * (len(tried) + 2) * corpus.ctx,
+        "passes": chunks * (len(tried) + 2) / corpus.n_chunks,
+        "points": [point.as_json() for point in points],
+    }
+    write_json(workspace.path("curves.json"), content)
+    return content
+
+
+def budget_stage(workspace: Workspace) -> dict[str, Any]:
+    """The knapsack's proposals, each measured whole; the best measured one -> plan.json."""
+    points = read_points(workspace)
+    planning = budget_plan(points, workspace.sizes, budget_bytes(workspace))
+    n_variants = sum(point.kind != "base" for point in points)
+    with _scoring(workspace, n_variants) as score:
+        try:
+            changes = next(planning)
+            while True:
+                changes = planning.send((score(changes), score({})))
+        except StopIteration as stop:
+            planned = budget_json(stop.value, workspace.sizes)
+    write_json(workspace.path("plan.json"), planned)
+    return planned
+
+
+def rebudget(workspace: Workspace) -> dict[str, Any]:
+    """A plan for another budget from curves.json alone: no model is loaded, nothing is measured."""
+    planning = budget_plan(read_points(workspace), workspace.sizes, budget_bytes(workspace))
+    try:
+        next(planning)
+        planning.send(None)
+    except StopIteration as stop:
+        return budget_json(stop.value, workspace.sizes)
+    raise AssertionError("a plan without measurements asks once")
+
+
+def frontier_of(workspace: Workspace) -> list[dict[str, Any]]:
+    """Size and predicted damage of the best plans, from the smallest file to the largest."""
+    found = frontier(read_points(workspace), workspace.sizes)
+    return [
+        {"file_bytes": c.n_bytes, "predicted_kld": c.predicted, "changes": dict(c.changes)} for c in found
+    ]
+
+
+def read_points(workspace: Workspace) -> tuple[Point, ...]:
+    """curves.json, which ``run --budget`` makes."""
+    return tuple(point_from_json(row) for row in read_json(workspace.path("curves.json"))["points"])
+
+
+def budget_bytes(workspace: Workspace) -> int:
+    """The budget as bytes of the file: a size, or a preset's own size for this model."""
+    asked = workspace.settings.budget or workspace.base.label
+    try:
+        return parse_size(asked)
+    except ValueError:
+        preset = preset_base(workspace.source, asked, workspace.matrix)
+        return replace(workspace.sizes, base=preset).whole_file_bytes()
+
+
+@contextmanager
+def _scoring(workspace: Workspace, n_variants: int) -> Iterator[Scorer]:
+    """Scores variants on the first chunks of the seeded order against the source's own predictions."""
+    settings, corpus = workspace.settings, workspace.selection
+    n_chunks = chunks_within(settings.curve_passes, n_variants + 2, corpus.n_chunks)
+    order = chunk_order(corpus.n_chunks, settings.seed)[:n_chunks]
+    with _measuring(workspace, workspace.source_variant, order) as measurer:
+        chunks = order[: len(measurer.cache.chunks)] if measurer.cache else order
+        measurer.nll(workspace.source_variant, chunks)
+
+        def score(changes: Changes) -> Score:
+            variant = workspace.shards.variant(changes)
+            kld = measurer.kld_means(variant, chunks)
+            return Score(nll=measurer.chunk_means(variant, chunks), kld=kld)
+
+        yield score
+
+
 def replan(workspace: Workspace, measurements: Path) -> dict[str, Any]:
     """A plan from measurements alone, no model loaded; a combination nobody measured stays open."""
     settings = workspace.settings
@@ -151,11 +258,15 @@ def verify_stage(workspace: Workspace) -> dict[str, Any]:
     )
     corpus = workspace.report_corpus
     wanted = workspace.settings.report_chunks or corpus.n_chunks
-    source_files = [file.path for file in workspace.source.files]
     with_text = Measurer(workspace.engine, workspace.ledger, corpus, workspace.reporter)
     try:
         found = report(
-            with_text, source_files, workspace.shards.variant({}), out, wanted, workspace.selection.sha256
+            with_text,
+            workspace.source_variant,
+            workspace.shards.variant({}),
+            out,
+            wanted,
+            workspace.selection.sha256,
         )
     finally:
         with_text.close()
@@ -190,19 +301,27 @@ def planned_changes(workspace: Workspace) -> dict[str, str]:
 
 
 @contextmanager
-def _measuring(workspace: Workspace) -> Iterator[Measurer]:
-    """A measurer on the selection text, with the base's predictions for the first chunks kept on disk."""
+def _measuring(
+    workspace: Workspace, reference: Variant | None = None, order: Sequence[int] | None = None
+) -> Iterator[Measurer]:
+    """A measurer on the selection text; predictions of the reference (the base, or the source) for the
+    first chunks of ``order`` are kept on disk while it is open."""
     corpus, settings = workspace.selection, workspace.settings
-    order = chunk_order(corpus.n_chunks, settings.seed)[:_KLD_CHUNKS]
+    if order is None:
+        order = chunk_order(corpus.n_chunks, settings.seed)[:_KLD_CHUNKS]
     vocab_size = workspace.engine.vocab_size(workspace.source.path)
-    chunk_bytes = corpus.scored_per_chunk * vocab_size * 4
-    cache = PredictionCache(workspace.path("base-predictions"), order, chunk_bytes, settings.kld_cache_bytes)
+    cache = PredictionCache(
+        workspace.path("base-predictions" if reference is None else "source-predictions"),
+        order,
+        corpus.scored_per_chunk * vocab_size * 4,
+        settings.kld_cache_bytes,
+    )
     measurer = Measurer(
         workspace.engine,
         workspace.ledger,
         corpus,
         workspace.reporter,
-        base=workspace.shards.variant({}),
+        reference=reference or workspace.shards.variant({}),
         cache=cache,
     )
     try:

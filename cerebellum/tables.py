@@ -154,6 +154,44 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     return table
 
 
+def budget_table(plan: Mapping[str, Any]) -> Table:
+    """The plan in budget mode, a row a group."""
+    title = f"Best within {size(plan['budget_bytes'])}, from base {plan['base']}"
+    table = Table("group", "tensors", "base", "chosen", "saves", "KL change", "delta alone", title=title)
+    for row in plan["groups"]:
+        kld = row["kld_change"]
+        style = {"demoted": "green", "promoted": "cyan"}.get(row["decision"], "dim")
+        table.add_row(
+            escape(row["name"]),
+            str(row["tensors"]),
+            row["base_type"],
+            Text(row["chosen_type"], style=style),
+            size(row["bytes_saved"]),
+            "-" if kld is None else f"{kld:+.5f}",
+            percent(row["delta_pct"], row["ci_pct"]),
+        )
+    return table
+
+
+def budget_summary(plan: Mapping[str, Any]) -> str:
+    """Bytes against the budget, and the sum of the parts against the whole."""
+    text = f"file {plan['file_bytes']:,} bytes of {plan['budget_bytes']:,}; KL divergence from the source "
+    text += f"against the base's: predicted {plan['predicted_kld']:+.5f}"
+    if plan["measured_kld"] is None:
+        return text + ", not measured (run `build` and `verify`)"
+    low, high = plan["kld_ci"]
+    text += f", measured {plan['measured_kld']:+.5f} [{low:+.5f}, {high:+.5f}] nats; "
+    return text + f"perplexity against the base {percent(plan['measured_delta_pct'], plan['ci_pct'])}"
+
+
+def frontier_table(curve: Sequence[Mapping[str, Any]]) -> Table:
+    """Size against predicted damage."""
+    table = Table("file", "KL change, predicted", "groups changed", title="Frontier")
+    for row in curve:
+        table.add_row(size(row["file_bytes"]), f"{row['predicted_kld']:+.5f}", str(len(row["changes"])))
+    return table
+
+
 def plan_summary(plan: Mapping[str, Any]) -> str:
     """One paragraph: bytes before and after, predicted and measured."""
     return (

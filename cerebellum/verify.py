@@ -98,16 +98,12 @@ class Report:
 
 
 def report(
-    measurer: Measurer, source: Sequence[Path], base: Variant, result: Path, chunks: int, selection: str
+    measurer: Measurer, source: Variant, base: Variant, result: Path, chunks: int, selection: str
 ) -> Report:
     """Measures the three on the first ``chunks`` chunks, as llama-perplexity would count them."""
     corpus = measurer.corpus
     wanted = range(min(chunks, corpus.n_chunks))
-    source_variant = _source_variant(source)
-    nll = [
-        measurer.nll(variant, wanted)
-        for variant in (source_variant, base, file_variant(result, "finished file"))
-    ]
+    nll = [measurer.nll(variant, wanted) for variant in (source, base, file_variant(result, "finished file"))]
     delta = mean_interval((nll[2] - nll[1]).mean(axis=1, dtype=np.float64), population=10**9)
     mean, low, high = delta.percent()
     found = [perplexity(vector) for vector in nll]
@@ -123,11 +119,6 @@ def report(
         delta_pct=mean,
         ci_pct=(low, high),
     )
-
-
-def _source_variant(paths: Sequence[Path]) -> Variant:
-    first = file_variant(paths[0], "source")
-    return Variant(label="source", paths=tuple(paths), digest=first.digest)
 
 
 def verify_json(checks: Sequence[Check], found: Report) -> dict[str, Any]:

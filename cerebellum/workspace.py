@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from cerebellum import imatrix
 from cerebellum.base import Base, file_base, preset_base
+from cerebellum.curves import K_LADDER
 from cerebellum.errors import BadInput
 from cerebellum.files import atomic_write_text
 from cerebellum.gguf import parse_type
@@ -24,7 +25,7 @@ from cerebellum.ledger import Ledger
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.plan import Sizes, demotable
 from cerebellum.progress import Reporter
-from cerebellum.shards import Recipe, Shards
+from cerebellum.shards import Recipe, Shards, Variant
 from cerebellum.source import Source, open_source
 from cerebellum.sweep import Threshold
 from cerebellum.texts import Corpus, load_corpus
@@ -61,6 +62,9 @@ class Settings:
     report_chunks: int = 0
     threads: int = os.cpu_count() or 1
     gpu_layers: int = 0
+    budget: str | None = None
+    types: tuple[str, ...] = K_LADDER
+    curve_passes: float = 2.0
     seed: int = 1
     allow_requantize: bool = False
 
@@ -77,6 +81,7 @@ class Settings:
         is_path = {f.name for f in fields(cls) if "Path" in str(f.type)}
         known = {f.name for f in fields(cls)}
         try:
+            raw["types"] = tuple(raw.get("types", K_LADDER))
             given: dict[str, Any] = {
                 k: Path(v) if k in is_path and v else v for k, v in raw.items() if k in known
             }
@@ -197,6 +202,12 @@ class Workspace:
             threads=self.settings.threads,
         )
         return Shards(recipe, self.ledger, lambda what: self.reporter.note(f"quantizing {what}"))
+
+    @cached_property
+    def source_variant(self) -> Variant:
+        """The source itself, to be measured like any variant."""
+        paths = tuple(file.path for file in self.source.files)
+        return Variant(label="source", paths=paths, digest=self.source_sha256)
 
     @cached_property
     def selection(self) -> Corpus:

@@ -138,10 +138,25 @@ class Ledger:
         with self._db:
             self._db.execute("INSERT INTO chunk VALUES (?, ?, ?)", (series, chunk, blob))
             if divergence is not None:
-                kld = np.asarray(divergence.kld, "<f4").tobytes()
-                same = np.asarray(divergence.same_top, np.uint8).tobytes()
-                row = (series, divergence.base_series, chunk, kld, same)
-                self._db.execute("INSERT INTO divergence VALUES (?, ?, ?, ?, ?)", row)
+                self._insert_divergence(series, chunk, divergence)
+
+    def record_divergence(self, series: int, chunk: int, divergence: Divergence) -> None:
+        """Commits the divergence of a chunk whose NLL is known: from another reference, say."""
+        with self._db:
+            self._insert_divergence(series, chunk, divergence)
+
+    def _insert_divergence(self, series: int, chunk: int, divergence: Divergence) -> None:
+        kld = np.asarray(divergence.kld, "<f4").tobytes()
+        same = np.asarray(divergence.same_top, np.uint8).tobytes()
+        row = (series, divergence.base_series, chunk, kld, same)
+        self._db.execute("INSERT INTO divergence VALUES (?, ?, ?, ?, ?)", row)
+
+    def diverged(self, series: int, base_series: int) -> dict[int, float]:
+        """Chunk -> mean KL divergence (nats/token), of every chunk that has one."""
+        rows = self._db.execute(
+            "SELECT chunk, kld FROM divergence WHERE series=? AND base=?", (series, base_series)
+        )
+        return {chunk: float(np.frombuffer(kld, "<f4").mean(dtype=np.float64)) for chunk, kld in rows}
 
     def divergence(self, series: int, base_series: int) -> tuple[Vector, Vector]:
         """(mean KL divergence, share of equal top tokens) of every chunk that has them, each (chunks,)."""
