@@ -57,6 +57,7 @@ EVIDENCE = (
     "source.json",
     "groups.json",
     "measurements.json",
+    "curves.json",
     "plan.json",
     "verify.json",
     "bench.json",

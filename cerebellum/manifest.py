@@ -20,7 +20,7 @@ from cerebellum.llama.library import build_id
 from cerebellum.workspace import Settings, Workspace, read_json, write_json
 
 FORMAT = 2  # 1: hashes and settings; 2: tensor types, base and file names too, so that it can be reproduced
-EVIDENCE = ("source.json", "groups.json", "measurements.json", "plan.json", "verify.json")
+EVIDENCE = ("source.json", "groups.json", "measurements.json", "curves.json", "plan.json", "verify.json")
 _PACKAGES = ("gguf", "llama-cpp-python", "numpy", "scipy")
 
 
@@ -45,12 +45,18 @@ def make_manifest(workspace: Workspace, changes: Mapping[str, str]) -> dict[str,
         },
         "tensor_types": read_json(workspace.path("plan.json"))["tensor_types"],
         "shards": {path.name: sha256_file(path) for path in _shard_paths(workspace, changes)},
-        "evidence": {name: sha256_file(workspace.path(name)) for name in EVIDENCE},
+        "evidence": _evidence(workspace),
         "ledger_digest": workspace.ledger.digest(),
         "result": {"file": out.name, "sha256": sha256_file(out), "bytes": out.stat().st_size},
     }
     write_json(workspace.path("manifest.json"), manifest)
     return manifest
+
+
+def _evidence(workspace: Workspace) -> dict[str, str]:
+    """Of a plan by limit the measurements, of one by budget the curves."""
+    paths = [workspace.path(name) for name in EVIDENCE]
+    return {path.name: sha256_file(path) for path in paths if path.exists()}
 
 
 def _settings(settings: Settings) -> dict[str, Any]:

@@ -17,11 +17,15 @@ from gguf import GGMLQuantizationType
 
 from cerebellum.base import Base
 from cerebellum.errors import BadInput
-from cerebellum.gguf import TensorInfo, fits, parse_type, tensor_bytes
+from cerebellum.gguf import TensorInfo, fits, gguf_size, parse_type, tensor_bytes
 from cerebellum.groups import Group
-from cerebellum.measure import COLLAPSED, Measurement
 from cerebellum.stats.paired import Interval, as_nats, as_percent
+from cerebellum.sweep import COLLAPSED, SENSITIVE, TOLERANT, Measurement, Threshold
 
+_MEASURED = (
+    *("delta_pct", "ci_pct", "chunks", "verdict", "near_tie"),
+    *("kld_mean", "kld_ci", "top1_agreement"),
+)
 KEPT, DEMOTED, ILLEGAL, NOTHING_TO_SAVE = "kept", "demoted", "illegal", "nothing to save"
 
 
@@ -38,6 +42,13 @@ class Unit:
         """Nats per byte saved."""
         assert self.measurement.delta is not None
         return self.measurement.delta.mean / self.bytes_saved
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Meta:
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +81,41 @@ class Sizes:
         whole = sum(tensor_bytes(t, self.tensors[n].shape) for n, t in self.base.types.items())
         return whole - self.bytes_saved(changes)
 
+    def file_bytes(self, name: str, kind: str) -> int:
+        """Bytes of a group in the file at ``kind`` (or "base"), every tensor padded to the alignment."""
+        types = self.base_types(name)
+        if kind != "base":
+            types = dict.fromkeys(types, parse_type(kind))
+        return sum(self._padded(tensor_bytes(t, self.tensors[n].shape)) for n, t in types.items())
+
+    def fixed_bytes(self) -> int:
+        """Bytes of the file that no plan changes: header, metadata and protected tensors."""
+        grouped = {tensor for group in self.groups.values() for tensor in group.tensors}
+        metas = [_Meta(name=n, shape=self.tensors[n].shape, type=t) for n, t in self.base.types.items()]
+        whole = gguf_size(self.base.records, metas, self.base.alignment)
+        return whole - sum(
+            self._padded(tensor_bytes(t, self.tensors[n].shape))
+            for n, t in self.base.types.items()
+            if n in grouped
+        )
+
+    def whole_file_bytes(self, changes: Mapping[str, str] | None = None) -> int:
+        """Exact bytes of the file with ``changes``: header, metadata, tensors and padding."""
+        changes = changes or {}
+        return self.fixed_bytes() + sum(
+            self.file_bytes(name, changes.get(name, "base")) for name in self.groups
+        )
+
+    def _padded(self, n_bytes: int) -> int:
+        return -(-n_bytes // self.base.alignment) * self.base.alignment
+
+    def tensor_types(self, changes: Mapping[str, str]) -> dict[str, str]:
+        """Tensor name -> type name of the whole model with ``changes``."""
+        types = {name: kind.name for name, kind in self.base.types.items()}
+        for group, kind in changes.items():
+            types |= dict.fromkeys(self.groups[group].tensors, parse_type(kind).name)
+        return types
+
     def why_not(self, name: str, kind: str) -> str | None:
         """Why a group cannot be demoted to ``kind``, or None if it can."""
         if not self.legal(name, kind):
@@ -83,7 +129,7 @@ class Plan:
 
     changes: Mapping[str, str]
     demote: str
-    threshold_pct: float
+    threshold: Threshold
     units: tuple[Unit, ...]
     measured: Measurement | None
 
@@ -116,27 +162,32 @@ def make_units(measurements: Sequence[Measurement], sizes: Sizes) -> tuple[Unit,
 
 
 def threshold_plan(
-    units: tuple[Unit, ...], demote: str, threshold_pct: float
+    units: tuple[Unit, ...], demote: str, threshold: Threshold
 ) -> Generator[Mapping[str, str], Measurement | None, Plan]:
     """Yields each combination it wants measured; is sent its measurement, or None if there is none."""
-    limit_nats = as_nats(threshold_pct)
-    chosen = [u for u in units if u.measurement.delta and u.measurement.delta.mean < limit_nats]
+    chosen = [unit for unit in units if _holds(unit.measurement, threshold)]
     measured: Measurement | None = None
     while chosen:
         measured = yield _merged(chosen)
-        if measured is None or (measured.delta is not None and measured.delta.mean < limit_nats):
+        if measured is None or _holds(measured, threshold):
             break
         chosen.remove(max(chosen, key=lambda unit: unit.damage_per_byte))
         measured = None
-    return Plan(
-        changes=_merged(chosen), demote=demote, threshold_pct=threshold_pct, units=units, measured=measured
-    )
+    return Plan(changes=_merged(chosen), demote=demote, threshold=threshold, units=units, measured=measured)
 
 
-def plan_from(measurements: Sequence[Measurement], sizes: Sizes, demote: str, threshold_pct: float) -> Plan:
+def _holds(found: Measurement, threshold: Threshold) -> bool:
+    """Tolerant; or never decided, with the best estimate below the limit."""
+    verdict = threshold.verdict(found.delta)
+    if found.delta is None or verdict == SENSITIVE:
+        return False
+    return verdict == TOLERANT or found.delta.mean < threshold.nats
+
+
+def plan_from(measurements: Sequence[Measurement], sizes: Sizes, demote: str, threshold: Threshold) -> Plan:
     """A plan from what is known already; a combination that nobody measured stays unmeasured."""
     known = {tuple(sorted(m.changes.items())): m for m in measurements}
-    planning = threshold_plan(make_units(measurements, sizes), demote, threshold_pct)
+    planning = threshold_plan(make_units(measurements, sizes), demote, threshold)
     try:
         combination = next(planning)
         while True:
@@ -156,7 +207,8 @@ def plan_json(plan: Plan, sizes: Sizes) -> dict[str, Any]:
     percent = delta.percent() if delta else None
     return {
         "mode": "threshold",
-        "threshold_pct": plan.threshold_pct,
+        "threshold_pct": plan.threshold.limit_pct,
+        "indifference_pct": plan.threshold.indifference_pct,
         "base": sizes.base.label,
         "demote": plan.demote,
         "groups": [_group_row(name, plan, sizes) for name in sizes.groups],
@@ -166,7 +218,7 @@ def plan_json(plan: Plan, sizes: Sizes) -> dict[str, Any]:
         "base_tensor_bytes": sizes.total({}),
         "tensor_bytes": sizes.total(plan.changes),
         "bytes_saved": sizes.bytes_saved(plan.changes),
-        "tensor_types": _tensor_types(plan, sizes),
+        "tensor_types": sizes.tensor_types(plan.changes),
     }
 
 
@@ -182,22 +234,19 @@ def _group_row(name: str, plan: Plan, sizes: Sizes) -> dict[str, Any]:
         "delta_pct": None,
         "ci_pct": None,
         "chunks": None,
+        "kld_mean": None,
+        "kld_ci": None,
+        "top1_agreement": None,
+        "near_tie": False,
         "verdict": refusal or "not measured",
         "decision": DEMOTED if name in plan.changes else KEPT,
         "measured_with": [],
     }
     if unit is not None:
-        measured = unit.measurement.as_json(as_nats(plan.threshold_pct))
-        row |= {key: measured[key] for key in ("delta_pct", "ci_pct", "chunks", "verdict")}
+        measured = unit.measurement.as_json(plan.threshold)
+        row |= {key: measured[key] for key in _MEASURED}
         row["measured_with"] = sorted(set(unit.changes) - {name})
     return row
-
-
-def _tensor_types(plan: Plan, sizes: Sizes) -> dict[str, str]:
-    types = {name: kind.name for name, kind in sizes.base.types.items()}
-    for group, kind in plan.changes.items():
-        types |= dict.fromkeys(sizes.groups[group].tensors, parse_type(kind).name)
-    return types
 
 
 def read_measurements(path: Path) -> tuple[Measurement, ...]:

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from cerebellum import imatrix
 from cerebellum.base import Base, file_base, preset_base
+from cerebellum.curves import K_LADDER
 from cerebellum.errors import BadInput
 from cerebellum.files import atomic_write_text
 from cerebellum.gguf import parse_type
@@ -25,8 +26,9 @@ from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.memory import plain_metadata
 from cerebellum.plan import Sizes, demotable
 from cerebellum.progress import Reporter
-from cerebellum.shards import Recipe, Shards
+from cerebellum.shards import Recipe, Shards, Variant
 from cerebellum.source import Source, open_source
+from cerebellum.sweep import Threshold
 from cerebellum.texts import Corpus, load_corpus
 
 DATA = Path(__file__).parent / "data"
@@ -37,13 +39,18 @@ REPORT_TEXT = DATA / "report.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What was asked. Everything here is in settings.json; 0 chunks means all there are."""
+    """What was asked. Everything here is in settings.json.
+
+    ``chunks`` 0 stops each group as soon as its verdict is sure; N gives every group the same N.
+    Elsewhere 0 chunks means all there are."""
 
     source: Path
     base: str = "Q3_K_M"
     base_file: Path | None = None
     demote: str = "Q2_K"
     max_increase_pct: float = 3.0
+    indifference_pct: float = 0.2
+    alpha: float = 0.05
     imatrix: Path | None = None
     imatrix_text: Path | None = None
     imatrix_chunks: int = 0
@@ -51,11 +58,20 @@ class Settings:
     report_text: Path = REPORT_TEXT
     ctx: int = 512
     chunks: int = 0
+    max_chunks: int = 0
+    kld_cache_bytes: int = 1 << 30
     report_chunks: int = 0
     threads: int = os.cpu_count() or 1
     gpu_layers: int = 0
+    budget: str | None = None
+    types: tuple[str, ...] = K_LADDER
+    curve_passes: float = 2.0
     seed: int = 1
     allow_requantize: bool = False
+
+    @property
+    def threshold(self) -> Threshold:
+        return Threshold(limit_pct=self.max_increase_pct, indifference_pct=self.indifference_pct)
 
     def save(self, path: Path) -> None:
         write_json(path, {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()})
@@ -66,6 +82,7 @@ class Settings:
         is_path = {f.name for f in fields(cls) if "Path" in str(f.type)}
         known = {f.name for f in fields(cls)}
         try:
+            raw["types"] = tuple(raw.get("types", K_LADDER))
             given: dict[str, Any] = {
                 k: Path(v) if k in is_path and v else v for k, v in raw.items() if k in known
             }
@@ -186,6 +203,12 @@ class Workspace:
             threads=self.settings.threads,
         )
         return Shards(recipe, self.ledger, lambda what: self.reporter.note(f"quantizing {what}"))
+
+    @cached_property
+    def source_variant(self) -> Variant:
+        """The source itself, to be measured like any variant."""
+        paths = tuple(file.path for file in self.source.files)
+        return Variant(label="source", paths=paths, digest=self.source_sha256)
 
     @cached_property
     def selection(self) -> Corpus:
