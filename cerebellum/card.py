@@ -12,9 +12,9 @@ from markupsafe import Markup
 
 from cerebellum import __version__
 from cerebellum.drawings import drawings
-from cerebellum.evidence import Benchmark, Change, Evidence, GroupRow, read_evidence
+from cerebellum.evidence import BASE, Benchmark, Change, Evidence, GroupRow, read_evidence
 from cerebellum.files import atomic_write_bytes, atomic_write_text
-from cerebellum.findings import findings, percent, rate, unit_of, with_interval
+from cerebellum.findings import findings, nats, percent, rate, unit_of, with_interval
 from cerebellum.frontmatter import checked, front_matter
 from cerebellum.html import Code, Picture, Sentence, render_html, render_markdown
 from cerebellum.html.markdown import Markdown, one_line
@@ -22,6 +22,7 @@ from cerebellum.memory import CARDS_GIB, Shape, contexts, has_sliding_window, me
 from cerebellum.tables import count, gib, size
 
 CARD, REPORT, CHARTS = "README.md", "report.html", "charts"
+_COLOURED = ("tolerant", "sensitive", "collapsed", "promoted", "demoted")
 
 
 def make_card(folder: Path, repo: str | None = None) -> tuple[Path, ...]:
@@ -73,11 +74,13 @@ def card_context(evidence: Evidence, pictures: Mapping[str, Picture], repo: str 
         "saved": size(abs(plan["bytes_saved"])),
         "saved_share": f"{100 * plan['bytes_saved'] / plan['base_tensor_bytes']:.1f}%",
         "change": with_interval(evidence.reported),
-        "change_mean": percent(evidence.reported.mean),
-        "change_range": _range(evidence.reported),
+        "change_mean": percent(evidence.reported.mean) if evidence.reported else "broken",
+        "change_range": _range(evidence.reported) if evidence.reported else "not finite",
         "lead": _lead(evidence),
         "findings": findings(evidence),
         "changed": [_row(row, evidence, unit) for row in evidence.rows if row.changed],
+        "by_budget": bool(evidence.curves),
+        "with_kld": any(row.kld for row in evidence.rows),
         "kept": [_row(row, evidence, unit) for row in evidence.rows if not row.changed],
         "unit": unit_name,
         "report": evidence.report,
@@ -108,14 +111,19 @@ def _range(change: Change) -> str:
 
 def _lead(evidence: Evidence) -> Sentence:
     """What the file is, in a sentence."""
-    plan, n_changed = evidence.plan, len(evidence.changed)
+    plan, n_rows = evidence.plan, len(evidence.rows)
+    changed = f"{len(evidence.changed)} of {n_rows} tensor groups"
     kinds = sorted({row.chosen_type for row in evidence.changed})
-    done = (
-        f"{n_changed} of {len(evidence.rows)} tensor groups at {' and '.join(kinds)}"
-        if kinds
-        else "nothing changed"
-    )
-    return (f"llama.cpp's {plan['base']} with {done}, chosen by measuring each group on real text.",)
+    if not kinds:
+        return (f"llama.cpp's {plan['base']}, unchanged: no group was found that could be.",)
+    if evidence.curves:
+        budget = size(plan["budget_bytes"])
+        return (
+            f"llama.cpp's {plan['base']} with {changed} at other types: the best file of at most {budget} "
+            "that was measured.",
+        )
+    at = " and ".join(kinds)
+    return (f"llama.cpp's {plan['base']} with {changed} at {at}, chosen by measuring each on real text.",)
 
 
 def _row(row: GroupRow, evidence: Evidence, unit: float) -> dict[str, Any]:
@@ -131,10 +139,11 @@ def _row(row: GroupRow, evidence: Evidence, unit: float) -> dict[str, Any]:
         "change": with_interval(row.change) if row.change else "not measured",
         "with": row.together_with,
         "chunks": f"{row.chunks:,}" if row.chunks else "none",
-        "saves": size(row.bytes_saved),
+        "saves": size(row.bytes_saved) if row.bytes_saved >= 0 else f"adds {size(-row.bytes_saved)}",
         "rate": percent(per.mean) if per else "none",
-        "verdict": row.verdict,
-        "kld": f"{row.kld.mean:.3g}" if row.kld else "",
+        "verdict": f"{row.verdict} (near tie)" if row.near_tie else row.verdict,
+        "class": f"v-{row.verdict}" if row.verdict in _COLOURED else "",
+        "kld": nats(row.kld.mean) if row.kld else "not measured",
         "agreement": f"{100 * row.agreement:.1f}%" if row.agreement is not None else "",
     }
 
@@ -259,38 +268,54 @@ def run_commands(evidence: Evidence, repo: str | None) -> list[tuple[str, Markdo
 
 def _method(evidence: Evidence) -> list[Sentence]:
     """How it was made, with this run's own figures."""
-    measured, report, manifest = evidence.measured, evidence.report, evidence.manifest
-    tried = [row for row in evidence.rows if row.change is not None]
-    chunks = [row.chunks for row in tried if row.chunks]
-    read = (
-        f"{min(chunks)} to {max(chunks)}"
-        if chunks and min(chunks) < max(chunks)
-        else f"{max(chunks, default=0)}"
-    )
+    report, label = evidence.report, evidence.plan["base"]
+    matrix = Code(evidence.manifest["imatrix"]["file"])
     apart = "the same text, so the figures are too kind" if report["same_as_selection"] else "another text"
-    alpha = measured.get("alpha")
-    sure = (
-        f" Verdicts stop as soon as they hold, wrong at most {100 * alpha:g}% of the time." if alpha else ""
-    )
     return [
         (
-            f"Everything is compared with {evidence.plan['base']}, made from the source with an importance "
-            "matrix (",
-            Code(manifest["imatrix"]["file"]),
+            f"Everything is compared with {label}, made from the source with an importance matrix (",
+            matrix,
             ").",
         ),
-        (
-            f"{len(tried)} groups of tensors were each brought to another type alone and read {read} of "
-            f"{measured['chunks_in_text']:,} chunks of {measured['ctx']} tokens of ",
-            Code(measured["text"]),
-            f", paired with the base chunk by chunk.{sure}",
-        ),
+        _by_budget(evidence) if evidence.curves else _by_limit(evidence),
         (
             "What was shipped was measured whole, then read back from the finished file and measured on ",
             Code(report["text"]),
             f", {apart}: {report['chunks']:,} of {report['of_chunks']:,} chunks.",
         ),
     ]
+
+
+def _by_limit(evidence: Evidence) -> Sentence:
+    measured, alpha = evidence.measured, evidence.measured.get("alpha")
+    tried = [row for row in evidence.rows if row.change is not None]
+    chunks = [row.chunks for row in tried if row.chunks] or [0]
+    least, most = min(chunks), max(chunks)
+    read, sure = f"{most:,}", ""
+    if least < most:
+        read = f"{least:,} to {most:,}"
+    if alpha and any(row.trace for row in tried):
+        level = f"{100 - 100 * alpha:g}%"
+        sure = f" A verdict stops as soon as it holds; all hold together with {level} confidence."
+    return (
+        f"{len(tried)} groups of tensors were each brought to another type alone and read {read} of "
+        f"{measured['chunks_in_text']:,} chunks of {measured['ctx']} tokens of ",
+        Code(measured["text"]),
+        f", paired with the base chunk by chunk.{sure}",
+    )
+
+
+def _by_budget(evidence: Evidence) -> Sentence:
+    measured, plan = evidence.measured, evidence.plan
+    tried = sum(point.kind != BASE for point in evidence.curves)
+    return (
+        f"{tried} changes of one group to one type were each measured on {measured['chunks']:,} chunks of "
+        f"{measured['ctx']} tokens of ",
+        Code(measured["text"]),
+        ", as KL divergence from the source. A knapsack chose the best sum within "
+        f"{size(plan['budget_bytes'])}; {len(plan['candidates'])} of its proposals were measured whole, "
+        "and the best of those was shipped.",
+    )
 
 
 def limits(evidence: Evidence) -> list[Sentence]:
@@ -303,8 +328,8 @@ def limits(evidence: Evidence) -> list[Sentence]:
         lines.append(("The text that selected is the text that reports: damage elsewhere may be larger.",))
     if evidence.source.get("requantized"):
         lines.append(("The source was quantized already, so its own losses are in every figure.",))
-    undecided = [row for row in evidence.changed if row.verdict not in ("tolerant",)]
-    for row in undecided:
+    doubtful = [row for row in evidence.changed if evidence.limit is not None and row.verdict != "tolerant"]
+    for row in doubtful:
         lines.append((Code(row.name), f" was changed although its verdict is {row.verdict}."))
     lines.append(
         ("The intervals are about more of the same text; other languages, code or tasks may differ.",)

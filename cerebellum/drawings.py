@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cerebellum.evidence import Evidence, GroupRow
+from cerebellum.allocate import Option, solve
+from cerebellum.allocate.knapsack import total_bytes, total_damage
+from cerebellum.evidence import BASE, Change, CurvePoint, Evidence, GroupRow
 from cerebellum.findings import percent, rated, unit_of
 from cerebellum.html import (
     Cell,
+    Curve,
     Estimate,
     Panel,
     Picture,
     Point,
     Rate,
+    Step,
+    curves_chart,
     estimates_chart,
+    frontier_chart,
     heat_map,
     paths_chart,
     picture,
@@ -21,6 +27,8 @@ from cerebellum.html import (
     sizes_chart,
 )
 
+_SIZES = 25
+_BY_LIMIT = ("tolerant", "sensitive", "undecided")
 AGAINST_BASE = "change of perplexity against the base"
 
 
@@ -30,6 +38,8 @@ def drawings(evidence: Evidence) -> dict[str, Picture]:
         _sensitivity,
         _rates,
         _layers,
+        _curves,
+        _frontier,
         _sizes,
         _paths,
         _predicted,
@@ -56,7 +66,7 @@ def _sensitivity(evidence: Evidence) -> Picture | None:
 def _estimate(row: GroupRow) -> Estimate:
     assert row.change is not None
     return Estimate(
-        name=row.name,
+        name=row.name if row.verdict in _BY_LIMIT else f"{row.name} {row.tried_type}",
         mean=row.change.mean,
         low=row.change.low,
         high=row.change.high,
@@ -67,7 +77,7 @@ def _estimate(row: GroupRow) -> Estimate:
 
 def _rates(evidence: Evidence) -> Picture | None:
     ranked, (_, unit) = rated(evidence), unit_of(evidence)
-    if len(ranked) < 2:
+    if len(ranked) < 2 or evidence.curves:
         return None
     rates = [
         Rate(
@@ -98,8 +108,77 @@ def _layers(evidence: Evidence) -> Picture | None:
     return picture("layers", "Damage by role and layer", lambda width: heat_map(width, cells))
 
 
+def _curves(evidence: Evidence) -> Picture | None:
+    """By budget: each group at every type that was tried."""
+    unit, name = unit_of(evidence)
+    curves = [_curve(row, evidence.curves, unit) for row in evidence.rows]
+    curves = [curve for curve in curves if len(curve.steps) > 1]
+    if not curves:
+        return None
+    title = "KL divergence of each group at each type, against its size"
+    return picture("curves", title, lambda width: curves_chart(width, curves, name))
+
+
+def _curve(row: GroupRow, points: Sequence[CurvePoint], unit: float) -> Curve:
+    own = sorted((p for p in points if p.group == row.name), key=lambda point: point.n_bytes)
+    steps = [
+        Step(
+            size=point.n_bytes / unit,
+            damage=point.kld.mean,
+            low=point.kld.low,
+            high=point.kld.high,
+            chosen=point.kind == row.chosen_type,
+        )
+        for point in own
+        if point.kld
+    ]
+    return Curve(name=row.name, steps=steps)
+
+
+def _frontier(evidence: Evidence) -> Picture | None:
+    """By budget: the best sum of parts at each size, the base, and every combination measured."""
+    points = [point for point in evidence.curves if point.kld]
+    if not points or not evidence.proposals:
+        return None
+    unit, name = unit_of(evidence)
+    base = sum(point.n_bytes for point in points if point.kind == BASE)
+    fixed = evidence.plan["file_bytes"] - _chosen_bytes(evidence)
+    best = [((fixed + n_bytes) / unit, damage) for n_bytes, damage in _best(points)]
+    shown = [_measured_point("base", (fixed + base) / unit, 0.0, verdict="")]
+    for proposal in evidence.proposals:
+        label = "shipped" if proposal.shipped else ""
+        shown.append(_measured_point(label, proposal.n_bytes / unit, proposal.kld, verdict="measured"))
+    title = "The best file of every size, and what was measured"
+    return picture("frontier", title, lambda width: frontier_chart(width, best, shown, name))
+
+
+def _chosen_bytes(evidence: Evidence) -> int:
+    """Bytes of the groups as shipped; what is left of the file no plan changes."""
+    chosen = {row.name: row.chosen_type for row in evidence.rows}
+    return sum(point.n_bytes for point in evidence.curves if chosen.get(point.group) == point.kind)
+
+
+def _best(points: Sequence[CurvePoint]) -> list[tuple[int, float]]:
+    """(bytes of the groups, summed damage) of the best choice at sizes from the least to the most."""
+    names = dict.fromkeys(point.group for point in points)
+    items = [
+        [Option(n_bytes=p.n_bytes, damage=p.kld.mean) for p in points if p.group == name and p.kld]
+        for name in names
+    ]
+    least, most = (sum(pick(o.n_bytes for o in item) for item in items) for pick in (min, max))
+    budgets = [least + (most - least) * step // (_SIZES - 1) for step in range(_SIZES)]
+    choices = [choice for budget in budgets if (choice := solve(items, budget)) is not None]
+    return [(total_bytes(items, choice), total_damage(items, choice)) for choice in choices]
+
+
+def _measured_point(label: str, size: float, damage: float, verdict: str) -> Point:
+    return Point(name=label, size=size, delta=damage, low=damage, high=damage, verdict=verdict, label=label)
+
+
 def _sizes(evidence: Evidence) -> Picture | None:
-    """The base, each variant that was measured, and what was shipped."""
+    """By limit: the base, each variant that was measured, and what was shipped."""
+    if evidence.curves:
+        return None
     unit, name = unit_of(evidence)
     whole = evidence.plan["base_tensor_bytes"]
     rows = _measured(evidence)
@@ -163,15 +242,16 @@ def _paths(evidence: Evidence) -> Picture | None:
 
 def _predicted(evidence: Evidence) -> Picture | None:
     """What the parts said, what the whole was, and what a text said that had no part in choosing."""
-    shipped, predicted = evidence.shipped, evidence.plan.get("predicted_delta_pct")
-    if shipped is None or predicted is None:
+    whole, predicted = evidence.whole, evidence.plan.get("predicted_delta_pct")
+    reported = evidence.reported
+    if whole is None or predicted is None or reported is None or len(evidence.changed) < 2:
         return None
     rows = [
         Estimate(
             name="sum of the parts", mean=predicted, low=predicted, high=predicted, text=percent(predicted)
         ),
-        _whole("measured together", shipped.change.mean, shipped.change.low, shipped.change.high),
-        _whole("on the report text", *(getattr(evidence.reported, k) for k in ("mean", "low", "high"))),
+        _whole("measured together", whole),
+        _whole("on the report text", reported),
     ]
     title = "Predicted against measured"
     return picture(
@@ -179,5 +259,5 @@ def _predicted(evidence: Evidence) -> Picture | None:
     )
 
 
-def _whole(name: str, mean: float, low: float, high: float) -> Estimate:
-    return Estimate(name=name, mean=mean, low=low, high=high, text=percent(mean))
+def _whole(name: str, change: Change) -> Estimate:
+    return Estimate(name=name, mean=change.mean, low=change.low, high=change.high, text=percent(change.mean))

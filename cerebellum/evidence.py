@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cerebellum.errors import BadInput
+from cerebellum.stats.paired import as_percent
 from cerebellum.workspace import read_json
 
 BASE = "base"
 
 Json = Mapping[str, Any]
+_NEEDED = ("source", "groups", "plan", "verify", "manifest")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A change of perplexity in percent, with its interval."""
+    """A change with its interval: of perplexity in percent, of KL divergence in nats a token."""
 
     mean: float
     low: float
@@ -55,10 +57,32 @@ class GroupRow:
     kld: Change | None
     agreement: float | None
     trace: tuple[Look, ...]
+    near_tie: bool
 
     @property
     def changed(self) -> bool:
         return self.chosen_type != BASE
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """One group at one type: bytes in the file, change of KL divergence from the source in nats a token
+    (against the base's own), change of perplexity in percent; None where the model broke."""
+
+    group: str
+    kind: str
+    n_bytes: int
+    kld: Change | None
+    change: Change | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A combination that a budget proposed and that was measured whole; KL divergence as above."""
+
+    n_bytes: int
+    kld: float
+    shipped: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +122,7 @@ class Evidence:
     rows: tuple[GroupRow, ...]
     combinations: tuple[Combination, ...]
     benchmarks: tuple[Benchmark, ...]
+    curves: tuple[CurvePoint, ...]
 
     @property
     def limit(self) -> float | None:
@@ -109,10 +134,32 @@ class Evidence:
         return found
 
     @property
-    def reported(self) -> Change:
-        """The finished file against the base on the report text."""
-        return Change(
-            mean=self.report["delta_pct"], low=self.report["ci_pct"][0], high=self.report["ci_pct"][1]
+    def reported(self) -> Change | None:
+        """The finished file against the base on the report text; None where it is not finite."""
+        return _change(self.report["delta_pct"], self.report["ci_pct"])
+
+    @property
+    def whole(self) -> Change | None:
+        """What was shipped, measured whole on the selection text."""
+        return _change(self.plan.get("measured_delta_pct"), self.plan.get("ci_pct"))
+
+    @property
+    def divergence(self) -> Change | None:
+        """By budget: KL divergence from the source of what was shipped, against the base's."""
+        return _change(self.plan.get("measured_kld"), self.plan.get("kld_ci"))
+
+    @property
+    def proposals(self) -> tuple[Proposal, ...]:
+        """Combinations measured for a budget."""
+        return tuple(
+            Proposal(
+                n_bytes=row["file_bytes"],
+                kld=row["measured_kld"],
+                shipped=row["file_bytes"] == self.plan["file_bytes"]
+                and row["measured_kld"] == self.plan["measured_kld"],
+            )
+            for row in self.plan.get("candidates", ())
+            if row.get("measured_kld") is not None
         )
 
     @property
@@ -128,22 +175,22 @@ class Evidence:
 
 def read_evidence(folder: Path) -> Evidence:
     """Everything the run folder holds; BadInput names the artifact that is missing or is not ours."""
-    read = {
-        name: read_json(folder / f"{name}.json")
-        for name in ("source", "groups", "measurements", "plan", "verify", "manifest")
-    }
-    bench = folder / "bench.json"
+    read = {name: read_json(folder / f"{name}.json") for name in _NEEDED}
     try:
-        rows, combinations = _rows(read), tuple(_combinations(read["measurements"]))
+        by_budget = read["plan"].get("mode") == "budget"
+        measured = read_json(folder / ("curves.json" if by_budget else "measurements.json"))
+        points = tuple(_points(measured)) if by_budget else ()
+        bench = folder / "bench.json"
         return Evidence(
             source=read["source"],
-            measured=read["measurements"],
+            measured=measured,
             plan=read["plan"],
             verify=read["verify"],
             manifest=read["manifest"],
-            rows=rows,
-            combinations=combinations,
+            rows=_rows(read, measured, points),
+            combinations=tuple(_combinations(measured)),
             benchmarks=tuple(_benchmarks(read_json(bench))) if bench.exists() else (),
+            curves=points,
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise BadInput(
@@ -152,13 +199,42 @@ def read_evidence(folder: Path) -> Evidence:
         ) from error
 
 
-def _rows(read: Mapping[str, Any]) -> tuple[GroupRow, ...]:
+def _rows(read: Json, measured: Json, points: Sequence[CurvePoint]) -> tuple[GroupRow, ...]:
     described = {group["name"]: group for group in read["groups"]}
-    alone = {m["groups"][0]: m for m in read["measurements"]["measurements"] if len(m["groups"]) == 1}
+    alone = {m["groups"][0]: m for m in measured.get("measurements", ()) if len(m["groups"]) == 1}
     plan = read["plan"]
-    return tuple(
+    rows = [
         _row(row, described.get(row["name"], {}), alone.get(row["name"], {}), plan) for row in plan["groups"]
-    )
+    ]
+    return tuple(_with_step(row, points) for row in rows)
+
+
+def _with_step(row: GroupRow, points: Sequence[CurvePoint]) -> GroupRow:
+    """By budget: what its curve says of the chosen type; of a group that was kept, of one step down."""
+    own = [point for point in points if point.group == row.name]
+    if not own:
+        return row
+    base = next(point.n_bytes for point in own if point.kind == BASE)
+    chosen = next((point for point in own if point.kind == row.chosen_type), None)
+    if row.changed:
+        return replace(row, kld=chosen.kld if chosen else None)
+    step = max((p for p in own if p.n_bytes < base), key=lambda point: point.n_bytes, default=None)
+    if step is None:
+        return replace(row, verdict="nothing smaller")
+    saved = base - step.n_bytes
+    return replace(row, tried_type=step.kind, bytes_saved=saved, change=step.change, kld=step.kld)
+
+
+def _points(curves: Json) -> Iterator[CurvePoint]:
+    for row in curves["points"]:
+        kld, nll = row["kld"], row["nll"]
+        yield CurvePoint(
+            group=row["group"],
+            kind=row["type"],
+            n_bytes=row["bytes"],
+            kld=Change(mean=kld["mean"], low=kld["low"], high=kld["high"]) if kld else None,
+            change=Change(**{key: as_percent(nll[key]) for key in ("mean", "low", "high")}) if nll else None,
+        )
 
 
 def _row(row: Json, group: Json, measured: Json, plan: Json) -> GroupRow:
@@ -180,6 +256,7 @@ def _row(row: Json, group: Json, measured: Json, plan: Json) -> GroupRow:
         kld=_change(measured.get("kld_mean"), measured.get("kld_ci")),
         agreement=measured.get("top1_agreement"),
         trace=tuple(_looks(measured.get("trace") or ())),
+        near_tie=bool(row.get("near_tie")),
     )
 
 
@@ -193,7 +270,7 @@ def _looks(trace: Sequence[Json]) -> Iterator[Look]:
 
 
 def _combinations(measured: Json) -> Iterator[Combination]:
-    for row in measured["measurements"]:
+    for row in measured.get("measurements", ()):
         change = _change(row["delta_pct"], row.get("ci_pct"))
         if len(row["groups"]) > 1 and change is not None:
             yield Combination(

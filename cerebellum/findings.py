@@ -31,6 +31,7 @@ def findings(evidence: Evidence) -> list[Sentence]:
         _verdicts,
         _rates,
         _families,
+        _bargains,
         _cheaper_bytes_kept,
         _additivity,
         _divergence,
@@ -47,8 +48,10 @@ def percent(value: float, like: Sequence[float] = ()) -> str:
     return f"{value:+.{digits}f}%".replace("-", "\u2212")
 
 
-def with_interval(change: Change) -> str:
+def with_interval(change: Change | None) -> str:
     """+1.07% [+0.96, +1.18]."""
+    if change is None:
+        return "not finite"
     bounds = (change.low, change.high)
     like = (change.mean, *bounds)
     low, high = (percent(bound, like).removesuffix("%") for bound in bounds)
@@ -89,42 +92,59 @@ def _outcome(evidence: Evidence) -> Iterator[Sentence]:
     if not evidence.changed:
         yield ("Nothing was changed: no group was found that the limit allows at this type.",)
         return
-    change = evidence.reported
+    change, text = evidence.reported, Code(evidence.report["text"])
     smaller = f"{size(abs(saved))} ({abs(share):.1f}%) {'smaller' if saved >= 0 else 'larger'} than the base"
-    text = evidence.report["text"]
-    if change.excludes(0):
-        yield (f"{smaller}, for {with_interval(change)} of perplexity on ", Code(text), ".")
+    if change is None:
+        yield (f"{smaller}, and broken: its perplexity on ", text, " is not finite.")
+    elif change.excludes(0):
+        yield (f"{smaller}, its perplexity {with_interval(change)} on ", text, ".")
     else:
-        yield (
-            f"{smaller}, with no change of perplexity that could be told on ",
-            Code(text),
-            f": {with_interval(change)}.",
-        )
+        told = with_interval(change)
+        yield (f"{smaller}, with no change of perplexity that could be told on ", text, f": {told}.")
 
 
 def _verdicts(evidence: Evidence) -> Iterator[Sentence]:
     limit = evidence.limit
     if limit is None:
+        yield from _moves(evidence)
         return
+    clear = [row for row in evidence.rows if not row.near_tie]
+    ties = [row for row in evidence.rows if row.near_tie]
     for verdict, words in (
         ("tolerant", f"under +{limit:g}%, the whole interval"),
         ("sensitive", f"over +{limit:g}%, the whole interval"),
         ("undecided", f"on neither side of +{limit:g}% for sure"),
         ("collapsed", "broken, with logits that were no longer finite"),
     ):
-        rows = [row for row in evidence.rows if row.verdict == verdict]
-        if rows:
-            yield (
-                f"{verdict.capitalize()} ({words}): {len(rows)} of {len(evidence.rows)}, ",
-                *_names(rows),
-                ".",
-            )
+        yield from _listed(
+            f"{verdict.capitalize()} ({words})", [r for r in clear if r.verdict == verdict], evidence
+        )
+    room = evidence.plan.get("indifference_pct", 0)
+    yield from _listed(
+        f"Near ties (within {room:g}% of +{limit:g}%, where either verdict will do)", ties, evidence
+    )
+
+
+def _moves(evidence: Evidence) -> Iterator[Sentence]:
+    """What a budget bought, and with which groups it paid."""
+    for title, rows in (
+        ("Promoted", [row for row in evidence.changed if row.bytes_saved < 0]),
+        ("Demoted", [row for row in evidence.changed if row.bytes_saved >= 0]),
+    ):
+        moved = sum(row.bytes_saved for row in rows)
+        word = "saved" if moved >= 0 else "spent"
+        yield from _listed(f"{title} ({size(abs(moved))} {word})", rows, evidence)
+
+
+def _listed(title: str, rows: Sequence[GroupRow], evidence: Evidence) -> Iterator[Sentence]:
+    if rows:
+        yield (f"{title}: {len(rows)} of {len(evidence.rows)}, ", *_names(rows), ".")
 
 
 def _rates(evidence: Evidence) -> Iterator[Sentence]:
     """The cheapest and the dearest byte, if their intervals are apart."""
     ranked, (_, name) = rated(evidence), unit_of(evidence)
-    if len(ranked) < 2:
+    if len(ranked) < 2 or evidence.curves:
         return
     (cheap, low), (dear, high) = ranked[0], ranked[-1]
     if low.high >= high.low:
@@ -143,7 +163,9 @@ def _rates(evidence: Evidence) -> Iterator[Sentence]:
 def _families(evidence: Evidence) -> Iterator[Sentence]:
     """Damage per byte of whole families: the sum of their parts over the bytes of their parts."""
     unit, name = unit_of(evidence)
-    told = []
+    told: list[tuple[float, str]] = []
+    if evidence.curves:
+        return
     for family, _ in _FAMILIES:
         rows = [row for row in evidence.rows if family_of(row.role) == family and rate(row, unit) is not None]
         saved = sum(row.bytes_saved for row in rows)
@@ -153,6 +175,25 @@ def _families(evidence: Evidence) -> Iterator[Sentence]:
     if len(told) > 1:
         parts = "; ".join(f"{family} {percent(per)}" for per, family in sorted(told))
         yield (f"By family, damage per {name} saved: {parts}.",)
+
+
+def _bargains(evidence: Evidence) -> Iterator[Sentence]:
+    """By budget: where a byte bought most and where one was given up for least, in KL divergence."""
+    unit, name = unit_of(evidence)
+    sure = [row for row in evidence.changed if row.kld is not None and row.kld.excludes(0)]
+    bought = [row for row in sure if row.bytes_saved < 0 and row.kld and row.kld.mean < 0]
+    given = [row for row in sure if row.bytes_saved > 0]
+    for rows, words in ((bought, "bought most"), (given, "was given up for least")):
+        best = min(rows, key=lambda row: _slope(row, unit), default=None)
+        if best is not None:
+            cost = nats(_slope(best, unit))
+            yield (f"A {name} {words} in ", Code(best.name), f" at {best.chosen_type}: {cost} nats a token.")
+
+
+def _slope(row: GroupRow, unit: float) -> float:
+    """Change of KL divergence for each unit of bytes moved, whichever way."""
+    assert row.kld is not None
+    return row.kld.mean / (abs(row.bytes_saved) / unit)
 
 
 def family_of(role: str) -> str | None:
@@ -165,7 +206,7 @@ def _cheaper_bytes_kept(evidence: Evidence) -> Iterator[Sentence]:
     ranked = rated(evidence)
     taken = [(row, per) for row, per in ranked if row.changed]
     kept = [(row, per) for row, per in ranked if not row.changed]
-    if not taken or not kept:
+    if evidence.limit is None or not taken or not kept:
         return
     dearest, cheapest = taken[-1], kept[0]
     if cheapest[1].high < dearest[1].low:
@@ -181,30 +222,42 @@ def _cheaper_bytes_kept(evidence: Evidence) -> Iterator[Sentence]:
 
 def _additivity(evidence: Evidence) -> Iterator[Sentence]:
     """Whether the whole was more or less than the sum of its parts."""
-    shipped, predicted = evidence.shipped, evidence.plan.get("predicted_delta_pct")
-    if shipped is None or predicted is None:
+    found, predicted = evidence.whole, evidence.plan.get("predicted_delta_pct")
+    if found is None or predicted is None or len(evidence.changed) < 2:
         return
-    whole = (
-        f"measured together {with_interval(shipped.change)}, the sum of the parts said {percent(predicted)}"
-    )
-    if not shipped.change.excludes(predicted):
+    whole = f"measured together {with_interval(found)}, the sum of the parts said {percent(predicted)}"
+    if not found.excludes(predicted):
         yield (f"The parts added up: {whole}.",)
     else:
-        word = "more" if shipped.change.mean > predicted else "less"
+        word = "more" if found.mean > predicted else "less"
         yield (f"The whole did {word} damage than its parts: {whole}.",)
 
 
 def _divergence(evidence: Evidence) -> Iterator[Sentence]:
+    """How far the predictions moved: by limit from the base, by budget from the source."""
     shipped = evidence.shipped
-    if shipped is None or shipped.kld is None:
-        return
-    same = (
-        f"; the most likely token was the same {100 * shipped.agreement:.1f}% of the time"
-        if shipped.agreement
-        else ""
-    )
-    kld = shipped.kld
-    yield (f"KL divergence from the base {kld.mean:.4g} nats a token [{kld.low:.4g}, {kld.high:.4g}]{same}.",)
+    if shipped is not None and shipped.kld is not None:
+        kld, same = shipped.kld, ""
+        if shipped.agreement is not None:
+            same = f"; the most likely token was the same {100 * shipped.agreement:.1f}% of the time"
+        told = f"{kld.mean:.4g} nats a token [{kld.low:.4g}, {kld.high:.4g}]"
+        yield (f"KL divergence from the base {told}{same}.",)
+    found = evidence.divergence
+    if found is not None:
+        told = f"{nats(found.mean)} nats a token [{nats(found.low)}, {nats(found.high)}]"
+        word = _side(found)
+        yield (f"To the source's own predictions it is {word} than the base: KL divergence {told}.",)
+
+
+def _side(change: Change) -> str:
+    if not change.excludes(0):
+        return "neither nearer nor farther, for sure,"
+    return "nearer" if change.mean < 0 else "farther"
+
+
+def nats(value: float) -> str:
+    """+0.0127, −0.000059: a change of KL divergence."""
+    return f"{value:+.{4 if abs(value) >= 0.001 else 6}f}".replace("-", "\u2212")
 
 
 def _effort(evidence: Evidence) -> Iterator[Sentence]:

@@ -274,3 +274,70 @@ def bench() -> dict[str, Any]:
             task("MMLU-Redux", 2_400, 1_647, 1_702, 0.0016),
         ]
     }
+
+
+def by_budget() -> dict[str, Any]:
+    """The artifacts of `run --budget`, to give to `write_run_folder`: three groups moved."""
+    chosen = {"ssm_in": "Q4_K", "ssm_out": "Q4_K", "ffn_up_exps": "Q2_K"}
+    points = [point for name, _, _, _, saved, delta in GROUPS for point in curve(name, saved, delta)]
+    rows = []
+    for name, n, _, base_type, saved, delta in GROUPS:
+        kind = chosen.get(name, "base")
+        moved = {"base": 0, "Q2_K": saved, "Q4_K": -saved}[kind]
+        verdict = "kept" if not moved else "demoted" if moved > 0 else "promoted"
+        change = {"base": 0.0, "Q2_K": delta, "Q4_K": -delta / 3}[kind]
+        rows.append(
+            {
+                "name": name,
+                "tensors": n,
+                "base_type": base_type,
+                "chosen_type": kind,
+                "bytes_saved": moved,
+                "delta_pct": change,
+                "ci_pct": [change - 0.1, change + 0.1],
+                "kld_change": change / 100,
+                "chunks": 24,
+                "verdict": verdict,
+                "decision": verdict,
+                "measured_with": [],
+            }
+        )
+    saved = sum(row["bytes_saved"] for row in rows)
+    file_bytes = BASE_BYTES - saved + 4_000_000
+    candidates = [
+        {"changes": chosen, "file_bytes": file_bytes, "predicted_kld": -0.03, "measured_kld": -0.0312},
+        {"changes": {}, "file_bytes": file_bytes - 9_000_000, "predicted_kld": -0.02, "measured_kld": -0.02},
+    ]
+    planned = plan(
+        mode="budget",
+        budget_bytes=15_000_000_000,
+        objective="kld",
+        groups=rows,
+        measured_kld=-0.0312,
+        kld_ci=[-0.034, -0.0284],
+        candidates=candidates,
+        file_bytes=file_bytes,
+        tensor_bytes=BASE_BYTES - saved,
+        bytes_saved=saved,
+    )
+    del planned["threshold_pct"], planned["demote"]
+    text = {"text": "selection.txt", "text_sha256": "c" * 64, "ctx": 512, "seed": 1, "chunks": 24}
+    curves = text | {"base": "Q3_K_M", "tokens_scored": 1, "passes": 1.5, "points": points}
+    return {"plan": planned, "curves": curves, "measurements": None}
+
+
+def curve(name: str, saved: int, delta: float) -> list[dict[str, Any]]:
+    """A group at its base, one type down and one up; damage falls as bytes rise."""
+
+    def at(kind: str, n_bytes: int, damage: float) -> dict[str, Any]:
+        def around(mean: float) -> dict[str, float]:
+            return {"mean": mean, "low": mean - 0.0005, "high": mean + 0.0005, "chunks": 24}
+
+        return {"group": name, "type": kind, "bytes": n_bytes, "kld": around(damage), "nll": around(damage)}
+
+    rows = [
+        at("base", 4 * saved, 0.0),
+        at("Q2_K", 3 * saved, delta / 100),
+        at("Q4_K", 5 * saved, -delta / 300),
+    ]
+    return [*rows, {"group": name, "type": "Q6_K", "bytes": 6 * saved, "kld": None, "nll": None}]

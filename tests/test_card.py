@@ -20,6 +20,7 @@ from run_folder import (
     HOSTILE,
     SHIPPED,
     bench,
+    by_budget,
     manifest,
     measurements,
     plan,
@@ -29,6 +30,7 @@ from run_folder import (
 )
 
 from cerebellum.card import card_context, make_card, render_card, spans
+from cerebellum.drawings import drawings
 from cerebellum.errors import BadInput
 from cerebellum.evidence import read_evidence
 from cerebellum.findings import findings, percent
@@ -220,7 +222,7 @@ def test_memory_is_told_at_4k_32k_and_full_context(tmp_path: Path) -> None:
 
 def test_findings_are_derived_from_the_numbers(tmp_path: Path) -> None:
     lines = said(tmp_path)
-    assert lines[0].startswith("111.9 MB (0.7%) smaller than the base, for +1.90%")
+    assert lines[0].startswith("111.9 MB (0.7%) smaller than the base, its perplexity +1.90%")
     assert "Sensitive (over +3%, the whole interval): 5 of 9" in lines[2]
     assert any(line.startswith("Each GB saved in ffn_down_exps cost +4.88% of perplexity") for line in lines)
     assert any("routed experts +5.38%; shared experts +17.1%" in line for line in lines)
@@ -270,6 +272,45 @@ def test_digits_follow_the_size(value: float, text: str) -> None:
 
 def test_spans() -> None:
     assert spans((0, 1, 3, 4, 5, 9)) == "0–1, 3–5, 9"
+
+
+# --- by budget
+
+
+def budget_said(folder: Path) -> list[str]:
+    evidence = read_evidence(write_run_folder(folder, **by_budget()))
+    lines = findings(evidence)
+    return ["".join(part.text if isinstance(part, Code) else part for part in line) for line in lines]
+
+
+def test_a_budget_tells_what_it_bought_and_with_what_it_paid(tmp_path: Path) -> None:
+    lines = budget_said(tmp_path)
+    assert "Promoted (374 MB spent): 2 of 9, ssm_in, ssm_out." in lines
+    assert "Demoted (920 MB saved): 1 of 9, ffn_up_exps." in lines
+    assert any(line.startswith("A GB bought most in ssm_in at Q4_K") for line in lines)
+    assert any(line.startswith("A GB was given up for least in ffn_up_exps at Q2_K") for line in lines)
+    assert any("it is nearer than the base: KL divergence −0.0312" in line for line in lines)
+    assert not any("limit" in line for line in lines)
+
+
+def test_the_card_of_a_budget(tmp_path: Path) -> None:
+    card = card_of(tmp_path, **by_budget())
+    ModelCard(card, ignore_metadata_errors=False)
+    assert "the best file of at most 15 GB that was measured" in card
+    assert "| `ssm_in` | 36 | recurrent (36) | Q3_K → Q4_K |" in card
+    assert "adds 251 MB" in card
+    (kept,) = [line for line in card.splitlines() if line.startswith("| `ffn_gate_exps` |")]
+    assert "| Q3_K | Q2_K |" in kept
+    assert all(
+        cell.strip() for line in card.splitlines() if line[:3] == "| `" for cell in line[1:-1].split("|")
+    )
+
+
+def test_the_charts_of_a_budget(tmp_path: Path) -> None:
+    found = drawings(read_evidence(write_run_folder(tmp_path, **by_budget())))
+    assert set(found) == {"sensitivity", "curves", "frontier", "predicted"}
+    assert len(re.findall(r'id="curves-w-curve-\d+"', found["curves"].wide)) == 9
+    assert "shipped" in found["frontier"].wide
 
 
 # --- untrusted text

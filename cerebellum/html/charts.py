@@ -26,12 +26,19 @@ from cerebellum.html.pictures import (
     figure,
 )
 
+MINUS = "\u2212"
 _ROW, _FRAME = 24, 62
 _LONGEST_NAME = 24
 _DASHES = (0, (4, 3))
 _MOST_EMPTY = 2.5
 _DECADES = 30  # a linear axis hides what is smaller than a thirtieth of its length
-_COLOURS = {"tolerant": TOLERANT, "sensitive": SENSITIVE, "collapsed": SENSITIVE}
+_COLOURS = {
+    "tolerant": TOLERANT,
+    "promoted": TOLERANT,
+    "demoted": ACCENT,
+    "sensitive": SENSITIVE,
+    "collapsed": SENSITIVE,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +88,25 @@ class Point:
     high: float
     verdict: str
     label: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A group at one type: size, damage and its interval in nats a token."""
+
+    size: float
+    damage: float
+    low: float
+    high: float
+    chosen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What one group costs at each type, from the smallest to the largest."""
+
+    name: str
+    steps: Sequence[Step]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +199,7 @@ def _named_rows(axes: Axes, names: Sequence[str], texts: Sequence[str], log: boo
 
 
 def _percent_tick(value: float, _place: int | None = None) -> str:
-    return "0" if value == 0 else f"{value:+g}%"
+    return "0" if value == 0 else f"{value:+g}%".replace("-", MINUS)
 
 
 def paths_chart(width: int, panels: Sequence[Panel], limit: float) -> Figure:
@@ -236,13 +262,13 @@ def sizes_chart(width: int, points: Sequence[Point], unit: str, limit: float | N
     return drawn
 
 
-def _point_label(axes: Axes, point: Point, points: Sequence[Point]) -> None:
-    """Under the base, which everything starts from; beside others, where the drawing goes on."""
+def _point_label(axes: Axes, point: Point, points: Sequence[Point], rise: int = 0) -> None:
+    """The base's label under it or, where there is a ``rise``, over it; others' beside their points."""
     middle = (min(p.size for p in points) + max(p.size for p in points)) / 2
-    side = 1 if point.size <= middle else -1
-    away, align = (
-        ((0, -13), "center") if not point.verdict else ((9 * side, 0), "left" if side > 0 else "right")
-    )
+    side = 1 if point.size <= middle or rise else -1
+    away, align = (9 * side, rise), "left" if side > 0 else "right"
+    if not point.verdict:
+        away, align = (0, 13 if rise else -13), "center"
     axes.annotate(
         short(point.label),
         (point.size, point.delta),
@@ -252,6 +278,66 @@ def _point_label(axes: Axes, point: Point, points: Sequence[Point]) -> None:
         va="center",
         fontsize=10,
     )
+
+
+def curves_chart(width: int, curves: Sequence[Curve], unit: str) -> Figure:
+    """Small multiples: damage by size for each group; the ring is what was chosen."""
+    columns = 2 if width <= NARROW else 4
+    lines = math.ceil(len(curves) / columns)
+    drawn = figure(width, 122 * lines + 34)
+    grid = drawn.subplots(lines, columns, squeeze=False, sharey=True)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(curves):
+            axes.set_visible(False)
+            continue
+        _curve(axes, curves[place], place)
+    drawn.supxlabel(f"size of the group, {unit}", fontsize=10, color=MUTED)
+    return drawn
+
+
+def _curve(axes: Axes, curve: Curve, place: int) -> None:
+    sizes, damages = [step.size for step in curve.steps], [step.damage for step in curve.steps]
+    axes.axhline(0, color=RULE, linewidth=1)
+    axes.plot(sizes, damages, color=ACCENT, linewidth=1.4, gid=f"curve-{place}")
+    for step in curve.steps:
+        axes.plot([step.size] * 2, [step.low, step.high], color=ACCENT, linewidth=1.2, alpha=0.5)
+        size, face = (7.5, "none") if step.chosen else (3.5, ACCENT)
+        axes.plot([step.size], [step.damage], "o", color=ACCENT, markerfacecolor=face, markersize=size)
+    axes.set_title(short(curve.name), fontsize=10, color=INK, loc="left", pad=4)
+    ends = sorted({min(sizes), max(sizes)})
+    axes.set_xticks(ends, [f"{end:.3g}" for end in ends])
+    axes.tick_params(axis="both", labelsize=9, labelcolor=MUTED)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter(FuncFormatter(_nats_tick))
+    axes.margins(x=0.12)
+
+
+def _nats_tick(value: float, _place: int | None = None) -> str:
+    return "0" if value == 0 else f"{value:+.2g}".replace("-", MINUS)
+
+
+def frontier_chart(
+    width: int, best: Sequence[tuple[float, float]], points: Sequence[Point], unit: str
+) -> Figure:
+    """The best that the parts promise at each size, and what was measured whole."""
+    drawn = figure(width, 300)
+    axes = drawn.add_subplot()
+    axes.axhline(0, color=MUTED, linewidth=1)
+    sizes, damages = [size for size, _ in best], [damage for _, damage in best]
+    axes.plot(sizes, damages, color=UNDECIDED, linewidth=1.6, gid="frontier")
+    for place, point in enumerate(points):
+        axes.plot([point.size], [point.delta], "o", color=ACCENT, markersize=6, gid=f"point-{place}")
+        if point.label:
+            _point_label(axes, point, points, rise=8)
+    axes.set_xlabel(f"file, {unit}")
+    axes.set_ylabel("KL divergence, nats a token")
+    axes.yaxis.set_major_formatter(FuncFormatter(_nats_tick))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.tick_params(axis="y", labelcolor=MUTED)
+    axes.grid(alpha=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(0.08, 0.16)
+    return drawn
 
 
 def heat_map(width: int, cells: Sequence[Cell]) -> Figure:
