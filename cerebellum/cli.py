@@ -497,11 +497,14 @@ def _counts(found: dict[str, Any]) -> str:
 
 
 def _answer(value: Any, as_json: bool, *shown: Any) -> None:
-    if as_json:
-        click.echo(json.dumps(value, indent=2, allow_nan=False))
-        return
-    for part in shown:
-        OUT.print(part, highlight=False, soft_wrap=isinstance(part, str))
+    try:
+        if as_json:
+            click.echo(json.dumps(value, indent=2, allow_nan=False))
+            return
+        for part in shown:
+            OUT.print(part, highlight=False, soft_wrap=isinstance(part, str))
+    except BrokenPipeError:  # whoever read us is gone, which is no fault of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:
@@ -515,9 +518,6 @@ def main() -> None:
         _fail(error.format_message(), 2)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _fail("interrupted; the same command goes on from here", 130)
-    except BrokenPipeError:
-        sys.stdout = None  # whoever read us is gone, which is no fault of ours
-        sys.exit(0)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

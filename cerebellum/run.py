@@ -52,6 +52,7 @@ _KLD_CHUNKS = 8  # the first block of a race: every variant measures these
 def run_all(workspace: Workspace) -> dict[str, Any]:
     """Every stage in order; what is finished already is read, not repeated."""
     with workspace.locked():
+        workspace.check_texts()
         if workspace.settings.budget:
             curves_stage(workspace)
             budget_stage(workspace)
@@ -310,8 +311,9 @@ def _measuring(
     if order is None:
         order = chunk_order(corpus.n_chunks, settings.seed)[:_KLD_CHUNKS]
     vocab_size = workspace.engine.vocab_size(workspace.source.path)
+    reference = reference or workspace.shards.variant({})
     cache = PredictionCache(
-        workspace.path("base-predictions" if reference is None else "source-predictions"),
+        workspace.path("predictions"),
         order,
         corpus.scored_per_chunk * vocab_size * 4,
         settings.kld_cache_bytes,
@@ -321,7 +323,7 @@ def _measuring(
         workspace.ledger,
         corpus,
         workspace.reporter,
-        reference=reference or workspace.shards.variant({}),
+        reference=reference,
         cache=cache,
     )
     try:
