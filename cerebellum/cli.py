@@ -148,6 +148,12 @@ source_options = options(
     click.option("--demote", default="Q2_K", show_default=True, help="Type that groups are tried at."),
     click.option("--max-increase", type=Percent(), default="3%", show_default=True, help="Limit on damage."),
     click.option("--budget", help="Instead of a limit: the best file of this SIZE or PRESET's size."),
+    click.option(
+        "--fine-types/--no-fine-types",
+        default=True,
+        show_default=True,
+        help="With --budget: try IQ types too, where the plan could want them.",
+    ),
     click.option("--imatrix", type=PathArgument, help="An importance matrix (GGUF or .dat)."),
     click.option("--imatrix-text", type=PathArgument, help="Text to make one from [default: --select-text]."),
     click.option("--imatrix-chunks", type=click.IntRange(0), default=0, help="First N of it [default: all]."),

@@ -65,7 +65,8 @@ class Settings:
     gpu_layers: int = 0
     budget: str | None = None
     types: tuple[str, ...] = K_LADDER
-    curve_passes: float = 2.0
+    fine_types: bool = True
+    curve_passes: float = 1.5
     seed: int = 1
     allow_requantize: bool = False
 
