@@ -19,7 +19,7 @@ from cerebellum.errors import AnswerIsNo
 from cerebellum.gguf import parse_type
 from cerebellum.plan import Sizes
 from cerebellum.stats.paired import Interval, as_percent, superpopulation_interval
-from cerebellum.sweep import Changes
+from cerebellum.sweep import Changes, interval_json
 
 _CANDIDATES = 4
 
@@ -146,7 +146,7 @@ def frontier(points: Sequence[Point], sizes: Sizes, steps: int = 24) -> list[Can
 def budget_json(plan: BudgetPlan, sizes: Sizes) -> dict[str, Any]:
     """plan.json in budget mode: the contract's keys, and every candidate that was measured."""
     chosen = plan.chosen
-    percent = chosen.nll.percent() if chosen.nll else None
+    measured = interval_json(chosen.nll) if chosen.nll else {"delta_pct": None, "ci_pct": None}
     return {
         "mode": "budget",
         "budget_bytes": plan.budget_bytes,
@@ -154,8 +154,8 @@ def budget_json(plan: BudgetPlan, sizes: Sizes) -> dict[str, Any]:
         "objective": "kld",
         "groups": [_group_row(name, plan, sizes) for name in sizes.groups],
         "predicted_delta_pct": as_percent(_predicted_nll(plan)),
-        "measured_delta_pct": percent[0] if percent else None,
-        "ci_pct": list(percent[1:]) if percent else None,
+        "measured_delta_pct": measured["delta_pct"],
+        "ci_pct": measured["ci_pct"],
         "predicted_kld": chosen.predicted,
         "measured_kld": chosen.kld.mean if chosen.kld else None,
         "kld_ci": [chosen.kld.low, chosen.kld.high] if chosen.kld else None,
@@ -186,7 +186,7 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
 def _group_row(name: str, plan: BudgetPlan, sizes: Sizes) -> dict[str, Any]:
     kind = plan.chosen.changes.get(name, BASE)
     point = next(p for p in plan.points if (p.group, p.kind) == (name, kind))
-    nll = point.nll.percent() if point.nll else None
+    alone = interval_json(point.nll) if point.nll else {"delta_pct": None, "ci_pct": None}
     saved = 0 if kind == BASE else sizes.bytes_saved({name: kind})
     verdict = "kept" if kind == BASE else ("demoted" if saved > 0 else "promoted")
     return {
@@ -195,8 +195,8 @@ def _group_row(name: str, plan: BudgetPlan, sizes: Sizes) -> dict[str, Any]:
         "base_type": "+".join(sorted({t.name for t in sizes.base_types(name).values()})),
         "chosen_type": kind if kind == BASE else parse_type(kind).name,
         "bytes_saved": saved,
-        "delta_pct": nll[0] if nll else None,
-        "ci_pct": list(nll[1:]) if nll else None,
+        "delta_pct": alone["delta_pct"],
+        "ci_pct": alone["ci_pct"],
         "kld_change": point.kld.mean if point.kld else None,
         "chunks": point.kld.n if point.kld else None,
         "verdict": verdict,

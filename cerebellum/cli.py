@@ -148,6 +148,12 @@ source_options = options(
     click.option("--demote", default="Q2_K", show_default=True, help="Type that groups are tried at."),
     click.option("--max-increase", type=Percent(), default="3%", show_default=True, help="Limit on damage."),
     click.option("--budget", help="Instead of a limit: the best file of this SIZE or PRESET's size."),
+    click.option(
+        "--fine-types/--no-fine-types",
+        default=True,
+        show_default=True,
+        help="With --budget: try IQ types too, where the plan could want them.",
+    ),
     click.option("--imatrix", type=PathArgument, help="An importance matrix (GGUF or .dat)."),
     click.option("--imatrix-text", type=PathArgument, help="Text to make one from [default: --select-text]."),
     click.option("--imatrix-chunks", type=click.IntRange(0), default=0, help="First N of it [default: all]."),
@@ -567,11 +573,14 @@ def _counts(found: dict[str, Any]) -> str:
 
 
 def _answer(value: Any, as_json: bool, *shown: Any) -> None:
-    if as_json:
-        click.echo(json.dumps(value, indent=2, allow_nan=False))
-        return
-    for part in shown:
-        OUT.print(part, highlight=False, soft_wrap=isinstance(part, str))
+    try:
+        if as_json:
+            click.echo(json.dumps(value, indent=2, allow_nan=False))
+            return
+        for part in shown:
+            OUT.print(part, highlight=False, soft_wrap=isinstance(part, str))
+    except BrokenPipeError:  # whoever read us is gone, which is no fault of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:
@@ -585,9 +594,6 @@ def main() -> None:
         _fail(error.format_message(), 2)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _fail("interrupted; the same command goes on from here", 130)
-    except BrokenPipeError:
-        sys.stdout = None  # whoever read us is gone, which is no fault of ours
-        sys.exit(0)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

@@ -22,6 +22,7 @@ from cerebellum.sweep import Changes
 
 BASE = "base"
 K_LADDER = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+FINE_LADDER = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")
 BLOCK32_LADDER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 Vector = NDArray[np.float64]
@@ -99,14 +100,26 @@ def candidates(sizes: Sizes, ladder: Sequence[str]) -> list[Changes]:
     return found
 
 
-def measure_curves(sizes: Sizes, tried: Sequence[Changes], score: Scorer) -> tuple[Point, ...]:
-    """The base of every group, which does no damage by definition, and everything in ``tried``."""
-    base = score({})
-    zero = Interval(mean=0.0, low=0.0, high=0.0, n=len(base.kld), population=len(base.kld))
-    points = [
-        Point(group=name, kind=BASE, n_bytes=sizes.file_bytes(name, BASE), kld=zero, nll=zero)
-        for name in sizes.groups
-    ]
+def between_neighbours(points: Sequence[Point], chosen: Changes, sizes: Sizes) -> list[Changes]:
+    """The IQ types that lie, in bytes, between the measured types next to the chosen one of each group.
+
+    They quantize ten times as slowly as K-quants, so they are tried only where the plan could want them.
+    """
+    found: list[Changes] = []
+    for name in sizes.groups:
+        mine = sorted({p.n_bytes for p in points if p.group == name})
+        at = sizes.file_bytes(name, chosen.get(name, BASE))
+        below = max((n for n in mine if n < at), default=0)
+        above = min((n for n in mine if n > at), default=at)
+        known = {p.kind for p in points if p.group == name}
+        legal = [kind for kind in FINE_LADDER if kind not in known and sizes.legal(name, kind)]
+        found += [{name: kind} for kind in legal if below < sizes.file_bytes(name, kind) < above]
+    return found
+
+
+def measure_points(sizes: Sizes, tried: Sequence[Changes], score: Scorer, base: Score) -> tuple[Point, ...]:
+    """Every candidate alone, against the base on the same chunks."""
+    points = []
     for changes in tried:
         ((name, kind),) = changes.items()
         found = score(changes)
@@ -115,6 +128,17 @@ def measure_curves(sizes: Sizes, tried: Sequence[Changes], score: Scorer) -> tup
         n_bytes = sizes.file_bytes(name, kind)
         points.append(Point(group=name, kind=kind, n_bytes=n_bytes, kld=kld, nll=nll))
     return tuple(points)
+
+
+def measure_curves(sizes: Sizes, tried: Sequence[Changes], score: Scorer) -> tuple[Point, ...]:
+    """The base of every group, which does no damage by definition, and everything in ``tried``."""
+    base = score({})
+    zero = Interval(mean=0.0, low=0.0, high=0.0, n=len(base.kld), population=len(base.kld))
+    unchanged = [
+        Point(group=name, kind=BASE, n_bytes=sizes.file_bytes(name, BASE), kld=zero, nll=zero)
+        for name in sizes.groups
+    ]
+    return (*unchanged, *measure_points(sizes, tried, score, base))
 
 
 def chunks_within(passes: float, n_variants: int, population: int) -> int:

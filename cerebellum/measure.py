@@ -58,6 +58,8 @@ class Measurer:
         self.measured = self.reused = 0
         self._stack, self._open_digest = ExitStack(), ""
         self._model: Model | None = None
+        if reference is not None and cache is not None:
+            cache.claim(f"{reference.digest} {corpus.sha256} {corpus.ctx} {engine.identity}")
 
     def nll(self, variant: Variant, chunks: Sequence[int]) -> NDArray[np.float32]:
         """(chunks, scored tokens) nats; each chunk is committed to the ledger as it is finished."""

@@ -20,7 +20,7 @@ from cerebellum.errors import BadInput
 from cerebellum.gguf import TensorInfo, fits, gguf_size, parse_type, tensor_bytes
 from cerebellum.groups import Group
 from cerebellum.stats.paired import Interval, as_nats, as_percent
-from cerebellum.sweep import COLLAPSED, SENSITIVE, TOLERANT, Measurement, Threshold
+from cerebellum.sweep import COLLAPSED, SENSITIVE, TOLERANT, Measurement, Threshold, interval_json
 
 _MEASURED = (
     *("delta_pct", "ci_pct", "chunks", "verdict", "near_tie"),
@@ -147,6 +147,8 @@ def demotable(sizes: Sizes, kind: str) -> list[Mapping[str, str]]:
 
 def make_units(measurements: Sequence[Measurement], sizes: Sizes) -> tuple[Unit, ...]:
     """Single groups where they were measured alone; a joint measurement only for groups that were not."""
+    for measurement in measurements:
+        _check_fits(measurement, sizes)
     ordered = sorted(measurements, key=lambda m: len(m.changes))
     taken: set[str] = set()
     units = []
@@ -159,6 +161,16 @@ def make_units(measurements: Sequence[Measurement], sizes: Sizes) -> tuple[Unit,
         taken |= set(measurement.changes)
         units.append(Unit(changes=measurement.changes, bytes_saved=saved, measurement=measurement))
     return tuple(units)
+
+
+def _check_fits(measurement: Measurement, sizes: Sizes) -> None:
+    """BadInput where a measurement is of another model."""
+    for name, kind in measurement.changes.items():
+        if name not in sizes.groups:
+            raise BadInput(f"the measurements name {name!r}, a group this model lacks; see `inspect`")
+        if not sizes.legal(name, kind):
+            rows = sorted({sizes.tensors[tensor].shape[0] for tensor in sizes.groups[name].tensors})
+            raise BadInput(f"the measurements have {name} at {kind}, which rows of {rows} cannot take")
 
 
 def threshold_plan(
@@ -204,7 +216,7 @@ def _merged(units: Sequence[Unit]) -> dict[str, str]:
 def plan_json(plan: Plan, sizes: Sizes) -> dict[str, Any]:
     """plan.json, as the contract has it."""
     delta = plan.measured.delta if plan.measured else None
-    percent = delta.percent() if delta else None
+    measured = interval_json(delta) if delta else {"delta_pct": None, "ci_pct": None}
     return {
         "mode": "threshold",
         "threshold_pct": plan.threshold.limit_pct,
@@ -213,8 +225,8 @@ def plan_json(plan: Plan, sizes: Sizes) -> dict[str, Any]:
         "demote": plan.demote,
         "groups": [_group_row(name, plan, sizes) for name in sizes.groups],
         "predicted_delta_pct": as_percent(plan.predicted_nats),
-        "measured_delta_pct": percent[0] if percent else (0.0 if not plan.changes else None),
-        "ci_pct": list(percent[1:]) if percent else None,
+        "measured_delta_pct": measured["delta_pct"] if plan.changes else 0.0,
+        "ci_pct": measured["ci_pct"],
         "base_tensor_bytes": sizes.total({}),
         "tensor_bytes": sizes.total(plan.changes),
         "bytes_saved": sizes.bytes_saved(plan.changes),

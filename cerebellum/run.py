@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from cerebellum.base import preset_base
-from cerebellum.budget import budget_json, budget_plan, frontier
+from cerebellum.budget import Allocation, budget_json, budget_plan, frontier
 from cerebellum.build import build, output_path
 from cerebellum.curves import (
     Point,
     Score,
     Scorer,
+    between_neighbours,
     candidates,
     chunks_within,
     measure_curves,
+    measure_points,
     point_from_json,
 )
 from cerebellum.errors import BadInput
@@ -50,6 +52,7 @@ _KLD_CHUNKS = 8  # the first block of a race: every variant measures these
 def run_all(workspace: Workspace) -> dict[str, Any]:
     """Every stage in order; what is finished already is read, not repeated."""
     with workspace.locked():
+        workspace.check_texts()
         if workspace.settings.budget:
             curves_stage(workspace)
             budget_stage(workspace)
@@ -137,8 +140,13 @@ def curves_stage(workspace: Workspace) -> dict[str, Any]:
     tried = candidates(workspace.sizes, workspace.settings.types)
     with _scoring(workspace, len(tried)) as score:
         points = measure_curves(workspace.sizes, tried, score)
-        chunks = points[0].kld.n if points and points[0].kld else 0
+    return _write_curves(workspace, points)
+
+
+def _write_curves(workspace: Workspace, points: Sequence[Point]) -> dict[str, Any]:
     corpus = workspace.selection
+    chunks = max((point.kld.n for point in points if point.kld), default=0)
+    variants = 2 + sum(point.kind != "base" for point in points)  # the source and the base too
     content = {
         "base": workspace.base.label,
         "text": corpus.path.name,
@@ -146,8 +154,8 @@ def curves_stage(workspace: Workspace) -> dict[str, Any]:
         "ctx": corpus.ctx,
         "seed": workspace.settings.seed,
         "chunks": chunks,
-        "tokens_scored": chunks * (len(tried) + 2) * corpus.ctx,
-        "passes": chunks * (len(tried) + 2) / corpus.n_chunks,
+        "tokens_scored": chunks * variants * corpus.ctx,
+        "passes": chunks * variants / corpus.n_chunks,
         "points": [point.as_json() for point in points],
     }
     write_json(workspace.path("curves.json"), content)
@@ -156,18 +164,30 @@ def curves_stage(workspace: Workspace) -> dict[str, Any]:
 
 def budget_stage(workspace: Workspace) -> dict[str, Any]:
     """The knapsack's proposals, each measured whole; the best measured one -> plan.json."""
-    points = read_points(workspace)
-    planning = budget_plan(points, workspace.sizes, budget_bytes(workspace))
-    n_variants = sum(point.kind != "base" for point in points)
-    with _scoring(workspace, n_variants) as score:
+    points, budget = read_points(workspace), budget_bytes(workspace)
+    with _scoring(workspace, len(candidates(workspace.sizes, workspace.settings.types))) as score:
+        points = _refined(workspace, points, budget, score)
+        planning = budget_plan(points, workspace.sizes, budget)
         try:
             changes = next(planning)
             while True:
                 changes = planning.send((score(changes), score({})))
         except StopIteration as stop:
             planned = budget_json(stop.value, workspace.sizes)
+    _write_curves(workspace, points)
     write_json(workspace.path("plan.json"), planned)
     return planned
+
+
+def _refined(
+    workspace: Workspace, points: tuple[Point, ...], budget: int, score: Scorer
+) -> tuple[Point, ...]:
+    """The curves with the IQ types that the plan for this budget could want."""
+    found = Allocation(points, workspace.sizes).best(budget)
+    if found is None or not workspace.settings.fine_types:
+        return points
+    tried = between_neighbours(points, found[1].changes, workspace.sizes)
+    return (*points, *measure_points(workspace.sizes, tried, score, score({})))
 
 
 def rebudget(workspace: Workspace) -> dict[str, Any]:
@@ -303,18 +323,23 @@ def _measuring(
     if order is None:
         order = chunk_order(corpus.n_chunks, settings.seed)[:_KLD_CHUNKS]
     vocab_size = workspace.engine.vocab_size(workspace.source.path)
+    reference = reference or workspace.shards.variant({})
     cache = PredictionCache(
-        workspace.path("base-predictions" if reference is None else "source-predictions"),
+        workspace.path("predictions"),
         order,
         corpus.scored_per_chunk * vocab_size * 4,
         settings.kld_cache_bytes,
+    )
+    megabytes = cache.n_bytes / 1e6
+    workspace.reporter.note(
+        f"predictions of {reference.label} for {len(cache.chunks)} chunks: {megabytes:.0f} MB on disk meanwhile"
     )
     measurer = Measurer(
         workspace.engine,
         workspace.ledger,
         corpus,
         workspace.reporter,
-        reference=reference or workspace.shards.variant({}),
+        reference=reference,
         cache=cache,
     )
     try:

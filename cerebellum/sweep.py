@@ -99,12 +99,13 @@ class Measurement:
             "kld_mean": self.kld.mean if self.kld else None,
             "kld_ci": _finite_pair(self.kld),
             "top1_agreement": self.top1,
-            "trace": [_interval_json(look) for look in self.trace],
+            "trace": [interval_json(look) for look in self.trace],
         }
-        return row | (_interval_json(self.delta) if self.delta else {})
+        return row | (interval_json(self.delta) if self.delta else {})
 
 
-def _interval_json(delta: Interval) -> dict[str, Any]:
+def interval_json(delta: Interval) -> dict[str, Any]:
+    """A paired change as artifacts hold it; an interval without end is null."""
     mean, low, high = delta.percent()
     finite = bool(np.isfinite([low, high]).all())
     return {"delta_pct": mean, "ci_pct": [low, high] if finite else None, "chunks": delta.n}

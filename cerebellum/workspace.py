@@ -19,10 +19,11 @@ from cerebellum.base import Base, file_base, preset_base
 from cerebellum.curves import K_LADDER
 from cerebellum.errors import BadInput
 from cerebellum.files import atomic_write_text
-from cerebellum.gguf import parse_type
+from cerebellum.gguf import parse_weight_type
 from cerebellum.groups import Group, describe, make_groups
 from cerebellum.ledger import Ledger
 from cerebellum.llama.native import EngineSettings, LlamaEngine
+from cerebellum.llama.presets import parse_preset
 from cerebellum.memory import plain_metadata
 from cerebellum.plan import Sizes, demotable
 from cerebellum.progress import Reporter
@@ -65,7 +66,8 @@ class Settings:
     gpu_layers: int = 0
     budget: str | None = None
     types: tuple[str, ...] = K_LADDER
-    curve_passes: float = 2.0
+    fine_types: bool = True
+    curve_passes: float = 1.5
     seed: int = 1
     allow_requantize: bool = False
 
@@ -100,7 +102,10 @@ class Workspace:
     def __init__(self, folder: Path, settings: Settings, reporter: Reporter) -> None:
         self.folder, self.settings, self.reporter = folder, settings, reporter
         self.engine = LlamaEngine(EngineSettings(threads=settings.threads, gpu_layers=settings.gpu_layers))
-        parse_type(settings.demote)
+        for kind in (settings.demote, *settings.types):
+            parse_weight_type(kind)
+        if settings.base_file is None:
+            parse_preset(settings.base)
 
     @classmethod
     def reopen(cls, folder: Path, reporter: Reporter, **changed: Any) -> Workspace:
@@ -116,18 +121,30 @@ class Workspace:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the folder for this process; makes it and saves the settings."""
+        lock = FileLock(self.path(".lock"), timeout=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path(".lock"), timeout=0):
-                self._refuse_another_source()
-                self.settings.save(self.path("settings.json"))
-                yield
+            lock.acquire()
         except Timeout as error:
             raise BadInput(f"{self.folder}: another Cerebellum is at work in it; wait, or use -o") from error
         except OSError as error:
             raise BadInput(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another folder with -o"
             ) from error
+        try:
+            self._refuse_another_source()
+            self.settings.save(self.path("settings.json"))
+            yield
+        finally:
+            if "ledger" in self.__dict__:
+                self.__dict__.pop("ledger").close()
+            lock.release()
+
+    def check_texts(self) -> None:
+        """BadInput before any work where a text cannot be used."""
+        _ = self.selection, self.report_corpus
+        if self.settings.imatrix is None and self.settings.imatrix_text is not None:
+            load_corpus(self.engine, self.source.path, self.settings.imatrix_text, self.settings.ctx)
 
     def _refuse_another_source(self) -> None:
         if not self.path("source.json").exists():
@@ -167,7 +184,10 @@ class Workspace:
     def matrix(self) -> imatrix.ImportanceMatrix:
         """The matrix given, or the one in the folder, or one made now."""
         if self.settings.imatrix is not None:
-            return imatrix.read(self.settings.imatrix)
+            given = imatrix.read(self.settings.imatrix)
+            if not set(given.entries) & set(self.source.tensors):
+                raise BadInput(f"{given.path}: has no entry for a tensor of this model; give its own matrix")
+            return given
         text = self.settings.imatrix_text or self.settings.select_text
         corpus = load_corpus(self.engine, self.source.path, text, self.settings.ctx)
         return imatrix.compute_or_reuse(

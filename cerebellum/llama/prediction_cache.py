@@ -5,6 +5,7 @@ Bounded in bytes and removed when the measuring is done; losing it costs a decod
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cerebellum.files import atomic_writer
+from cerebellum.files import atomic_write_bytes
 from cerebellum.llama.scoring import Prediction
 
 
@@ -24,11 +25,19 @@ class PredictionCache:
         self.chunks = frozenset(chunks[: max_bytes // max(chunk_bytes, 1)])
         self.n_bytes = len(self.chunks) * chunk_bytes
 
+    def claim(self, owner: str) -> None:
+        """Forgets what a killed run of another ``owner`` (model, text, context) left in the folder."""
+        mark = self.folder / "owner"
+        if mark.exists() and mark.read_text() == owner:
+            return
+        self.remove()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(mark, owner.encode())
+
     def store(self, chunk: int, prediction: Prediction) -> None:
         """Keeps a chunk of the base; the probabilities go last, so they vouch for the rest."""
         if chunk not in self.chunks:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         rows = np.stack([prediction.neg_entropy_S, prediction.top_S.astype(np.float64)])
         self._save(self._rows_path(chunk), rows)
         self._save(self._path(chunk), prediction.probabilities_SV)
@@ -58,5 +67,7 @@ class PredictionCache:
         return self.folder / f"{chunk}.rows.npy"
 
     def _save(self, path: Path, values: NDArray[np.generic]) -> None:
-        with atomic_writer(path, values.nbytes) as stream:
-            np.save(stream, values)
+        # np.save writes to a file past Python, and on a full disk says so without an errno.
+        content = io.BytesIO()
+        np.save(content, values)
+        atomic_write_bytes(path, content.getvalue())
