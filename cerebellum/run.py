@@ -331,9 +331,8 @@ def _measuring(
         settings.kld_cache_bytes,
     )
     megabytes = cache.n_bytes / 1e6
-    workspace.reporter.note(
-        f"predictions of {reference.label} for {len(cache.chunks)} chunks: {megabytes:.0f} MB on disk meanwhile"
-    )
+    kept = f"{len(cache.chunks)} chunks: {megabytes:.0f} MB on disk meanwhile"
+    workspace.reporter.note(f"predictions of {reference.label} for {kept}")
     measurer = Measurer(
         workspace.engine,
         workspace.ledger,
