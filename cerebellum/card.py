@@ -11,10 +11,10 @@ from typing import Any
 from markupsafe import Markup
 
 from cerebellum import __version__
+from cerebellum.artifacts import BASE, Benchmark, Change, Evidence, GroupRow, read_evidence
 from cerebellum.drawings import drawings
-from cerebellum.evidence import BASE, Benchmark, Change, Evidence, GroupRow, read_evidence
 from cerebellum.files import atomic_write_bytes, atomic_write_text
-from cerebellum.findings import findings, nats, percent, rate, unit_of, with_interval
+from cerebellum.findings import findings, nats, percent, points, rate, unit_of, with_interval
 from cerebellum.frontmatter import checked, front_matter
 from cerebellum.html import Code, Picture, Sentence, render_html, render_markdown
 from cerebellum.html.markdown import Markdown, one_line
@@ -174,29 +174,38 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def _perplexities(evidence: Evidence) -> list[dict[str, str]]:
+    report, base = evidence.report, evidence.report["base"]["ppl"]
+    source = report["source"]["ppl"]
+    against = {
+        "source": percent(100 * (source / base - 1)) if source and base else "not finite",
+        "base": "the measure",
+        "result": with_interval(evidence.reported),
+    }
     titles = {"source": "source", "base": f"base ({evidence.plan['base']})", "result": "this file"}
-    rows = []
-    for key, title in titles.items():
-        found = evidence.report[key]
-        change = (
-            with_interval(evidence.reported) if key == "result" else "the measure" if key == "base" else ""
-        )
-        against = change or percent(100 * (found["ppl"] / evidence.report["base"]["ppl"] - 1))
-        rows.append(
-            {"name": title, "ppl": f"{found['ppl']:.4f}", "se": f"{found['se']:.4f}", "change": against}
-        )
-    return rows
+    return [
+        {
+            "name": title,
+            "ppl": _number(report[key]["ppl"]),
+            "se": _number(report[key]["se"]),
+            "change": against[key],
+        }
+        for key, title in titles.items()
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _benchmark(bench: Benchmark) -> dict[str, str]:
-    interval = f" [{100 * bench.interval[0]:.1f}, {100 * bench.interval[1]:.1f}]" if bench.interval else ""
-    base = f"{100 * bench.base_accuracy:.1f}%" if bench.base_accuracy is not None else "not run"
+    accuracy = bench.accuracy
     return {
         "task": bench.task,
-        "protocol": bench.protocol or "not given",
+        "protocol": f"{bench.protocol}, {bench.metric}",
         "n": f"{bench.n:,}",
-        "accuracy": f"{100 * bench.accuracy:.1f}%{interval}",
-        "base": base,
+        "accuracy": f"{accuracy.mean:.1f}% [{accuracy.low:.1f}, {accuracy.high:.1f}]",
+        "base": f"{bench.base:.1f}%" if bench.base is not None else "not asked",
+        "difference": points(bench.difference) if bench.difference else "not paired",
         "p": f"{bench.p:.2g}" if bench.p is not None else "not paired",
     }
 

@@ -365,11 +365,12 @@ def build(folder: Path, as_json: bool) -> None:
 @json_option
 def verify(folder: Path, as_json: bool) -> None:
     """Proof of the finished file: read again, byte by byte, and measured on the report text."""
-    from cerebellum.run import verify_stage
+    from cerebellum.run import manifest_stage, verify_stage
 
     workspace = Workspace.reopen(folder, ProgressReporter())
     with workspace.locked():
         found = verify_stage(workspace)
+        manifest_stage(workspace)
     _answer(found, as_json, tables.verify_table(found), tables.report_table(found))
     sys.exit(0 if found["ok"] else 1)
 

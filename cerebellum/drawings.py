@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from cerebellum.allocate import Option, solve
 from cerebellum.allocate.knapsack import total_bytes, total_damage
-from cerebellum.evidence import BASE, Change, CurvePoint, Evidence, GroupRow
+from cerebellum.artifacts import BASE, Change, CurvePoint, Evidence, GroupRow
 from cerebellum.findings import percent, rated, unit_of
 from cerebellum.html import (
     Cell,

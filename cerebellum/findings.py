@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from cerebellum.evidence import Change, Evidence, GroupRow
+from cerebellum.artifacts import Change, Evidence, GroupRow
 from cerebellum.html import Code, Sentence
 from cerebellum.tables import count, size
 
 MEGA, GIGA = 1e6, 1e9
+_P = 0.05  # under it a difference is called one
 
 _FAMILIES = (
     ("routed experts", ("_exps", "_chexps")),
@@ -271,13 +272,21 @@ def _effort(evidence: Evidence) -> Iterator[Sentence]:
 
 def _benchmarks(evidence: Evidence) -> Iterator[Sentence]:
     """Only differences that the pairing tells apart, and how many it does not."""
-    paired = [b for b in evidence.benchmarks if b.p is not None and b.base_accuracy is not None]
+    paired = [b for b in evidence.benchmarks if b.p is not None and b.difference is not None]
     for bench in paired:
-        assert bench.p is not None and bench.base_accuracy is not None
-        if bench.p < 0.05:
-            word = "better" if bench.accuracy > bench.base_accuracy else "worse"
-            yield (Code(bench.task), f" is {word} than the base (McNemar p = {bench.p:.2g}).")
-    alike = [b for b in paired if b.p is not None and b.p >= 0.05]
+        if bench.p is not None and bench.difference is not None and bench.p < _P:
+            word = "better" if bench.difference.mean > 0 else "worse"
+            how = f" ({bench.protocol}, {bench.metric}) is {word} than the base"
+            told = f": {points(bench.difference)} points, McNemar p = {bench.p:.2g}."
+            yield (Code(bench.task), how + told)
+    alike = [b for b in paired if b.p is not None and b.p >= _P]
     if alike:
-        names, least = ", ".join(bench.task for bench in alike), min(b.p or 0.0 for b in alike)
+        names = ", ".join(dict.fromkeys(bench.task for bench in alike))
+        least = min(bench.p or 0.0 for bench in alike)
         yield (f"No difference to the base could be told on {names} (McNemar p of {least:.2g} or more).",)
+
+
+def points(change: Change) -> str:
+    """-0.2 [-0.9, +0.5]: a difference of two percentages."""
+    text = f"{change.mean:+.1f} [{change.low:+.1f}, {change.high:+.1f}]"
+    return text.replace("-", "\u2212")

@@ -10,8 +10,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from cerebellum.artifacts import Benchmark, Evidence
 from cerebellum.errors import BadInput
-from cerebellum.evidence import Benchmark, Evidence
+from cerebellum.html.markdown import one_line
 
 _HUB = re.compile(r"^(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)/?$", re.ASCII)
 _HUB_LICENSES = """
@@ -47,7 +48,7 @@ _SOURCES = (
 def front_matter(evidence: Evidence, repo: str | None) -> ModelCardData:
     """License, base model, tags and results; what the metadata does not tell is left out."""
     metadata = evidence.source["metadata"]
-    name = evidence.source["name"]
+    name = one_line(evidence.source["name"])
     return ModelCardData(
         **_license(metadata),
         model_name=name,
@@ -126,18 +127,19 @@ def _words(value: Any) -> list[str] | None:
 
 
 def _results(evidence: Evidence) -> Iterator[EvalResult]:
-    """Perplexity on the report text, and each benchmark in percent."""
+    """Perplexity on the report text, where there is one, and each benchmark in percent."""
     report = evidence.report
-    yield EvalResult(
-        task_type="text-generation",
-        task_name="Text Generation",
-        dataset_type="text",
-        dataset_name=report["text"],
-        dataset_args={"chunks": report["chunks"], "ctx": evidence.measured["ctx"]},
-        metric_type="perplexity",
-        metric_name="Perplexity",
-        metric_value=round(report["result"]["ppl"], 4),
-    )
+    if report["result"]["ppl"] is not None:
+        yield EvalResult(
+            task_type="text-generation",
+            task_name="Text Generation",
+            dataset_type="text",
+            dataset_name=one_line(report["text"]),
+            dataset_args={"chunks": report["chunks"], "ctx": evidence.measured["ctx"]},
+            metric_type="perplexity",
+            metric_name="Perplexity",
+            metric_value=round(report["result"]["ppl"], 4),
+        )
     for bench in evidence.benchmarks:
         yield _benchmark(bench)
 
@@ -150,6 +152,6 @@ def _benchmark(bench: Benchmark) -> EvalResult:
         dataset_type=known or bench.task.lower(),
         dataset_name=bench.task,
         metric_type="accuracy",
-        metric_name=f"Accuracy ({bench.protocol})" if bench.protocol else "Accuracy",
-        metric_value=round(100 * bench.accuracy, 2),
+        metric_name=f"Accuracy ({bench.protocol}, {bench.metric})",
+        metric_value=round(bench.accuracy.mean, 2),
     )

@@ -158,8 +158,9 @@ def uploads(folder: Path) -> list[Upload]:
     """What `push` uploads, the model first; refused if the evidence is not of this very file."""
     manifest = read_json(folder / "manifest.json")
     _check(folder, manifest)
-    charts = sorted(f"charts/{path.name}" for path in (folder / "charts").glob("*.png"))
-    names = [manifest["result"]["file"], manifest["imatrix"]["file"], *EVIDENCE, *charts]
+    more = [*(folder / "charts").glob("*.png"), *(folder / "bench").glob("*.jsonl")]
+    deeper = sorted(path.relative_to(folder).as_posix() for path in more)
+    names = [manifest["result"]["file"], manifest["imatrix"]["file"], *EVIDENCE, *deeper]
     found = [(name, folder / name) for name in names if (folder / name).exists()]
     return [Upload(name=name, path=path, n_bytes=path.stat().st_size) for name, path in found]
 

@@ -29,10 +29,10 @@ from run_folder import (
     write_run_folder,
 )
 
+from cerebellum.artifacts import read_evidence
 from cerebellum.card import card_context, make_card, render_card, spans
 from cerebellum.drawings import drawings
 from cerebellum.errors import BadInput
-from cerebellum.evidence import read_evidence
 from cerebellum.findings import findings, percent
 from cerebellum.frontmatter import base_model
 from cerebellum.gguf import read_gguf
@@ -78,7 +78,7 @@ def test_front_matter_is_what_the_hub_indexes(tmp_path: Path) -> None:
     assert data.quantized_by == "Cerebellum"
     assert {"gguf", "moe", "hybrid", "Q3_K_M", "conversational"} <= set(data.tags or [])
     values = {result.dataset_name: result.metric_value for result in data.eval_results or []}
-    assert values == {"report.txt": 6.458, "HellaSwag": 87.13, "ARC-Challenge": 90.7, "MMLU-Redux": 68.62}
+    assert values == {"report.txt": 6.458, "hellaswag": 87.13, "arc_challenge": 90.7, "mmlu_redux": 68.62}
 
 
 def test_front_matter_survives_the_hubs_own_round_trip(tmp_path: Path) -> None:
@@ -165,6 +165,15 @@ def test_missing_benchmarks_are_said_and_not_shown(tmp_path: Path) -> None:
     assert "No question benchmark was run" in card
 
 
+def test_a_bench_of_the_file_alone(tmp_path: Path) -> None:
+    alone = bench(models=bench()["models"][:1], paired=[])
+    card = card_of(tmp_path, bench=alone)
+    assert (
+        "| hellaswag | loglikelihood, acc_norm | 10,042 | not asked | 87.1% [86.5, 87.8] | not paired |"
+        in card
+    )
+
+
 def test_old_measurements_without_the_newer_columns(tmp_path: Path) -> None:
     old = measurements()
     for key in ("tokens_scored", "tokens_full", "alpha"):
@@ -184,6 +193,16 @@ def test_failed_verification_is_the_first_thing_said(tmp_path: Path) -> None:
     card = card_of(tmp_path, verify=failed)
     assert card.index("Verification failed") < card.index("## Key findings")
     assert "**FAILED**" in card
+
+
+def test_a_broken_file_has_a_card_that_says_so(tmp_path: Path) -> None:
+    broken = verify(delta_pct=None, ci_pct=[None, None], result={"ppl": None, "se": None, "tokens": 1})
+    broken["ok"] = False
+    make_card(write_run_folder(tmp_path, verify=broken))
+    card = ModelCard((tmp_path / "README.md").read_text(), ignore_metadata_errors=False)
+    assert "broken: its perplexity on `report.txt` is not finite" in card.content
+    assert "report.txt" not in {result.dataset_name for result in card.data.eval_results or []}
+    assert not (tmp_path / "charts" / "predicted.png").exists()
 
 
 def test_one_text_for_both_is_confessed(tmp_path: Path) -> None:
@@ -226,7 +245,12 @@ def test_findings_are_derived_from_the_numbers(tmp_path: Path) -> None:
     assert "Sensitive (over +3%, the whole interval): 5 of 9" in lines[2]
     assert any(line.startswith("Each GB saved in ffn_down_exps cost +4.88% of perplexity") for line in lines)
     assert any("routed experts +5.38%; shared experts +17.1%" in line for line in lines)
-    assert any(line.startswith("MMLU-Redux is worse than the base (McNemar p = 0.0016)") for line in lines)
+    (worse,) = [line for line in lines if "worse" in line]
+    assert worse.startswith("mmlu_redux (loglikelihood, acc_norm) is worse than the base: −2.3 [−2.8, −1.8]")
+    assert worse.endswith("McNemar p = 0.0016.")
+    assert (
+        "No difference to the base could be told on hellaswag, arc_challenge (McNemar p of 0.31" in lines[-1]
+    )
 
 
 def test_no_ranking_where_intervals_overlap(tmp_path: Path) -> None:
@@ -344,7 +368,8 @@ def hostile() -> dict[str, Any]:
     changed["verify"]["report"]["text"] = HOSTILE
     changed["manifest"] = manifest(text_files={"selection": HOSTILE, "report": HOSTILE})
     changed["measurements"] = measurements() | {"text": HOSTILE}
-    changed["bench"] = {"tasks": [bench()["tasks"][0] | {"task": HOSTILE, "protocol": HOSTILE}]}
+    hostile_way = {"task": HOSTILE, "protocol": HOSTILE, "metric": HOSTILE, "labels": HOSTILE}
+    changed["bench"] = bench(scores=[bench()["scores"][0] | hostile_way], paired=[])
     return changed
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from run_folder import GROUPS, measurements, plan, write_run_folder
 
+from cerebellum.artifacts import read_evidence
 from cerebellum.card import make_card
 from cerebellum.drawings import drawings
-from cerebellum.evidence import read_evidence
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MARKS = {

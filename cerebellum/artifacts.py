@@ -99,14 +99,16 @@ class Combination:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One task, in fractions of its questions; the base's and the p of their pairing where known."""
+    """One way of scoring one benchmark, in percent of its questions; ``difference`` to the base,
+    with McNemar's p, where both were asked the same questions."""
 
     task: str
     protocol: str
+    metric: str
     n: int
-    accuracy: float
-    interval: tuple[float, float] | None
-    base_accuracy: float | None
+    accuracy: Change
+    base: float | None
+    difference: Change | None
     p: float | None
 
 
@@ -291,18 +293,32 @@ def _change(mean: float | None, interval: Sequence[float | None] | None) -> Chan
     return Change(mean=mean, low=mean if low is None else low, high=mean if high is None else high)
 
 
-def _benchmarks(bench: Any) -> Iterator[Benchmark]:
-    """bench.json: a list of tasks, or an object with one."""
-    tasks: Any = bench["tasks"] if isinstance(bench, dict) and "tasks" in bench else bench
-    rows = tasks.values() if isinstance(tasks, dict) else tasks
-    for row in rows:
-        base = row.get("base")
+def _benchmarks(bench: Json) -> Iterator[Benchmark]:
+    """The first model of bench.json is the finished file, the second its base."""
+    names = [model["name"] for model in bench["models"]]
+    scores = {(row["model"], *_way(row)): row for row in bench["scores"]}
+    pairs = {(row["against"], *_way(row)): row for row in bench["paired"]}
+    for row in bench["scores"]:
+        if row["model"] != names[0]:
+            continue
+        base = scores.get((names[1], *_way(row))) if len(names) > 1 else None
+        pair = pairs.get((names[1], *_way(row))) if len(names) > 1 else None
         yield Benchmark(
-            task=str(row["task"]),
-            protocol=str(row.get("protocol", "")),
-            n=int(row["n"]),
-            accuracy=float(row["accuracy"]),
-            interval=(row["ci"][0], row["ci"][1]) if row.get("ci") else None,
-            base_accuracy=base.get("accuracy") if isinstance(base, dict) else base,
-            p=row.get("mcnemar_p"),
+            task=row["task"],
+            protocol=row["protocol"],
+            metric=row["metric"] if row["labels"] == "original" else f"{row['metric']}, {row['labels']}",
+            n=row["n"],
+            accuracy=_interval(row["accuracy_pct"], row["ci_pct"]),
+            base=base["accuracy_pct"] if base else None,
+            difference=_interval(pair["difference_pct"], pair["ci_pct"]) if pair else None,
+            p=pair["p_value"] if pair else None,
         )
+
+
+def _way(row: Json) -> tuple[str, str, str, str]:
+    """What was asked and how it was scored."""
+    return (row["task"], row["protocol"], row["metric"], row["labels"])
+
+
+def _interval(mean: float, bounds: Sequence[float]) -> Change:
+    return Change(mean=mean, low=bounds[0], high=bounds[1])
