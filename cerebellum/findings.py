@@ -181,6 +181,8 @@ def _families(evidence: Evidence) -> Iterator[Sentence]:
 def _bargains(evidence: Evidence) -> Iterator[Sentence]:
     """By budget: where a byte bought most and where one was given up for least, in KL divergence."""
     unit, name = unit_of(evidence)
+    if not evidence.curves:
+        return
     sure = [row for row in evidence.changed if row.kld is not None and row.kld.excludes(0)]
     bought = [row for row in sure if row.bytes_saved < 0 and row.kld and row.kld.mean < 0]
     given = [row for row in sure if row.bytes_saved > 0]

@@ -120,11 +120,13 @@ def has_sliding_window(metadata: Metadata) -> bool:
 
 
 def _cache_elements(metadata: Metadata, layer: int) -> int:
-    """Keys and values of one token in one layer."""
+    """Keys and values of one token in one layer; latent attention keeps its values inside its keys."""
     heads = _number(metadata, "attention.head_count", layer)
     width = _number(metadata, "embedding_length") // max(heads, 1)
     keys = _number(metadata, "attention.key_length") or width
     values = _number(metadata, "attention.value_length") or width
+    if _number(metadata, "attention.key_length_mla"):
+        values = 0
     return (_number(metadata, "attention.head_count_kv", layer) or heads) * (keys + values)
 
 

@@ -330,9 +330,8 @@ def _measuring(
         corpus.scored_per_chunk * vocab_size * 4,
         settings.kld_cache_bytes,
     )
-    megabytes = cache.n_bytes / 1e6
-    kept = f"{len(cache.chunks)} chunks: {megabytes:.0f} MB on disk meanwhile"
-    workspace.reporter.note(f"predictions of {reference.label} for {kept}")
+    kept = f"{len(cache.chunks)} chunks, {cache.n_bytes / 1e6:.0f} MB on disk meanwhile"
+    workspace.reporter.note(f"keeping the predictions of the {reference.label}: {kept}")
     measurer = Measurer(
         workspace.engine,
         workspace.ledger,

@@ -244,6 +244,7 @@ def test_findings_are_derived_from_the_numbers(tmp_path: Path) -> None:
     assert lines[0].startswith("111.9 MB (0.7%) smaller than the base, its perplexity +1.90%")
     assert "Sensitive (over +3%, the whole interval): 5 of 9" in lines[2]
     assert any(line.startswith("Each GB saved in ffn_down_exps cost +4.88% of perplexity") for line in lines)
+    assert not any("given up" in line for line in lines)
     assert any("routed experts +5.38%; shared experts +17.1%" in line for line in lines)
     (worse,) = [line for line in lines if "worse" in line]
     assert worse.startswith("mmlu_redux (loglikelihood, acc_norm) is worse than the base: −2.3 [−2.8, −1.8]")
@@ -469,6 +470,38 @@ def test_memory_of_a_hybrid_by_hand() -> None:
     assert memory.state == 36 * 4 * (3 * (8192 + 2 * 128) + 128 * 8192)
     assert memory.weights == 15 << 30
     assert (memory.fits(12), memory.fits(16)) == (False, True)
+
+
+_HEADS = {"attention.head_count": 32, "embedding_length": 4096}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "facts", "cache", "state"),
+    [
+        ("llama", _HEADS, 32 * 256, 0),
+        ("llama", _HEADS | {"attention.head_count_kv": 8}, 8 * 256, 0),
+        ("gemma3", _HEADS | {"attention.key_length": 256, "attention.value_length": 256}, 32 * 512, 0),
+        (
+            "deepseek2",
+            {
+                "attention.head_count_kv": 1,
+                "attention.key_length": 576,
+                "attention.value_length": 512,
+                "attention.key_length_mla": 192,
+            },
+            576,
+            0,
+        ),
+        ("rwkv7", {"embedding_length": 768, "wkv.head_size": 64}, 0, 768 * 66),
+        ("lfm2", {"embedding_length": 1024, "shortconv.l_cache": 3}, 0, 2048),
+    ],
+)
+def test_memory_of_other_families(architecture: str, facts: dict[str, int], cache: int, state: int) -> None:
+    """Elements a layer by hand: two bytes each in the cache, four in the state."""
+    metadata = {"general.architecture": architecture} | {f"{architecture}.{k}": v for k, v in facts.items()}
+    attends, recurs = ((0,) if cache else (), 1 if state else 0)
+    memory = memory_shape(metadata, attends, recurs, 0).at(1)
+    assert (memory.cache, memory.state) == (2 * cache, 4 * state)
 
 
 @pytest.mark.parametrize(
