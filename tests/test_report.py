@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folder import GROUPS, measurements, plan, write_run_folder
+from run_folder import GROUPS, manifest, measurements, plan, source, write_run_folder
 
 from cerebellum.artifacts import read_evidence
 from cerebellum.card import make_card
@@ -125,6 +125,20 @@ def test_nothing_is_fetched(report: Path, width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_nothing_overflows(report: Path, width: int) -> None:
     seen = looked(report, width)
+    assert (seen["scrolls"], seen["overflowing"], seen["cut"]) == (0, [], [])
+
+
+@browser
+@pytest.mark.parametrize("width", WIDTHS)
+def test_names_of_any_length_do_not_overflow(tmp_path: Path, width: int) -> None:
+    name = "a_name_that_goes_on_" * 9
+    long = plan(base=name)
+    for row in long["groups"]:
+        row["name"] = f"{row['name']}_{name}"
+    run = {"file": f"{name}.gguf", "sha256": "2" * 64, "bytes": 1}
+    made = write_run_folder(tmp_path, source=source(name=name), plan=long, manifest=manifest(result=run))
+    make_card(made)
+    seen = looked(tmp_path / "report.html", width)
     assert (seen["scrolls"], seen["overflowing"], seen["cut"]) == (0, [], [])
 
 
