@@ -14,7 +14,7 @@ from cerebellum import __version__
 from cerebellum.artifacts import BASE, Benchmark, Change, Evidence, GroupRow, read_evidence
 from cerebellum.drawings import drawings
 from cerebellum.files import atomic_write_bytes, atomic_write_text
-from cerebellum.findings import findings, nats, percent, points, rate, unit_of, with_interval
+from cerebellum.findings import findings, nats, percent, points, rate, unit_of, with_interval, yardstick
 from cerebellum.frontmatter import checked, front_matter
 from cerebellum.html import Code, Picture, Sentence, render_html, render_markdown
 from cerebellum.html.markdown import Markdown, one_line
@@ -58,7 +58,7 @@ def render_card(evidence: Evidence, context: Mapping[str, Any], repo: str | None
 
 def card_context(evidence: Evidence, pictures: Mapping[str, Picture], repo: str | None) -> dict[str, Any]:
     """Everything both templates show; they choose, they do not compute."""
-    unit, unit_name = unit_of(evidence)
+    _, unit = unit_of(evidence)
     shape = _shape(evidence)
     manifest, plan, verify = evidence.manifest, evidence.plan, evidence.verify
     return {
@@ -78,11 +78,12 @@ def card_context(evidence: Evidence, pictures: Mapping[str, Picture], repo: str 
         "change_range": _range(evidence.reported) if evidence.reported else "not finite",
         "lead": _lead(evidence),
         "findings": findings(evidence),
-        "changed": [_row(row, evidence, unit) for row in evidence.rows if row.changed],
+        "changed": [_row(row, evidence) for row in evidence.rows if row.changed],
         "by_budget": bool(evidence.curves),
         "with_kld": any(row.kld for row in evidence.rows),
-        "kept": [_row(row, evidence, unit) for row in evidence.rows if not row.changed],
-        "unit": unit_name,
+        "kept": [_row(row, evidence) for row in evidence.rows if not row.changed],
+        "unit": unit,
+        "scale": yardstick(evidence).words,
         "report": evidence.report,
         "perplexities": _perplexities(evidence),
         "checks": verify["checks"],
@@ -126,9 +127,9 @@ def _lead(evidence: Evidence) -> Sentence:
     return (f"llama.cpp's {plan['base']} with {changed} at {at}, chosen by measuring each on real text.",)
 
 
-def _row(row: GroupRow, evidence: Evidence, unit: float) -> dict[str, Any]:
+def _row(row: GroupRow, evidence: Evidence) -> dict[str, Any]:
     """A group for the tables, with words where there is no number: a table has no blanks."""
-    per = rate(row, unit)
+    per, scale = rate(row, evidence), yardstick(evidence)
     types = row.base_type if not row.changed else f"{row.base_type} → {row.chosen_type}"
     return {
         "name": row.name,
@@ -140,7 +141,7 @@ def _row(row: GroupRow, evidence: Evidence, unit: float) -> dict[str, Any]:
         "with": row.together_with,
         "chunks": f"{row.chunks:,}" if row.chunks else "none",
         "saves": size(row.bytes_saved) if row.bytes_saved >= 0 else f"adds {size(-row.bytes_saved)}",
-        "rate": percent(per.mean) if per else "none",
+        "rate": scale.told(per.mean) if per else "none",
         "verdict": f"{row.verdict} (near tie)" if row.near_tie else row.verdict,
         "class": f"v-{row.verdict}" if row.verdict in _COLOURED else "",
         "kld": nats(row.kld.mean) if row.kld else "not measured",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from cerebellum.allocate import Option, solve
 from cerebellum.allocate.knapsack import total_bytes, total_damage
 from cerebellum.artifacts import BASE, Change, CurvePoint, Evidence, GroupRow
-from cerebellum.findings import percent, rated, unit_of
+from cerebellum.findings import percent, rated, unit_of, yardstick
 from cerebellum.html import (
     Cell,
     Curve,
@@ -76,7 +76,7 @@ def _estimate(row: GroupRow) -> Estimate:
 
 
 def _rates(evidence: Evidence) -> Picture | None:
-    ranked, (_, unit) = rated(evidence), unit_of(evidence)
+    ranked, (_, unit), scale = rated(evidence), unit_of(evidence), yardstick(evidence)
     if len(ranked) < 2 or evidence.curves:
         return None
     rates = [
@@ -86,12 +86,13 @@ def _rates(evidence: Evidence) -> Picture | None:
             low=per.low,
             high=per.high,
             changed=row.changed,
-            text=percent(per.mean),
+            text=scale.told(per.mean),
         )
         for row, per in ranked
     ]
-    label = f"change of perplexity for each {unit} saved"
-    return picture("rates", f"Damage for each {unit} saved", lambda width: rates_chart(width, rates, label))
+    title, label = f"Damage for each {unit} saved", f"change {scale.words} for each {unit} saved"
+    in_percent = scale.told is percent
+    return picture("rates", title, lambda width: rates_chart(width, rates, label, in_percent))
 
 
 def _layers(evidence: Evidence) -> Picture | None:

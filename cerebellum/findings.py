@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from cerebellum.artifacts import Change, Evidence, GroupRow
 from cerebellum.html import Code, Sentence
@@ -65,18 +66,35 @@ def unit_of(evidence: Evidence) -> tuple[float, str]:
     return (GIGA, "GB") if whole >= GIGA else (MEGA, "MB")
 
 
-def rate(row: GroupRow, unit: float) -> Change | None:
-    """Percent of perplexity for each unit of bytes saved, with its interval."""
-    if row.change is None or row.bytes_saved <= 0 or row.together_with:
+@dataclass(frozen=True, kw_only=True)
+class Yardstick:
+    """What damage is told in: KL divergence where every group has it, for it is far less noisy near the
+    base, else perplexity."""
+
+    words: str
+    of: Callable[[GroupRow], Change | None]
+    told: Callable[[float], str]
+
+
+def yardstick(evidence: Evidence) -> Yardstick:
+    measured = [row for row in evidence.rows if row.change is not None]
+    if measured and all(row.kld is not None for row in measured):
+        return Yardstick(words="nats a token of KL divergence", of=lambda row: row.kld, told=nats)
+    return Yardstick(words="of perplexity", of=lambda row: row.change, told=percent)
+
+
+def rate(row: GroupRow, evidence: Evidence) -> Change | None:
+    """Damage for each unit of bytes saved, with its interval."""
+    damage, (unit, _) = yardstick(evidence).of(row), unit_of(evidence)
+    if damage is None or row.bytes_saved <= 0 or row.together_with:
         return None
     units = row.bytes_saved / unit
-    return Change(mean=row.change.mean / units, low=row.change.low / units, high=row.change.high / units)
+    return Change(mean=damage.mean / units, low=damage.low / units, high=damage.high / units)
 
 
 def rated(evidence: Evidence) -> list[tuple[GroupRow, Change]]:
     """Groups with a rate, the cheapest byte first."""
-    unit, _ = unit_of(evidence)
-    found = [(row, per) for row in evidence.rows if (per := rate(row, unit)) is not None]
+    found = [(row, per) for row in evidence.rows if (per := rate(row, evidence)) is not None]
     return sorted(found, key=lambda pair: pair[1].mean)
 
 
@@ -144,7 +162,7 @@ def _listed(title: str, rows: Sequence[GroupRow], evidence: Evidence) -> Iterato
 
 def _rates(evidence: Evidence) -> Iterator[Sentence]:
     """The cheapest and the dearest byte, if their intervals are apart."""
-    ranked, (_, name) = rated(evidence), unit_of(evidence)
+    ranked, (_, name), scale = rated(evidence), unit_of(evidence), yardstick(evidence)
     if len(ranked) < 2 or evidence.curves:
         return
     (cheap, low), (dear, high) = ranked[0], ranked[-1]
@@ -155,27 +173,33 @@ def _rates(evidence: Evidence) -> Iterator[Sentence]:
     yield (
         f"Each {name} saved in ",
         Code(cheap.name),
-        f" cost {percent(low.mean)} of perplexity, in ",
+        f" cost {scale.told(low.mean)} {scale.words}, in ",
         Code(dear.name),
-        f" {percent(high.mean)}{times}.",
+        f" {scale.told(high.mean)}{times}.",
     )
 
 
 def _families(evidence: Evidence) -> Iterator[Sentence]:
-    """Damage per byte of whole families: the sum of their parts over the bytes of their parts."""
-    unit, name = unit_of(evidence)
-    told: list[tuple[float, str]] = []
-    if evidence.curves:
+    """Damage per byte of whole families, if the cheapest and the dearest are apart for sure."""
+    _, name = unit_of(evidence)
+    told = [(found, family) for family, _ in _FAMILIES if (found := _family(family, evidence)) is not None]
+    told.sort(key=lambda pair: pair[0].mean)
+    if len(told) < 2 or evidence.curves or told[0][0].high >= told[-1][0].low:
         return
-    for family, _ in _FAMILIES:
-        rows = [row for row in evidence.rows if family_of(row.role) == family and rate(row, unit) is not None]
-        saved = sum(row.bytes_saved for row in rows)
-        if rows and saved:
-            damage = sum(row.change.mean for row in rows if row.change)
-            told.append((damage / saved * unit, family))
-    if len(told) > 1:
-        parts = "; ".join(f"{family} {percent(per)}" for per, family in sorted(told))
-        yield (f"By family, damage per {name} saved: {parts}.",)
+    scale = yardstick(evidence)
+    parts = "; ".join(f"{family} {scale.told(found.mean)}" for found, family in told)
+    yield (f"By family, for each {name} saved: {parts} {scale.words}.",)
+
+
+def _family(family: str, evidence: Evidence) -> Change | None:
+    """The sum of its groups over the sum of their bytes; bounds add up too, so they are on the safe side."""
+    rows = [row for row in evidence.rows if family_of(row.role) == family and rate(row, evidence)]
+    found = [damage for row in rows if (damage := yardstick(evidence).of(row)) is not None]
+    if not found:
+        return None
+    units = sum(row.bytes_saved for row in rows) / unit_of(evidence)[0]
+    low, mean, high = (sum(getattr(c, part) for c in found) / units for part in ("low", "mean", "high"))
+    return Change(mean=mean, low=low, high=high)
 
 
 def _bargains(evidence: Evidence) -> Iterator[Sentence]:
@@ -211,15 +235,15 @@ def _cheaper_bytes_kept(evidence: Evidence) -> Iterator[Sentence]:
     kept = [(row, per) for row, per in ranked if not row.changed]
     if evidence.limit is None or not taken or not kept:
         return
-    dearest, cheapest = taken[-1], kept[0]
-    if cheapest[1].high < dearest[1].low:
-        _, name = unit_of(evidence)
+    (dear, high), (cheap, low) = taken[-1], kept[0]
+    if low.high < high.low:
+        (_, name), scale = unit_of(evidence), yardstick(evidence)
         yield (
             "The limit on each group is blind to bytes: it demoted ",
-            Code(dearest[0].name),
-            f" at {percent(dearest[1].mean)} per {name} and kept ",
-            Code(cheapest[0].name),
-            f", which would have cost {percent(cheapest[1].mean)}.",
+            Code(dear.name),
+            f" at {scale.told(high.mean)} per {name} and kept ",
+            Code(cheap.name),
+            f", which would have cost {scale.told(low.mean)} {scale.words}.",
         )
 
 

@@ -174,14 +174,19 @@ def test_a_bench_of_the_file_alone(tmp_path: Path) -> None:
     )
 
 
-def test_old_measurements_without_the_newer_columns(tmp_path: Path) -> None:
+def perplexity_only() -> dict[str, Any]:
+    """Measurements as made by hand, or before KL divergence was measured too."""
     old = measurements()
     for key in ("tokens_scored", "tokens_full", "alpha"):
         del old[key]
     for row in old["measurements"]:
         for key in ("kld_mean", "kld_ci", "top1_agreement", "trace"):
             del row[key]
-    make_card(write_run_folder(tmp_path, measurements=old))
+    return old
+
+
+def test_old_measurements_without_the_newer_columns(tmp_path: Path) -> None:
+    make_card(write_run_folder(tmp_path, measurements=perplexity_only()))
     assert "KL divergence" not in (tmp_path / "README.md").read_text()
     assert "How each verdict was reached" not in (tmp_path / "report.html").read_text()
     assert not (tmp_path / "charts" / "paths.png").exists()
@@ -243,9 +248,10 @@ def test_findings_are_derived_from_the_numbers(tmp_path: Path) -> None:
     lines = said(tmp_path)
     assert lines[0].startswith("111.9 MB (0.7%) smaller than the base, its perplexity +1.90%")
     assert "Sensitive (over +3%, the whole interval): 5 of 9" in lines[2]
-    assert any(line.startswith("Each GB saved in ffn_down_exps cost +4.88% of perplexity") for line in lines)
+    cheapest = "Each GB saved in ffn_down_exps cost +0.0325 nats a token of KL divergence, in attn_k +11.3725"
+    assert any(line.startswith(cheapest) for line in lines)
     assert not any("given up" in line for line in lines)
-    assert any("routed experts +5.38%; shared experts +17.1%" in line for line in lines)
+    assert any("routed experts +0.0359; shared experts +0.1138" in line for line in lines)
     (worse,) = [line for line in lines if "worse" in line]
     assert worse.startswith("mmlu_redux (loglikelihood, acc_norm) is worse than the base: −2.3 [−2.8, −1.8]")
     assert worse.endswith("McNemar p = 0.0016.")
@@ -254,12 +260,21 @@ def test_findings_are_derived_from_the_numbers(tmp_path: Path) -> None:
     )
 
 
+def test_without_kl_divergence_damage_is_told_in_perplexity(tmp_path: Path) -> None:
+    certain = plan()
+    for row in certain["groups"]:
+        row["ci_pct"] = [row["delta_pct"] - 0.01, row["delta_pct"] + 0.01]
+    lines = said(tmp_path, plan=certain, measurements=perplexity_only())
+    assert any(line.startswith("Each GB saved in ffn_down_exps cost +4.88% of perplexity") for line in lines)
+    assert any("routed experts +5.38%; shared experts +17.1%" in line for line in lines)
+
+
 def test_no_ranking_where_intervals_overlap(tmp_path: Path) -> None:
     wide = plan()
     for row in wide["groups"]:
         row["ci_pct"] = [-2000.0, 2000.0]
-    lines = said(tmp_path, plan=wide)
-    assert not any(line.startswith("Each GB saved") for line in lines)
+    lines = said(tmp_path, plan=wide, measurements=perplexity_only())
+    assert not any(line.startswith(("Each GB saved", "By family")) for line in lines)
     assert any("No group's bytes were surely dearer" in line for line in lines)
 
 
@@ -273,7 +288,8 @@ def test_the_blindness_of_a_limit_is_told_where_it_cost_bytes(tmp_path: Path) ->
     certain = plan()
     for row in certain["groups"]:
         row["ci_pct"] = [row["delta_pct"] - 0.01, row["delta_pct"] + 0.01]
-    (line,) = [line for line in said(tmp_path, plan=certain) if "blind to bytes" in line]
+    lines = said(tmp_path, plan=certain, measurements=perplexity_only())
+    (line,) = [line for line in lines if "blind to bytes" in line]
     assert (
         "demoted ffn_up_shexp at +21.5% per GB and kept ffn_down_exps, which would have cost +4.88%" in line
     )

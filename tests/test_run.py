@@ -240,7 +240,8 @@ def test_a_base_that_was_made_already(
         role = name.split(".")[2] if name.startswith("blk.") else name
         if role in kept or not name.startswith("blk."):
             assert after[name] == (kind, data), name
-    assert not (tmp_path / "run" / "imatrix.gguf").exists()
+    beside = (tmp_path / "run" / "imatrix.gguf").read_bytes()
+    assert beside == (finished.folder / "imatrix.gguf").read_bytes(), "the matrix given, for `reproduce`"
 
 
 def test_a_split_source_gives_the_same_file(

@@ -149,11 +149,11 @@ def near(limit: float | None, highs: Sequence[float]) -> bool:
     return limit is not None and limit <= _MOST_EMPTY * max(highs, default=0)
 
 
-def rates_chart(width: int, rows: Sequence[Rate], label: str) -> Figure:
+def rates_chart(width: int, rows: Sequence[Rate], label: str, in_percent: bool) -> Figure:
     """Dots from the cheapest byte to the dearest; rates span decades, so then the scale is a logarithm."""
     drawn = figure(width, _ROW * len(rows) + _FRAME)
     axes = drawn.add_subplot()
-    floor = _log_floor([row.value for row in rows])
+    floor = _log_floor(rows)
     for place, row in enumerate(rows):
         colour = ACCENT if row.changed else UNDECIDED
         low, value, high = (max(x, floor or x) for x in (row.low, row.value, row.high))
@@ -168,16 +168,18 @@ def rates_chart(width: int, rows: Sequence[Rate], label: str) -> Figure:
     else:
         axes.axvline(0, color=MUTED, linewidth=1)
     _named_rows(axes, [row.name for row in rows], [row.text for row in rows], log=bool(floor))
+    if not in_percent:
+        axes.xaxis.set_major_formatter(FuncFormatter(_nats_tick))
     axes.set_xlabel(label)
     return drawn
 
 
-def _log_floor(values: Sequence[float]) -> float | None:
-    """Where a logarithmic axis starts, or None where a linear one shows everything."""
-    positive = [value for value in values if value > 0]
-    if not positive or max(positive) < _DECADES * min(positive):
+def _log_floor(rows: Sequence[Rate]) -> float | None:
+    """Where a logarithmic axis starts, or None where a linear one shows everything, or zero counts."""
+    lows, values = [row.low for row in rows], [row.value for row in rows]
+    if min(values) <= 0 or sum(low > 0 for low in lows) < len(lows) / 2:
         return None
-    return min(positive) / 2
+    return min(values) / 2 if max(values) >= _DECADES * min(values) else None
 
 
 def _named_rows(axes: Axes, names: Sequence[str], texts: Sequence[str], log: bool = False) -> None:
