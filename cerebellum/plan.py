@@ -8,6 +8,7 @@ goes back.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,10 +283,29 @@ def _read_row(row: Mapping[str, Any]) -> Measurement:
         if row.get("verdict") != COLLAPSED:
             raise ValueError(f"{row['groups']} has no delta_pct")
         return Measurement(changes=changes, delta=None)
-    mean = as_nats(float(row["delta_pct"]))
-    low, high = (as_nats(float(x)) for x in row.get("ci_pct") or (row["delta_pct"], row["delta_pct"]))
-    chunks = int(row.get("chunks") or 0)
     return Measurement(
         changes=changes,
-        delta=Interval(mean=mean, low=low, high=high, n=chunks, population=chunks),
+        delta=_read_interval(row, (row["delta_pct"], row["delta_pct"])),
+        trace=tuple(_read_interval(look, (-100.0, math.inf)) for look in row.get("trace") or ()),
+        kld=_read_divergence(row),
+        top1=row.get("top1_agreement"),
     )
+
+
+def _read_interval(row: Mapping[str, Any], without: tuple[float, float]) -> Interval:
+    """Percent to nats; ``without`` stands in where there are no bounds."""
+    low, high = (_nats(float(bound)) for bound in row.get("ci_pct") or without)
+    chunks = int(row.get("chunks") or 0)
+    return Interval(mean=as_nats(float(row["delta_pct"])), low=low, high=high, n=chunks, population=chunks)
+
+
+def _read_divergence(row: Mapping[str, Any]) -> Interval | None:
+    if row.get("kld_mean") is None:
+        return None
+    low, high = row.get("kld_ci") or (-math.inf, math.inf)
+    chunks = int(row.get("chunks") or 0)
+    return Interval(mean=row["kld_mean"], low=low, high=high, n=chunks, population=chunks)
+
+
+def _nats(percent: float) -> float:
+    return -math.inf if percent <= -100 else as_nats(percent)

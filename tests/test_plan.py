@@ -308,3 +308,34 @@ def test_a_measurement_at_an_illegal_type_is_refused(tmp_path: Path) -> None:
     sizes = Sizes(tensors=source.tensors, groups=groups, base=hybrid_base(source))
     with pytest.raises(BadInput, match="576"):
         plan_from([measured({"attn_q": "Q2_K"}, 0.01)], sizes, "Q2_K", THRESHOLD)
+
+
+def test_measurements_come_back_whole(tmp_path: Path) -> None:
+    """Planning reads measurements.json and writes it again: trace, divergence and agreement stay."""
+    row = {
+        "groups": ["ssm_in"],
+        "type": "Q2_K",
+        "delta_pct": 1.5,
+        "ci_pct": [1.0, 2.0],
+        "chunks": 12,
+        "verdict": "tolerant",
+        "near_tie": False,
+        "kld_mean": 0.006,
+        "kld_ci": [0.005, 0.007],
+        "top1_agreement": 0.91,
+        "trace": [
+            {"delta_pct": 1.25, "ci_pct": None, "chunks": 1},
+            {"delta_pct": 1.5, "ci_pct": [1.0, 2.0], "chunks": 12},
+        ],
+    }
+    path = tmp_path / "measurements.json"
+    path.write_text(json.dumps({"measurements": [row]}))
+    (found,) = read_measurements(path)
+    again = found.as_json(Threshold(limit_pct=3.0))
+    assert {key: again[key] for key in row if key not in ("delta_pct", "ci_pct", "trace")} == {
+        key: row[key] for key in row if key not in ("delta_pct", "ci_pct", "trace")
+    }
+    assert again["ci_pct"] == pytest.approx(row["ci_pct"])
+    assert [look["chunks"] for look in again["trace"]] == [1, 12]
+    assert again["trace"][0]["ci_pct"] is None
+    assert again["trace"][1]["ci_pct"] == pytest.approx([1.0, 2.0])
