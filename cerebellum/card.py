@@ -83,7 +83,7 @@ def card_context(evidence: Evidence, pictures: Mapping[str, Picture], repo: str 
         "with_kld": any(row.kld for row in evidence.rows),
         "kept": [_row(row, evidence) for row in evidence.rows if not row.changed],
         "unit": unit,
-        "scale": yardstick(evidence).words,
+        "scale": yardstick(evidence).noun,
         "report": evidence.report,
         "perplexities": _perplexities(evidence),
         "checks": verify["checks"],

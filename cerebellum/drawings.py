@@ -90,7 +90,7 @@ def _rates(evidence: Evidence) -> Picture | None:
         )
         for row, per in ranked
     ]
-    title, label = f"Damage for each {unit} saved", f"change {scale.words} for each {unit} saved"
+    title, label = f"Damage for each {unit} saved", f"{scale.noun} for each {unit} saved"
     in_percent = scale.told is percent
     return picture("rates", title, lambda width: rates_chart(width, rates, label, in_percent))
 
@@ -221,10 +221,10 @@ def _point(names: Sequence[str], row: GroupRow, saved: dict[str, int], whole: fl
 
 
 def _paths(evidence: Evidence) -> Picture | None:
-    """Only where it was recorded how verdicts were reached."""
+    """Only where it was recorded how verdicts were reached, and one at least took a second look."""
     limit = evidence.limit
-    rows = [row for row in evidence.rows if len(row.trace) > 1]
-    if not rows or limit is None:
+    rows = [row for row in evidence.rows if row.trace]
+    if limit is None or max((len(row.trace) for row in rows), default=0) < 2:
         return None
     panels = [
         Panel(

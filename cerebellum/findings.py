@@ -71,6 +71,7 @@ class Yardstick:
     """What damage is told in: KL divergence where every group has it, for it is far less noisy near the
     base, else perplexity."""
 
+    noun: str
     words: str
     of: Callable[[GroupRow], Change | None]
     told: Callable[[float], str]
@@ -79,8 +80,15 @@ class Yardstick:
 def yardstick(evidence: Evidence) -> Yardstick:
     measured = [row for row in evidence.rows if row.change is not None]
     if measured and all(row.kld is not None for row in measured):
-        return Yardstick(words="nats a token of KL divergence", of=lambda row: row.kld, told=nats)
-    return Yardstick(words="of perplexity", of=lambda row: row.change, told=percent)
+        return Yardstick(
+            noun="KL divergence, nats a token,",
+            words="nats a token of KL divergence",
+            of=lambda row: row.kld,
+            told=nats,
+        )
+    return Yardstick(
+        noun="change of perplexity", words="of perplexity", of=lambda row: row.change, told=percent
+    )
 
 
 def rate(row: GroupRow, evidence: Evidence) -> Change | None:

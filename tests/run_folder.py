@@ -129,7 +129,7 @@ def trace(delta: float, n_chunks: int) -> list[dict[str, Any]]:
 def measurements() -> dict[str, Any]:
     rows = []
     for name, _, _, _, _, delta in GROUPS:
-        steps = trace(delta, 256 if abs(delta - LIMIT) < 1 else 16 if delta > 6 else 64)
+        steps = trace(delta, 256 if abs(delta - LIMIT) < 1 else 4 if delta > 10 else 16 if delta > 6 else 64)
         half = steps[-1]["ci_pct"][1] - steps[-1]["delta_pct"]
         rows.append(
             {

@@ -228,8 +228,10 @@ def paths_chart(width: int, panels: Sequence[Panel], limit: float) -> Figure:
 def _path(axes: Axes, panel: Panel, limit: float, place: int) -> None:
     colour = verdict_colour(panel.verdict)
     axes.fill_between(panel.chunks, panel.lows, panel.highs, color=colour, alpha=0.22, linewidth=0)
-    axes.plot(panel.chunks, panel.means, color=colour, linewidth=1.8, gid=f"path-{place}")
-    axes.plot(panel.chunks[-1:], panel.means[-1:], "o", color=colour, markersize=4.5)
+    axes.plot(panel.chunks, panel.means, color=colour, linewidth=1.8)
+    last = panel.chunks[-1]
+    axes.plot([last, last], [panel.lows[-1], panel.highs[-1]], color=colour, linewidth=1.4)
+    axes.plot([last], panel.means[-1:], "o", color=colour, markersize=4.5, gid=f"path-{place}")
     axes.axhline(limit, color=SENSITIVE, linewidth=1, linestyle=_DASHES)
     axes.axhline(0, color=RULE, linewidth=1)
     axes.set_title(short(panel.name), fontsize=10, color=INK, loc="left", pad=4)
