@@ -11,8 +11,8 @@ demo: $(VENV)/installed
 	$(BIN)/cerebellum demo
 
 test: $(VENV)/installed-test
-	$(BIN)/ruff check cerebellum tests
-	$(BIN)/ruff format --check cerebellum tests
+	$(BIN)/ruff check cerebellum tests benchmarks
+	$(BIN)/ruff format --check cerebellum tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
 
