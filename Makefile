@@ -5,16 +5,28 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow clean
+.PHONY: demo test docs slow clean
 
 demo: $(VENV)/installed
 	$(BIN)/cerebellum demo
 
 test: $(VENV)/installed-test
-	$(BIN)/ruff check cerebellum tests
-	$(BIN)/ruff format --check cerebellum tests
+	$(BIN)/ruff check cerebellum tests benchmarks
+	$(BIN)/ruff format --check cerebellum tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+# The demo's card and report for docs/demo, from a run; the tests then hold the card to them.
+docs: demo
+	rm -rf docs/demo
+	mkdir -p docs/demo
+	cp -r $(addprefix cerebellum-demo/,source.json groups.json measurements.json plan.json verify.json) docs/demo/
+	cp -r $(addprefix cerebellum-demo/,manifest.json README.md report.html charts) docs/demo/
+	if [ -f cerebellum-demo/bench.json ]; then cp cerebellum-demo/bench.json docs/demo/; fi
+	$(BIN)/cerebellum card docs/demo
+	if command -v chromium >/dev/null; then chromium --headless --no-sandbox --disable-gpu \
+		--disable-background-networking --no-first-run --hide-scrollbars --window-size=1280,1500 \
+		--user-data-dir=$$(mktemp -d) --screenshot=docs/demo/report.png file://$(CURDIR)/docs/demo/report.html; fi
 
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m slow

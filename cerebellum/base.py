@@ -25,6 +25,7 @@ class Base:
     label: str
     types: dict[str, GGMLQuantizationType]
     records: tuple[bytes, ...]
+    alignment: int = 32
     file: Source | None = None
 
     def tensor_bytes(self, source: Source) -> int:
@@ -47,7 +48,9 @@ def preset_base(
         raise BadInput(
             f"{source.path}: llama.cpp gives no type for {sorted(missing)[0]}; is it of this model?"
         )
-    return Base(label=preset_label(kind), types=types, records=_records(source, kind, matrix))
+    records = preset_records(source, kind, matrix)
+    alignment = source.files[0].alignment
+    return Base(label=preset_label(kind), types=types, records=records, alignment=alignment)
 
 
 def file_base(source: Source, path: Path) -> Base:
@@ -62,7 +65,8 @@ def file_base(source: Source, path: Path) -> Base:
         raise BadInput(f"{path}: {sorted(extra)[0]} is not in {source.path}; give a base made from it")
     records = tuple(record for key, record in file.files[0].kv_records.items() if key not in _SPLIT_KEYS)
     types = {name: tensor.type for name, tensor in file.tensors.items()}
-    return Base(label=_file_label(file), types=types, records=records, file=file)
+    alignment = file.files[0].alignment
+    return Base(label=_file_label(file), types=types, records=records, alignment=alignment, file=file)
 
 
 def preset_label(kind: LlamaFileType) -> str:
@@ -77,7 +81,7 @@ def _file_label(file: Source) -> str:
         return "custom"
 
 
-def _records(source: Source, kind: LlamaFileType, matrix: ImportanceMatrix | None) -> tuple[bytes, ...]:
+def preset_records(source: Source, kind: LlamaFileType, matrix: ImportanceMatrix | None) -> tuple[bytes, ...]:
     """The source's metadata as bytes, with the keys that llama-quantize sets set."""
     replaced = {
         "general.quantization_version": encode_kv(

@@ -20,8 +20,7 @@ def build(source: Source, base: Base, shards: Shards, changes: Mapping[str, str]
     """Writes the base with ``changes`` as one ordinary GGUF, metadata copied as bytes."""
     located = _locate(shards, changes)
     tensors = [_copy(*located[name]) for name in source.tensors]
-    alignment = (base.file or source).files[0].alignment
-    write_gguf(out, base.records, tensors, alignment)
+    write_gguf(out, base.records, tensors, base.alignment)
 
 
 def output_path(folder: Path, source: Source, base: Base) -> Path:

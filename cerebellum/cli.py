@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cerebellum import __version__, tables
 from cerebellum.errors import BadInput, CerebellumError
+from cerebellum.sizes import parse_size
 from cerebellum.tasks import LOGLIKELIHOOD, PROTOCOLS, SAMPLES, TASKS
 from cerebellum.workspace import (
     DEMO_MODEL,
@@ -30,6 +32,9 @@ from cerebellum.workspace import (
 )
 
 _PIPE_COLUMNS = 110  # rich assumes 80 where there is no terminal, and tables would wrap
+
+_TITLE_COLUMNS = 40
+_SECONDS_BETWEEN_LINES = 10.0
 
 OUT = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 ERR = Console(stderr=True)
@@ -46,24 +51,43 @@ class Pipeline(click.Group):
 
 
 class ProgressReporter:
-    """Progress on stderr: a bar with the time left on a terminal, a line a task elsewhere."""
+    """Progress on stderr: a bar with the time left on a terminal, now and then a line elsewhere."""
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Callable[[], None]]:
         if not ERR.is_terminal:
-            ERR.print(f"{title}: {total} steps", highlight=False)
+            yield LineProgress(title, total).tick
+            return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
-        with Progress(*columns, console=ERR, disable=not ERR.is_terminal) as progress:
-            task = progress.add_task(title, total=total)
+        with Progress(*columns, console=ERR) as progress:
+            task = progress.add_task(title[:_TITLE_COLUMNS], total=total)
             yield lambda: progress.advance(task)
 
     def note(self, text: str) -> None:
         ERR.print(text, style="dim", highlight=False)
+
+
+class LineProgress:
+    """For logs and pipes: a line at the start, then one every ten seconds with the time left."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self.started = self.said = time.monotonic()
+        ERR.print(f"{title}: {total} steps", highlight=False, soft_wrap=True)
+
+    def tick(self) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if now - self.said >= _SECONDS_BETWEEN_LINES and self.done < self.total:
+            left = (now - self.started) / self.done * (self.total - self.done)
+            line = f"{self.title}: {self.done} of {self.total}, {left:.0f} s left"
+            ERR.print(line, highlight=False, soft_wrap=True)
+            self.said = now
 
 
 class Percent(click.ParamType[float]):
@@ -71,14 +95,29 @@ class Percent(click.ParamType[float]):
 
     name = "percent"
 
+    def __init__(self, low: float = 1e-9) -> None:
+        self.low = low
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         try:
             number = float(str(value).removesuffix("%"))
         except ValueError:
             self.fail(f"{value!r} is not a percentage such as 3%", param, ctx)
-        if not 0 < number < 1000:
+        if not self.low <= number < 1000:
             self.fail(f"{value} is not between 0% and 1000%", param, ctx)
         return number
+
+
+class Size(click.ParamType[int]):
+    """``14.2GB``, ``13GiB`` or bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -109,6 +148,13 @@ source_options = options(
     click.option("--base-file", type=PathArgument, help="A base made already, instead of --base."),
     click.option("--demote", default="Q2_K", show_default=True, help="Type that groups are tried at."),
     click.option("--max-increase", type=Percent(), default="3%", show_default=True, help="Limit on damage."),
+    click.option("--budget", help="Instead of a limit: the best file of this SIZE or PRESET's size."),
+    click.option(
+        "--fine-types/--no-fine-types",
+        default=True,
+        show_default=True,
+        help="With --budget: try IQ types too, where the plan could want them.",
+    ),
     click.option("--imatrix", type=PathArgument, help="An importance matrix (GGUF or .dat)."),
     click.option("--imatrix-text", type=PathArgument, help="Text to make one from [default: --select-text]."),
     click.option("--imatrix-chunks", type=click.IntRange(0), default=0, help="First N of it [default: all]."),
@@ -116,7 +162,30 @@ source_options = options(
     click.option("--report-text", type=PathArgument, default=REPORT_TEXT, help="Text that reports."),
     ctx_option,
     click.option(
-        "--chunks", type=click.IntRange(0), default=0, help="Chunks of --select-text [default: all]."
+        "--chunks",
+        type=click.IntRange(0),
+        default=0,
+        help="Exactly N chunks for every group [default: as many as a verdict takes].",
+    ),
+    click.option(
+        "--max-chunks", type=click.IntRange(0), default=0, help="A limit for each group [default: the text]."
+    ),
+    click.option(
+        "--indifference",
+        type=Percent(0),
+        default="0.2%",
+        show_default=True,
+        help="A near-tie this close to the limit may be called either way.",
+    ),
+    click.option(
+        "--alpha",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        default=0.05,
+        show_default=True,
+        help="Chance that any verdict is wrong.",
+    ),
+    click.option(
+        "--kld-cache", type=Size(), default="1GiB", show_default=True, help="Disk for the base's logits."
     ),
     click.option("--report-chunks", type=click.IntRange(0), default=0, help="First N of --report-text."),
     engine_options,
@@ -144,7 +213,8 @@ def cli(ctx: click.Context) -> None:
     """Sensitivity-guided mixed-precision quantization of GGUF models.
 
     \b
-    source -> groups -> importance matrix -> base -> shards -> measure -> plan -> build -> verify -> bench
+    source -> groups -> importance matrix -> base -> shards
+    -> measure -> plan -> build -> verify -> bench -> card
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -160,7 +230,6 @@ def demo(out: Path, threads: int, gpu_layers: int, bench: bool, as_json: bool) -
     settings = Settings(
         source=DEMO_MODEL,
         imatrix_chunks=100,
-        chunks=80,
         report_chunks=200,
         threads=threads,
         gpu_layers=gpu_layers,
@@ -175,7 +244,7 @@ def demo(out: Path, threads: int, gpu_layers: int, bench: bool, as_json: bool) -
 @bench_options
 @json_option
 def run(as_json: bool, out: Path, bench: bool, bench_limit: int, data: Path | None, **asked: Any) -> None:
-    """The whole pipeline: SOURCE (a GGUF) to a smaller GGUF with its evidence."""
+    """The whole pipeline: SOURCE (a GGUF, or hf:owner/repo/file.gguf) to a smaller GGUF with its evidence."""
     request = {"limit": bench_limit, "data": data, "seed": asked["seed"]} if bench else None
     _run(Workspace(out, _settings(asked), ProgressReporter()), as_json, request)
 
@@ -253,13 +322,15 @@ def measure(as_json: bool, out: Path, **asked: Any) -> None:
     workspace = Workspace(out, _settings(asked), ProgressReporter())
     with workspace.locked():
         found = measure_stage(workspace)
-    _answer(found, as_json, tables.measurements_table(found), _counts(found))
+    _answer(found, as_json, tables.measurements_table(found), tables.tokens_saved(found), _counts(found))
 
 
 @cli.command()
 @click.argument("target", type=PathArgument)
 @click.option("--measurements", type=PathArgument, help="Measurements to plan from, instead of the folder's.")
 @click.option("--max-increase", type=Percent(), help="Another limit than the run's.")
+@click.option("--budget", help="Another SIZE or PRESET, from the response curves of a `run --budget`.")
+@click.option("--frontier", is_flag=True, help="The whole curve of size against damage, from those curves.")
 @click.option("--base", help="Another preset [with a GGUF; default: Q3_K_M].")
 @click.option("--demote", help="Another type [with a GGUF; default: Q2_K].")
 @json_option
@@ -269,11 +340,16 @@ def plan(
     max_increase: float | None,
     base: str | None,
     demote: str | None,
+    budget: str | None,
+    frontier: bool,
     as_json: bool,
 ) -> None:
     """What to demote: from a run folder, or from a GGUF (its header is enough) and --measurements."""
     asked = {"base": base, "demote": demote, "max_increase_pct": max_increase}
     given = {key: value for key, value in asked.items() if value is not None}
+    if budget or frontier:
+        _plan_budget(target, budget, frontier, as_json)
+        return
     planned = (
         _plan_folder(target, measurements, given)
         if target.is_dir()
@@ -301,11 +377,12 @@ def build(folder: Path, as_json: bool) -> None:
 @json_option
 def verify(folder: Path, as_json: bool) -> None:
     """Proof of the finished file: read again, byte by byte, and measured on the report text."""
-    from cerebellum.run import verify_stage
+    from cerebellum.run import manifest_stage, verify_stage
 
     workspace = Workspace.reopen(folder, ProgressReporter())
     with workspace.locked():
         found = verify_stage(workspace)
+        manifest_stage(workspace)
     _answer(found, as_json, tables.verify_table(found), tables.report_table(found))
     sys.exit(0 if found["ok"] else 1)
 
@@ -353,22 +430,88 @@ def bench(
 
 
 @cli.command()
+@click.argument("folder", type=PathArgument)
+@click.option("--repo", help="The Hub repository it is for: owner/name.")
+@json_option
+def card(folder: Path, repo: str | None, as_json: bool) -> None:
+    """The model card, report and charts of a finished run, from its artifacts alone."""
+    from cerebellum.run import card_stage
+
+    written = [str(path) for path in card_stage(folder, repo)]
+    _answer({"files": written}, as_json, "\n".join(written))
+
+
+@cli.command()
+@click.argument("folder", type=PathArgument)
+@click.argument("repo")
+@click.option("--dry-run", is_flag=True, help="Only say what would be uploaded.")
+@click.option("--private", is_flag=True, help="If the repository is made, make it private.")
+@json_option
+def push(folder: Path, repo: str, dry_run: bool, private: bool, as_json: bool) -> None:
+    """A finished run to the Hub: model, card, report, evidence, manifest; REPO is owner/name."""
+    from cerebellum.hub import push as push_run
+    from cerebellum.run import card_stage
+
+    found = push_run(folder, repo, lambda: card_stage(folder, repo), dry_run, private)
+    _answer(found, as_json, tables.upload_table(found), found["url"] or "nothing was uploaded (--dry-run)")
+
+
+@cli.command()
+@click.argument("manifest", type=PathArgument)
+@click.option("--source", type=PathArgument, required=True, help="The GGUF that the manifest names.")
+@click.option("-o", "--out", type=PathArgument, help="Where to build [default: reproduced/ beside it].")
+@click.option("--base-file", type=PathArgument, help="The base, where the run was given one.")
+@click.option("--select-text", type=PathArgument, help="To compare [default: beside it, or Cerebellum's].")
+@click.option("--report-text", type=PathArgument, help="To compare [default: beside it, or Cerebellum's].")
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True)
+@json_option
+def reproduce(
+    manifest: Path,
+    source: Path,
+    out: Path | None,
+    base_file: Path | None,
+    select_text: Path | None,
+    report_text: Path | None,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """The same GGUF again, bit for bit, from a MANIFEST and its source; names what changed."""
+    from cerebellum.reproduce import Request
+    from cerebellum.reproduce import reproduce as make_again
+
+    texts = {"selection": select_text, "report": report_text}
+    request = Request(
+        manifest=manifest,
+        source=source,
+        out=out or manifest.parent / "reproduced",
+        base_file=base_file,
+        texts={part: path for part, path in texts.items() if path},
+        threads=threads,
+    )
+    found = make_again(request, ProgressReporter())
+    _answer(found, as_json, tables.reproduced_table(found), tables.reproduced_line(found))
+    sys.exit(0 if found["ok"] else 1)
+
+
+@cli.command()
 @click.argument("a", type=PathArgument)
 @click.argument("b", type=PathArgument)
 @text_option
 @ctx_option
 @first_chunks_option
+@click.option("--until", type=Percent(), help="Stop when the change is known to within this (0.5%).")
+@click.option("--seed", type=int, default=1, show_default=True, help="Order of the chunks with --until.")
 @engine_options
 @json_option
-def compare(
-    a: Path, b: Path, text: Path, ctx: int, chunks: int, threads: int, gpu_layers: int, as_json: bool
-) -> None:
+def compare(a: Path, b: Path, threads: int, gpu_layers: int, as_json: bool, **asked: Any) -> None:
     """B against A on the same tokens: perplexity, KL divergence, top token, with intervals."""
+    from cerebellum.compare import ComparisonSettings
     from cerebellum.compare import compare as compare_models
     from cerebellum.llama.native import EngineSettings, LlamaEngine
 
+    asked["until_pct"] = asked.pop("until")
     engine = LlamaEngine(EngineSettings(threads=threads, gpu_layers=gpu_layers))
-    found = compare_models(engine, a, b, text, ctx, chunks, ProgressReporter())
+    found = compare_models(engine, a, b, ComparisonSettings(**asked), ProgressReporter())
     _answer(found, as_json, tables.comparison_table(found))
 
 
@@ -410,7 +553,14 @@ def doctor(as_json: bool) -> None:
 
 def _settings(asked: dict[str, Any]) -> Settings:
     asked["max_increase_pct"] = asked.pop("max_increase")
-    given: dict[str, Any] = {k: v.resolve() if isinstance(v, Path) else v for k, v in asked.items()}
+    asked["indifference_pct"] = asked.pop("indifference")
+    asked["kld_cache_bytes"] = asked.pop("kld_cache")
+    from cerebellum.hub import download, is_address  # huggingface_hub takes half a second to load
+
+    address = str(asked["source"])
+    if is_address(address):
+        asked["source"] = download(address, ProgressReporter().note)
+    given: dict[str, Any] = {k: v.absolute() if isinstance(v, Path) else v for k, v in asked.items()}
     return Settings(**given)
 
 
@@ -433,23 +583,45 @@ def _run(workspace: Workspace, as_json: bool, bench_request: dict[str, Any] | No
     _answer(
         answer,
         as_json,
-        tables.plan_table(planned),
-        tables.plan_summary(planned),
+        *_plan_shown(workspace, planned),
         tables.verify_table(verified),
         tables.report_table(verified),
         *(bench_tables(benched) if benched else ()),
         f"[bold]{path}[/]  {tables.size(path.stat().st_size)}",
+        f"card {workspace.path('README.md')}, report {workspace.path('report.html')}",
         tables.run_instructions(path),
     )
     sys.exit(0 if verified["ok"] else 1)
+
+
+def _plan_shown(workspace: Workspace, planned: dict[str, Any]) -> tuple[Any, ...]:
+    if planned["mode"] == "budget":
+        return tables.budget_table(planned), tables.budget_summary(planned)
+    measured = read_json(workspace.path("measurements.json"))
+    return tables.plan_table(planned), tables.plan_summary(planned), tables.tokens_saved(measured)
+
+
+def _plan_budget(folder: Path, budget: str | None, frontier: bool, as_json: bool) -> None:
+    from cerebellum.run import frontier_of, rebudget
+
+    workspace = Workspace.reopen(folder, ProgressReporter(), **({"budget": budget} if budget else {}))
+    if frontier:
+        curve = frontier_of(workspace)
+        _answer(curve, as_json, tables.frontier_table(curve))
+        return
+    with workspace.locked():
+        planned = rebudget(workspace)
+        write_json(workspace.path("plan.json"), planned)
+    _answer(planned, as_json, tables.budget_table(planned), tables.budget_summary(planned))
 
 
 def _plan_folder(folder: Path, measurements: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     from cerebellum.run import replan
 
     workspace = Workspace.reopen(folder, ProgressReporter(), **given)
-    planned = replan(workspace, measurements or workspace.path("measurements.json"))
-    write_json(workspace.path("plan.json"), planned)
+    with workspace.locked():
+        planned = replan(workspace, measurements or workspace.path("measurements.json"))
+        write_json(workspace.path("plan.json"), planned)
     return planned
 
 
@@ -466,11 +638,14 @@ def _counts(found: dict[str, Any]) -> str:
 
 
 def _answer(value: Any, as_json: bool, *shown: Any) -> None:
-    if as_json:
-        click.echo(json.dumps(value, indent=2, allow_nan=False))
-        return
-    for part in shown:
-        OUT.print(part, highlight=False, soft_wrap=isinstance(part, str))
+    try:
+        if as_json:
+            click.echo(json.dumps(value, indent=2, allow_nan=False))
+            return
+        for part in shown:
+            OUT.print(part, highlight=False, soft_wrap=isinstance(part, str))
+    except BrokenPipeError:  # whoever read us is gone, which is no fault of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:
@@ -484,9 +659,6 @@ def main() -> None:
         _fail(error.format_message(), 2)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _fail("interrupted; the same command goes on from here", 130)
-    except BrokenPipeError:
-        sys.stdout = None  # whoever read us is gone, which is no fault of ours
-        sys.exit(0)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

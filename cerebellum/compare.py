@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from cerebellum.errors import BadInput
 from cerebellum.llama.engine import Engine, Logits, Tokens
-from cerebellum.llama.scoring import divergence, overlapped, token_nll
+from cerebellum.llama.scoring import divergence, normalize, overlapped, predict, token_nll
 from cerebellum.progress import Reporter
 from cerebellum.source import Source, open_source
-from cerebellum.stats.paired import perplexity, superpopulation_interval
+from cerebellum.stats.paired import Interval, as_nats, perplexity, superpopulation_interval
+from cerebellum.stats.sequential import StoppingRule
+from cerebellum.sweep import chunk_order
 from cerebellum.texts import Corpus, load_corpus
 
 _VOCABULARY_KEYS = (
@@ -25,6 +27,7 @@ _VOCABULARY_KEYS = (
     "tokenizer.ggml.merges",
     "tokenizer.ggml.add_bos_token",
 )
+_BURN_IN = 8  # chunks before a sequential interval is looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,28 +51,60 @@ def open_pair(a: Path, b: Path) -> tuple[Source, Source]:
     return first, second
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings:
+    """``chunks``: the first so many of the text (0: all). ``until_pct`` stops earlier, in random order,
+    once the interval of the perplexity change is no wider than plus or minus that."""
+
+    text: Path
+    ctx: int
+    chunks: int = 0
+    until_pct: float | None = None
+    seed: int = 1
+    alpha: float = 0.05
+
+
 def compare(
-    engine: Engine, a: Path, b: Path, text: Path, ctx: int, chunks: int, reporter: Reporter
+    engine: Engine, a: Path, b: Path, settings: ComparisonSettings, reporter: Reporter
 ) -> dict[str, Any]:
-    """The contract of ``compare --json``, over the first ``chunks`` chunks (0: all)."""
+    """The contract of ``compare --json``."""
     first, second = open_pair(a, b)
-    corpus = load_corpus(engine, a, text, ctx)
-    count = min(chunks or corpus.n_chunks, corpus.n_chunks)
+    corpus = load_corpus(engine, a, settings.text, settings.ctx)
+    count = min(settings.chunks or corpus.n_chunks, corpus.n_chunks)
+    order = tuple(range(count)) if settings.until_pct is None else chunk_order(count, settings.seed)
+    rule = StoppingRule(alpha=settings.alpha / 2, population=count)
+    scores: list[PairScore] = []
     with reporter.task("comparing", count) as tick:
-        scores = []
-        for score in score_pairs(engine, first, second, corpus, count):
+        for score in score_pairs(engine, first, second, corpus, order):
             scores.append(score)
             tick()
-    return summarise(scores, ctx)
+            if settings.until_pct is not None and _narrow_enough(scores, rule, settings.until_pct):
+                break
+    delta = rule.interval(_differences(scores)) if settings.until_pct is not None else None
+    return summarise(scores, settings.ctx, delta)
 
 
-def score_pairs(engine: Engine, a: Source, b: Source, corpus: Corpus, count: int) -> Iterator[PairScore]:
+def _narrow_enough(scores: list[PairScore], rule: StoppingRule, until_pct: float) -> bool:
+    if len(scores) < _BURN_IN:
+        return False
+    delta = rule.interval(_differences(scores))
+    return delta.high - delta.low <= 2 * as_nats(until_pct)
+
+
+def _differences(scores: list[PairScore]) -> NDArray[np.float64]:
+    """Mean NLL of B less that of A for each chunk, nats/token."""
+    return np.array([(score.nll_b - score.nll_a).mean() for score in scores])
+
+
+def score_pairs(
+    engine: Engine, a: Source, b: Source, corpus: Corpus, order: Sequence[int]
+) -> Iterator[PairScore]:
     """Both models stay open; each chunk is decoded by one, then the other."""
     files_a, files_b = ([file.path for file in source.files] for source in (a, b))
     with engine.open(files_a, corpus.ctx) as model_a, engine.open(files_b, corpus.ctx) as model_b:
 
         def decoded() -> Iterator[tuple[Logits, Logits, Tokens]]:
-            for chunk in range(count):
+            for chunk in order:
                 tokens = corpus.inputs(chunk)
                 yield model_a.logits(tokens), model_b.logits(tokens), corpus.targets(chunk)
 
@@ -77,25 +112,29 @@ def score_pairs(engine: Engine, a: Source, b: Source, corpus: Corpus, count: int
 
 
 def _score(logits_a: Logits, logits_b: Logits, targets: Tokens) -> PairScore:
-    kld, same_top = divergence(logits_a, logits_b)
+    a, b = normalize(logits_a), normalize(logits_b)
+    kld, same_top = divergence(predict(a), b)
     return PairScore(
-        nll_a=token_nll(logits_a, targets),
-        nll_b=token_nll(logits_b, targets),
+        nll_a=a.nll(targets),
+        nll_b=b.nll(targets),
         kld=kld,
         same_top=same_top,
     )
 
 
-def summarise(scores: list[PairScore], ctx: int) -> dict[str, Any]:
-    """Means with 95% intervals over chunks; the chunk is the unit, since its tokens share a context."""
+def summarise(scores: list[PairScore], ctx: int, delta: Interval | None = None) -> dict[str, Any]:
+    """Means with 95% intervals over chunks; the chunk is the unit, since its tokens share a context.
+
+    ``delta`` is the sequential interval where the comparison could stop early; a Student interval else.
+    """
     nll_a, nll_b = (np.stack([getattr(s, name) for s in scores]) for name in ("nll_a", "nll_b"))
     if not (np.isfinite(nll_a).all() and np.isfinite(nll_b).all()):
         raise BadInput("one of the models gives logits that are not finite; it has collapsed")
-    delta = superpopulation_interval((nll_b - nll_a).mean(axis=1))
+    delta = delta or superpopulation_interval(_differences(scores))
     kld = superpopulation_interval(np.array([s.kld.mean() for s in scores]))
     mean, low, high = delta.percent()
     found_a, found_b = perplexity(nll_a), perplexity(nll_b)
-    return {
+    answer = {
         "ppl_a": found_a.ppl,
         "ppl_b": found_b.ppl,
         "delta_pct": mean,
@@ -107,6 +146,8 @@ def summarise(scores: list[PairScore], ctx: int) -> dict[str, Any]:
         "tokens": found_a.tokens,
         "ctx": ctx,
     }
+    # One chunk has no interval: null rather than infinity.
+    return answer if len(scores) > 1 else answer | {"ci_pct": [None, None], "kld_ci": [None, None]}
 
 
 def perplexity_of(

@@ -1,133 +1,165 @@
 """Variants -> paired per-chunk measurements in the ledger, resumable at any moment.
 
-What to measure is decided by generators that yield an ``Ask`` and are sent the ``Answer``: the same
-logic runs on an engine, on a replayed ledger and in a unit test. ``drive`` connects one to an engine.
+``Measurer`` answers what it is asked from the ledger, and from the engine where the ledger has nothing
+yet. What to ask is decided in ``sweep.py``, without I/O.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cerebellum.files import sha256_file
-from cerebellum.ledger import Ledger, SeriesKey
-from cerebellum.llama.engine import Engine, Logits, Model, Tokens
-from cerebellum.llama.scoring import overlapped, token_nll
+from cerebellum.ledger import Divergence, Ledger, SeriesKey
+from cerebellum.llama.engine import Engine, Logits, Model
+from cerebellum.llama.prediction_cache import PredictionCache
+from cerebellum.llama.scoring import divergence, normalize, overlapped, predict
 from cerebellum.progress import Reporter, Silent
-from cerebellum.shards import Changes, Shards, Variant
-from cerebellum.stats.paired import Interval, as_percent, mean_interval
+from cerebellum.shards import Shards, Variant
+from cerebellum.stats.paired import Interval, superpopulation_interval
+from cerebellum.sweep import Measurement, Sweep, T
 from cerebellum.texts import Corpus
 
-TOLERANT, SENSITIVE, UNDECIDED, COLLAPSED = "tolerant", "sensitive", "undecided", "collapsed"
-
 Vector = NDArray[np.float64]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
-    """Please measure the base with ``changes`` on these ``chunks`` of the text."""
-
-    changes: Changes
-    chunks: tuple[int, ...]
-
-
-Answer = Vector
-"""Mean NLL of each chunk asked for, nats/token, in the order of the ask; NaN where not finite."""
-
-Sweep = Generator[Ask, Answer, Result]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """The paired change of some groups at one type against the base, on ``delta.n`` chunks.
-
-    ``delta`` is in nats/token; None when the logits were not finite: the variant collapsed.
-    """
-
-    changes: Mapping[str, str]
-    delta: Interval | None
-
-    def verdict(self, threshold_nats: float) -> str:
-        """Against a threshold: decided only when the whole interval lies on one side of it."""
-        if self.delta is None:
-            return COLLAPSED
-        if self.delta.high < threshold_nats:
-            return TOLERANT
-        return SENSITIVE if self.delta.low > threshold_nats else UNDECIDED
-
-    def as_json(self, threshold_nats: float) -> dict[str, Any]:
-        """A row of measurements.json, the format that ``plan --measurements`` reads."""
-        kinds = sorted(set(self.changes.values()))
-        row: dict[str, Any] = {
-            "groups": sorted(self.changes),
-            "type": kinds[0] if len(kinds) == 1 else dict(self.changes),
-            "delta_pct": None,
-            "ci_pct": None,
-            "chunks": None,
-            "verdict": self.verdict(threshold_nats),
-        }
-        if self.delta is not None:
-            mean, low, high = self.delta.percent()
-            row |= {"delta_pct": mean, "ci_pct": [low, high], "chunks": self.delta.n}
-        return row
+class _Scored:
+    chunk: int
+    nll: Vector
+    divergence: Divergence | None
 
 
 class Measurer:
-    """Answers asks from the ledger, and from the engine where the ledger has nothing yet.
+    """``nll`` gives vectors; one model stays open between calls, so a run on one variant loads it once.
 
-    One model stays open between asks, so a run of asks on one variant loads it once.
+    With ``reference`` and ``cache``, chunks in the cache are also compared with its predictions: those of
+    the base, or of the source.
     ``measured`` and ``reused`` count chunks of this session.
     """
 
-    def __init__(self, engine: Engine, ledger: Ledger, corpus: Corpus, reporter: Reporter | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        ledger: Ledger,
+        corpus: Corpus,
+        reporter: Reporter | None = None,
+        reference: Variant | None = None,
+        cache: PredictionCache | None = None,
+    ) -> None:
         self.engine, self.ledger, self.corpus = engine, ledger, corpus
         self.reporter: Reporter = reporter or Silent()
+        self.reference, self.cache = reference, cache
         self.measured = self.reused = 0
         self._stack, self._open_digest = ExitStack(), ""
         self._model: Model | None = None
+        if reference is not None and cache is not None:
+            cache.claim(f"{reference.digest} {corpus.sha256} {corpus.ctx} {engine.identity}")
 
     def nll(self, variant: Variant, chunks: Sequence[int]) -> NDArray[np.float32]:
         """(chunks, scored tokens) nats; each chunk is committed to the ledger as it is finished."""
-        series = self.ledger.series(self._key(variant))
+        series = self._series(variant)
         known = self.ledger.measured(series)
         missing = [chunk for chunk in chunks if chunk not in known]
         self.reused += len(chunks) - len(missing)
-        if missing:
-            with self.reporter.task(f"{variant.label}", len(missing)) as tick:
-                for chunk, nll in self._score(variant, missing):
-                    self.ledger.record(series, chunk, nll)
-                    self.measured += 1
-                    tick()
+        self._measure(variant, missing, known)
         return self.ledger.nll(series, chunks)
+
+    def kld_means(self, variant: Variant, chunks: Sequence[int]) -> Vector:
+        """Mean KL divergence from the reference of each chunk, nats/token, (chunks,).
+
+        The chunks must fit in the cache. A chunk whose NLL is known but whose divergence from this
+        reference is not is decoded again; its NLL stays as it was.
+        """
+        if self.reference is None:
+            raise ValueError("a measurer without a reference knows no divergence")
+        if variant.digest == self.reference.digest:
+            return np.zeros(len(chunks))
+        series, reference = self._series(variant), self._series(self.reference)
+        found = self.ledger.diverged(series, reference)
+        missing = [chunk for chunk in chunks if chunk not in found]
+        self._measure(variant, missing, self.ledger.measured(series))
+        found = self.ledger.diverged(series, reference)
+        return np.array([found[chunk] for chunk in chunks])
+
+    def _measure(self, variant: Variant, chunks: Sequence[int], known: frozenset[int]) -> None:
+        if not chunks:
+            return
+        series = self._series(variant)
+        self._refill_cache(variant, chunks)
+        with self.reporter.task(variant.label, len(chunks)) as tick:
+            for scored in self._score(variant, chunks):
+                if scored.chunk not in known:
+                    self.ledger.record(series, scored.chunk, scored.nll, scored.divergence)
+                    self.measured += 1
+                elif scored.divergence is not None:
+                    self.ledger.record_divergence(series, scored.chunk, scored.divergence)
+                tick()
+
+    def n_measured(self, variant: Variant) -> int:
+        """How many chunks of the text the ledger has of a variant."""
+        return len(self.ledger.measured(self._series(variant)))
 
     def chunk_means(self, variant: Variant, chunks: Sequence[int]) -> Vector:
         """Mean NLL of each chunk, (chunks,)."""
         return np.asarray(self.nll(variant, chunks).mean(axis=1, dtype=np.float64))
 
-    def _key(self, variant: Variant) -> SeriesKey:
-        return SeriesKey(
+    def divergence(self, variant: Variant) -> tuple[Interval, float] | None:
+        """(mean KL divergence from the reference, share of equal top tokens), if measured."""
+        if self.reference is None:
+            return None
+        kld, same = self.ledger.divergence(self._series(variant), self._series(self.reference))
+        return (superpopulation_interval(kld), float(same.mean())) if len(kld) else None
+
+    def _series(self, variant: Variant) -> int:
+        key = SeriesKey(
             variant=variant.digest,
             text=self.corpus.sha256,
             ctx=self.corpus.ctx,
             engine=self.engine.identity,
             label=variant.label,
         )
+        return self.ledger.series(key)
 
-    def _score(self, variant: Variant, chunks: Iterable[int]) -> Iterator[tuple[int, Vector]]:
+    def _score(self, variant: Variant, chunks: Sequence[int]) -> Iterator[_Scored]:
         model = self._opened(variant)
+        decoded = ((chunk, model.logits(self.corpus.inputs(chunk))) for chunk in chunks)
+        return overlapped(decoded, self._work(variant))
 
-        def decoded() -> Iterator[tuple[int, Logits, Tokens]]:
-            for chunk in chunks:
-                yield chunk, model.logits(self.corpus.inputs(chunk)), self.corpus.targets(chunk)
+    def _work(self, variant: Variant) -> Callable[[tuple[int, Logits]], _Scored]:
+        """What the worker thread does with a chunk's logits."""
+        is_reference = self.reference is not None and variant.digest == self.reference.digest
+        reference_series = self._series(self.reference) if self.reference and not is_reference else 0
 
-        return overlapped(decoded(), lambda item: (item[0], token_nll(item[1], item[2])))
+        def work(item: tuple[int, Logits]) -> _Scored:
+            chunk, logits = item
+            scores = normalize(logits)
+            nll = scores.nll(self.corpus.targets(chunk))
+            if is_reference and self.cache and chunk in self.cache.chunks:
+                self.cache.store(chunk, predict(scores))
+            kept = self.cache.load(chunk) if self.cache and reference_series else None
+            if kept is None:
+                return _Scored(chunk=chunk, nll=nll, divergence=None)
+            kld, same_top = divergence(kept, scores)
+            found = Divergence(base_series=reference_series, kld=kld, same_top=same_top)
+            return _Scored(chunk=chunk, nll=nll, divergence=found)
+
+        return work
+
+    def _refill_cache(self, variant: Variant, chunks: Sequence[int]) -> None:
+        """Decodes the reference again where its predictions are gone: after a kill, say."""
+        if self.cache is None or self.reference is None or variant.digest == self.reference.digest:
+            return
+        missing = self.cache.missing(chunks)
+        if missing:
+            model = self._opened(self.reference)
+            for chunk in missing:
+                self.cache.store(chunk, predict(normalize(model.logits(self.corpus.inputs(chunk)))))
 
     def _opened(self, variant: Variant) -> Model:
         if self._model is None or self._open_digest != variant.digest:
@@ -147,42 +179,18 @@ def file_variant(path: Path, label: str) -> Variant:
     return Variant(label=label, paths=(path,), digest=sha256_file(path))
 
 
-def chunk_order(n_chunks: int, seed: int) -> tuple[int, ...]:
-    """The one seeded order in which base and all variants visit the chunks of a text."""
-    return tuple(int(i) for i in np.random.default_rng(seed).permutation(n_chunks))
-
-
-def measure_change(changes: Changes, chunks: tuple[int, ...], population: int) -> Sweep[Measurement]:
-    """The base and the base with ``changes`` on the same chunks, paired."""
-    base = yield Ask(changes={}, chunks=chunks)
-    variant = yield Ask(changes=changes, chunks=chunks)
-    differences = variant - base
-    if not np.isfinite(differences).all():
-        return Measurement(changes=dict(changes), delta=None)
-    return Measurement(changes=dict(changes), delta=mean_interval(differences, population))
-
-
-def measure_each(
-    candidates: Iterable[Changes], chunks: tuple[int, ...], population: int
-) -> Sweep[tuple[Measurement, ...]]:
-    """Every candidate alone."""
-    found = []
-    for changes in candidates:
-        found.append((yield from measure_change(changes, chunks, population)))
-    return tuple(found)
-
-
-def drive(sweep: Sweep[Result], measurer: Measurer, shards: Shards) -> Result:
+def drive(sweep: Sweep[T], measurer: Measurer, shards: Shards) -> T:
     """Runs a sweep to its end on a real engine; shards are made when first asked for."""
     try:
         ask = next(sweep)
         while True:
             ask = sweep.send(measurer.chunk_means(shards.variant(ask.changes), ask.chunks))
     except StopIteration as stop:
-        result: Result = stop.value
+        result: T = stop.value
         return result
 
 
-def percent_or_none(nats: float | None) -> float | None:
-    """For JSON, which has no NaN."""
-    return None if nats is None or not np.isfinite(nats) else as_percent(nats)
+def with_divergence(found: Measurement, measurer: Measurer, shards: Shards) -> Measurement:
+    """The measurement with what the ledger knows of the variant's divergence from the base."""
+    known = measurer.divergence(shards.variant(found.changes))
+    return found if known is None else found.with_divergence(*known)

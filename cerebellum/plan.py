@@ -8,6 +8,7 @@ goes back.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,15 @@ from gguf import GGMLQuantizationType
 
 from cerebellum.base import Base
 from cerebellum.errors import BadInput
-from cerebellum.gguf import TensorInfo, fits, parse_type, tensor_bytes
+from cerebellum.gguf import TensorInfo, fits, gguf_size, parse_type, tensor_bytes
 from cerebellum.groups import Group
-from cerebellum.measure import COLLAPSED, Measurement
 from cerebellum.stats.paired import Interval, as_nats, as_percent
+from cerebellum.sweep import COLLAPSED, SENSITIVE, TOLERANT, Measurement, Threshold, interval_json
 
+_MEASURED = (
+    *("delta_pct", "ci_pct", "chunks", "verdict", "near_tie"),
+    *("kld_mean", "kld_ci", "top1_agreement"),
+)
 KEPT, DEMOTED, ILLEGAL, NOTHING_TO_SAVE = "kept", "demoted", "illegal", "nothing to save"
 
 
@@ -38,6 +43,13 @@ class Unit:
         """Nats per byte saved."""
         assert self.measurement.delta is not None
         return self.measurement.delta.mean / self.bytes_saved
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Meta:
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +82,41 @@ class Sizes:
         whole = sum(tensor_bytes(t, self.tensors[n].shape) for n, t in self.base.types.items())
         return whole - self.bytes_saved(changes)
 
+    def file_bytes(self, name: str, kind: str) -> int:
+        """Bytes of a group in the file at ``kind`` (or "base"), every tensor padded to the alignment."""
+        types = self.base_types(name)
+        if kind != "base":
+            types = dict.fromkeys(types, parse_type(kind))
+        return sum(self._padded(tensor_bytes(t, self.tensors[n].shape)) for n, t in types.items())
+
+    def fixed_bytes(self) -> int:
+        """Bytes of the file that no plan changes: header, metadata and protected tensors."""
+        grouped = {tensor for group in self.groups.values() for tensor in group.tensors}
+        metas = [_Meta(name=n, shape=self.tensors[n].shape, type=t) for n, t in self.base.types.items()]
+        whole = gguf_size(self.base.records, metas, self.base.alignment)
+        return whole - sum(
+            self._padded(tensor_bytes(t, self.tensors[n].shape))
+            for n, t in self.base.types.items()
+            if n in grouped
+        )
+
+    def whole_file_bytes(self, changes: Mapping[str, str] | None = None) -> int:
+        """Exact bytes of the file with ``changes``: header, metadata, tensors and padding."""
+        changes = changes or {}
+        return self.fixed_bytes() + sum(
+            self.file_bytes(name, changes.get(name, "base")) for name in self.groups
+        )
+
+    def _padded(self, n_bytes: int) -> int:
+        return -(-n_bytes // self.base.alignment) * self.base.alignment
+
+    def tensor_types(self, changes: Mapping[str, str]) -> dict[str, str]:
+        """Tensor name -> type name of the whole model with ``changes``."""
+        types = {name: kind.name for name, kind in self.base.types.items()}
+        for group, kind in changes.items():
+            types |= dict.fromkeys(self.groups[group].tensors, parse_type(kind).name)
+        return types
+
     def why_not(self, name: str, kind: str) -> str | None:
         """Why a group cannot be demoted to ``kind``, or None if it can."""
         if not self.legal(name, kind):
@@ -83,7 +130,7 @@ class Plan:
 
     changes: Mapping[str, str]
     demote: str
-    threshold_pct: float
+    threshold: Threshold
     units: tuple[Unit, ...]
     measured: Measurement | None
 
@@ -101,6 +148,8 @@ def demotable(sizes: Sizes, kind: str) -> list[Mapping[str, str]]:
 
 def make_units(measurements: Sequence[Measurement], sizes: Sizes) -> tuple[Unit, ...]:
     """Single groups where they were measured alone; a joint measurement only for groups that were not."""
+    for measurement in measurements:
+        _check_fits(measurement, sizes)
     ordered = sorted(measurements, key=lambda m: len(m.changes))
     taken: set[str] = set()
     units = []
@@ -115,28 +164,43 @@ def make_units(measurements: Sequence[Measurement], sizes: Sizes) -> tuple[Unit,
     return tuple(units)
 
 
+def _check_fits(measurement: Measurement, sizes: Sizes) -> None:
+    """BadInput where a measurement is of another model."""
+    for name, kind in measurement.changes.items():
+        if name not in sizes.groups:
+            raise BadInput(f"the measurements name {name!r}, a group this model lacks; see `inspect`")
+        if not sizes.legal(name, kind):
+            rows = sorted({sizes.tensors[tensor].shape[0] for tensor in sizes.groups[name].tensors})
+            raise BadInput(f"the measurements have {name} at {kind}, which rows of {rows} cannot take")
+
+
 def threshold_plan(
-    units: tuple[Unit, ...], demote: str, threshold_pct: float
+    units: tuple[Unit, ...], demote: str, threshold: Threshold
 ) -> Generator[Mapping[str, str], Measurement | None, Plan]:
     """Yields each combination it wants measured; is sent its measurement, or None if there is none."""
-    limit_nats = as_nats(threshold_pct)
-    chosen = [u for u in units if u.measurement.delta and u.measurement.delta.mean < limit_nats]
+    chosen = [unit for unit in units if _holds(unit.measurement, threshold)]
     measured: Measurement | None = None
     while chosen:
         measured = yield _merged(chosen)
-        if measured is None or (measured.delta is not None and measured.delta.mean < limit_nats):
+        if measured is None or _holds(measured, threshold):
             break
         chosen.remove(max(chosen, key=lambda unit: unit.damage_per_byte))
         measured = None
-    return Plan(
-        changes=_merged(chosen), demote=demote, threshold_pct=threshold_pct, units=units, measured=measured
-    )
+    return Plan(changes=_merged(chosen), demote=demote, threshold=threshold, units=units, measured=measured)
 
 
-def plan_from(measurements: Sequence[Measurement], sizes: Sizes, demote: str, threshold_pct: float) -> Plan:
+def _holds(found: Measurement, threshold: Threshold) -> bool:
+    """Tolerant; or never decided, with the best estimate below the limit."""
+    verdict = threshold.verdict(found.delta)
+    if found.delta is None or verdict == SENSITIVE:
+        return False
+    return verdict == TOLERANT or found.delta.mean < threshold.nats
+
+
+def plan_from(measurements: Sequence[Measurement], sizes: Sizes, demote: str, threshold: Threshold) -> Plan:
     """A plan from what is known already; a combination that nobody measured stays unmeasured."""
     known = {tuple(sorted(m.changes.items())): m for m in measurements}
-    planning = threshold_plan(make_units(measurements, sizes), demote, threshold_pct)
+    planning = threshold_plan(make_units(measurements, sizes), demote, threshold)
     try:
         combination = next(planning)
         while True:
@@ -153,20 +217,21 @@ def _merged(units: Sequence[Unit]) -> dict[str, str]:
 def plan_json(plan: Plan, sizes: Sizes) -> dict[str, Any]:
     """plan.json, as the contract has it."""
     delta = plan.measured.delta if plan.measured else None
-    percent = delta.percent() if delta else None
+    measured = interval_json(delta) if delta else {"delta_pct": None, "ci_pct": None}
     return {
         "mode": "threshold",
-        "threshold_pct": plan.threshold_pct,
+        "threshold_pct": plan.threshold.limit_pct,
+        "indifference_pct": plan.threshold.indifference_pct,
         "base": sizes.base.label,
         "demote": plan.demote,
         "groups": [_group_row(name, plan, sizes) for name in sizes.groups],
         "predicted_delta_pct": as_percent(plan.predicted_nats),
-        "measured_delta_pct": percent[0] if percent else (0.0 if not plan.changes else None),
-        "ci_pct": list(percent[1:]) if percent else None,
+        "measured_delta_pct": measured["delta_pct"] if plan.changes else 0.0,
+        "ci_pct": measured["ci_pct"],
         "base_tensor_bytes": sizes.total({}),
         "tensor_bytes": sizes.total(plan.changes),
         "bytes_saved": sizes.bytes_saved(plan.changes),
-        "tensor_types": _tensor_types(plan, sizes),
+        "tensor_types": sizes.tensor_types(plan.changes),
     }
 
 
@@ -182,22 +247,19 @@ def _group_row(name: str, plan: Plan, sizes: Sizes) -> dict[str, Any]:
         "delta_pct": None,
         "ci_pct": None,
         "chunks": None,
+        "kld_mean": None,
+        "kld_ci": None,
+        "top1_agreement": None,
+        "near_tie": False,
         "verdict": refusal or "not measured",
         "decision": DEMOTED if name in plan.changes else KEPT,
         "measured_with": [],
     }
     if unit is not None:
-        measured = unit.measurement.as_json(as_nats(plan.threshold_pct))
-        row |= {key: measured[key] for key in ("delta_pct", "ci_pct", "chunks", "verdict")}
+        measured = unit.measurement.as_json(plan.threshold)
+        row |= {key: measured[key] for key in _MEASURED}
         row["measured_with"] = sorted(set(unit.changes) - {name})
     return row
-
-
-def _tensor_types(plan: Plan, sizes: Sizes) -> dict[str, str]:
-    types = {name: kind.name for name, kind in sizes.base.types.items()}
-    for group, kind in plan.changes.items():
-        types |= dict.fromkeys(sizes.groups[group].tensors, parse_type(kind).name)
-    return types
 
 
 def read_measurements(path: Path) -> tuple[Measurement, ...]:
@@ -221,10 +283,29 @@ def _read_row(row: Mapping[str, Any]) -> Measurement:
         if row.get("verdict") != COLLAPSED:
             raise ValueError(f"{row['groups']} has no delta_pct")
         return Measurement(changes=changes, delta=None)
-    mean = as_nats(float(row["delta_pct"]))
-    low, high = (as_nats(float(x)) for x in row.get("ci_pct") or (row["delta_pct"], row["delta_pct"]))
-    chunks = int(row.get("chunks") or 0)
     return Measurement(
         changes=changes,
-        delta=Interval(mean=mean, low=low, high=high, n=chunks, population=chunks),
+        delta=_read_interval(row, (row["delta_pct"], row["delta_pct"])),
+        trace=tuple(_read_interval(look, (-100.0, math.inf)) for look in row.get("trace") or ()),
+        kld=_read_divergence(row),
+        top1=row.get("top1_agreement"),
     )
+
+
+def _read_interval(row: Mapping[str, Any], without: tuple[float, float]) -> Interval:
+    """Percent to nats; ``without`` stands in where there are no bounds."""
+    low, high = (_nats(float(bound)) for bound in row.get("ci_pct") or without)
+    chunks = int(row.get("chunks") or 0)
+    return Interval(mean=as_nats(float(row["delta_pct"])), low=low, high=high, n=chunks, population=chunks)
+
+
+def _read_divergence(row: Mapping[str, Any]) -> Interval | None:
+    if row.get("kld_mean") is None:
+        return None
+    low, high = row.get("kld_ci") or (-math.inf, math.inf)
+    chunks = int(row.get("chunks") or 0)
+    return Interval(mean=row["kld_mean"], low=low, high=high, n=chunks, population=chunks)
+
+
+def _nats(percent: float) -> float:
+    return -math.inf if percent <= -100 else as_nats(percent)

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from cerebellum import __version__
 from cerebellum.base import preset_base
 from cerebellum.bench import Request, bench, candidate_from, llama_opener
+from cerebellum.budget import Allocation, budget_json, budget_plan, frontier
 from cerebellum.build import build, output_path
-from cerebellum.errors import BadInput
-from cerebellum.files import sha256_file
-from cerebellum.groups import make_groups
-from cerebellum.llama.library import build_id
-from cerebellum.measure import (
-    Measurement,
-    Measurer,
-    chunk_order,
-    drive,
-    measure_change,
-    measure_each,
+from cerebellum.curves import (
+    Point,
+    Score,
+    Scorer,
+    between_neighbours,
+    candidates,
+    chunks_within,
+    measure_curves,
+    measure_points,
+    point_from_json,
 )
+from cerebellum.errors import BadInput
+from cerebellum.groups import make_groups
+from cerebellum.llama.prediction_cache import PredictionCache
+from cerebellum.manifest import make_manifest
+from cerebellum.measure import Measurer, drive, with_divergence
 from cerebellum.plan import (
     Plan,
     Sizes,
@@ -34,69 +39,217 @@ from cerebellum.plan import (
     threshold_plan,
 )
 from cerebellum.scores import Candidate
+from cerebellum.shards import Variant
+from cerebellum.sizes import parse_size
 from cerebellum.source import open_source
-from cerebellum.stats.paired import as_nats
+from cerebellum.stats.sequential import StoppingRule, union_share
+from cerebellum.sweep import Changes, Measurement, RaceSettings, Sweep, chunk_order, measure_fixed, race
 from cerebellum.verify import check_file, report, verify_json
 from cerebellum.workspace import Settings, Workspace, read_json, write_json
 
-Outcome = TypeVar("Outcome")
+_SINGLES_SHARE = 0.5  # of alpha goes to the groups alone, the rest to their combinations
+_KLD_CHUNKS = 8  # the first block of a race: every variant measures these
 
 
 def run_all(workspace: Workspace, bench: Request | None = None) -> dict[str, Any]:
     """Every stage in order; what is finished already is read, not repeated."""
     with workspace.locked():
-        measure_stage(workspace)
-        plan_stage(workspace)
+        workspace.check_texts()
+        if workspace.settings.budget:
+            curves_stage(workspace)
+            budget_stage(workspace)
+        else:
+            measure_stage(workspace)
+            plan_stage(workspace)
         build_stage(workspace)
         verify_stage(workspace)
         if bench is not None:
             bench_stage(workspace, bench)
-        return manifest_stage(workspace)
+        manifest = manifest_stage(workspace)
+        card_stage(workspace.folder)
+        return manifest
 
 
 def measure_stage(workspace: Workspace) -> dict[str, Any]:
     """Every group alone at the demoted type -> measurements.json."""
     workspace.write_source()
     workspace.check_space()
-    chunks = _chunks(workspace)
     candidates = demotable(workspace.sizes, workspace.settings.demote)
-    sweep = measure_each(candidates, chunks, workspace.selection.n_chunks)
-    found, counts = _with_measurer(workspace, lambda m: drive(sweep, m, workspace.shards))
-    return _write_measurements(workspace, found, counts)
+    alpha = union_share(workspace.settings.alpha * _SINGLES_SHARE, len(candidates))
+    with _measuring(workspace) as measurer:
+        found = _sweep(workspace, measurer, candidates, alpha)
+        return _write_measurements(workspace, found, measurer)
 
 
 def plan_stage(workspace: Workspace) -> Plan:
     """Threshold planning, each combination measured whole -> plan.json."""
-    settings, sizes = workspace.settings, workspace.sizes
     known = read_measurements(workspace.path("measurements.json"))
     singles = tuple(m for m in known if len(m.changes) == 1)
-    planning = threshold_plan(make_units(singles, sizes), settings.demote, settings.max_increase_pct)
-    combinations: list[Measurement] = []
+    with _measuring(workspace) as measurer:
+        plan, combinations = _plan_measuring(workspace, measurer, singles)
+        joint = tuple(m for m in combinations if len(m.changes) > 1)
+        _write_measurements(workspace, (*singles, *joint), measurer)
+    write_json(workspace.path("plan.json"), plan_json(plan, workspace.sizes))
+    return plan
 
-    def complete(measurer: Measurer) -> Plan:
+
+def _plan_measuring(
+    workspace: Workspace, measurer: Measurer, singles: tuple[Measurement, ...]
+) -> tuple[Plan, list[Measurement]]:
+    """Each combination the plan wants is measured; the k-th gets half the level of the one before."""
+    settings = workspace.settings
+    units = make_units(singles, workspace.sizes)
+    planning = threshold_plan(units, settings.demote, settings.threshold)
+    combinations: list[Measurement] = []
+    alpha = settings.alpha * (1 - _SINGLES_SHARE)
+    try:
+        changes = next(planning)
+        while True:
+            alpha /= 2
+            combinations += _sweep(workspace, measurer, [changes], alpha)
+            changes = planning.send(combinations[-1])
+    except StopIteration as stop:
+        return stop.value, combinations
+
+
+def _sweep(
+    workspace: Workspace, measurer: Measurer, candidates: Sequence[Changes], alpha: float
+) -> tuple[Measurement, ...]:
+    """Sequential by default; the same chunks for all where ``--chunks`` says how many."""
+    found = drive(_chosen_sweep(workspace, candidates, alpha), measurer, workspace.shards)
+    return tuple(with_divergence(m, measurer, workspace.shards) for m in found)
+
+
+def _chosen_sweep(
+    workspace: Workspace, candidates: Sequence[Changes], alpha: float
+) -> Sweep[tuple[Measurement, ...]]:
+    settings, population = workspace.settings, workspace.selection.n_chunks
+    order = chunk_order(population, settings.seed)
+    if settings.chunks:
+        return measure_fixed(candidates, order[: settings.chunks], population)
+    return race(
+        candidates,
+        RaceSettings(
+            order=order,
+            max_chunks=min(settings.max_chunks or population, population),
+            threshold=settings.threshold,
+            rule=StoppingRule(alpha=alpha, population=population),
+        ),
+    )
+
+
+def curves_stage(workspace: Workspace) -> dict[str, Any]:
+    """Every group at every type of the ladder, against the source -> curves.json."""
+    workspace.write_source()
+    tried = candidates(workspace.sizes, workspace.settings.types)
+    with _scoring(workspace, len(tried)) as score:
+        points = measure_curves(workspace.sizes, tried, score)
+    return _write_curves(workspace, points)
+
+
+def _write_curves(workspace: Workspace, points: Sequence[Point]) -> dict[str, Any]:
+    corpus = workspace.selection
+    chunks = max((point.kld.n for point in points if point.kld), default=0)
+    variants = 2 + sum(point.kind != "base" for point in points)  # the source and the base too
+    content = {
+        "base": workspace.base.label,
+        "text": corpus.path.name,
+        "text_sha256": corpus.sha256,
+        "ctx": corpus.ctx,
+        "seed": workspace.settings.seed,
+        "chunks": chunks,
+        "tokens_scored": chunks * variants * corpus.ctx,
+        "passes": chunks * variants / corpus.n_chunks,
+        "points": [point.as_json() for point in points],
+    }
+    write_json(workspace.path("curves.json"), content)
+    return content
+
+
+def budget_stage(workspace: Workspace) -> dict[str, Any]:
+    """The knapsack's proposals, each measured whole; the best measured one -> plan.json."""
+    points, budget = read_points(workspace), budget_bytes(workspace)
+    with _scoring(workspace, len(candidates(workspace.sizes, workspace.settings.types))) as score:
+        points = _refined(workspace, points, budget, score)
+        planning = budget_plan(points, workspace.sizes, budget)
         try:
             changes = next(planning)
             while True:
-                sweep = measure_change(changes, _chunks(workspace), workspace.selection.n_chunks)
-                combinations.append(drive(sweep, measurer, workspace.shards))
-                changes = planning.send(combinations[-1])
+                changes = planning.send((score(changes), score({})))
         except StopIteration as stop:
-            plan: Plan = stop.value
-            return plan
+            planned = budget_json(stop.value, workspace.sizes)
+    _write_curves(workspace, points)
+    write_json(workspace.path("plan.json"), planned)
+    return planned
 
-    plan, counts = _with_measurer(workspace, complete)
-    joint = tuple(m for m in combinations if len(m.changes) > 1)
-    _write_measurements(workspace, (*singles, *joint), counts)
-    write_json(workspace.path("plan.json"), plan_json(plan, sizes))
-    return plan
+
+def _refined(
+    workspace: Workspace, points: tuple[Point, ...], budget: int, score: Scorer
+) -> tuple[Point, ...]:
+    """The curves with the IQ types that the plan for this budget could want."""
+    found = Allocation(points, workspace.sizes).best(budget)
+    if found is None or not workspace.settings.fine_types:
+        return points
+    tried = between_neighbours(points, found[1].changes, workspace.sizes)
+    return (*points, *measure_points(workspace.sizes, tried, score, score({})))
+
+
+def rebudget(workspace: Workspace) -> dict[str, Any]:
+    """A plan for another budget from curves.json alone: no model is loaded, nothing is measured."""
+    planning = budget_plan(read_points(workspace), workspace.sizes, budget_bytes(workspace))
+    try:
+        next(planning)
+        planning.send(None)
+    except StopIteration as stop:
+        return budget_json(stop.value, workspace.sizes)
+    raise AssertionError("a plan without measurements asks once")
+
+
+def frontier_of(workspace: Workspace) -> list[dict[str, Any]]:
+    """Size and predicted damage of the best plans, from the smallest file to the largest."""
+    found = frontier(read_points(workspace), workspace.sizes)
+    return [
+        {"file_bytes": c.n_bytes, "predicted_kld": c.predicted, "changes": dict(c.changes)} for c in found
+    ]
+
+
+def read_points(workspace: Workspace) -> tuple[Point, ...]:
+    """curves.json, which ``run --budget`` makes."""
+    return tuple(point_from_json(row) for row in read_json(workspace.path("curves.json"))["points"])
+
+
+def budget_bytes(workspace: Workspace) -> int:
+    """The budget as bytes of the file: a size, or a preset's own size for this model."""
+    asked = workspace.settings.budget or workspace.base.label
+    try:
+        return parse_size(asked)
+    except ValueError:
+        preset = preset_base(workspace.source, asked, workspace.matrix)
+        return replace(workspace.sizes, base=preset).whole_file_bytes()
+
+
+@contextmanager
+def _scoring(workspace: Workspace, n_variants: int) -> Iterator[Scorer]:
+    """Scores variants on the first chunks of the seeded order against the source's own predictions."""
+    settings, corpus = workspace.settings, workspace.selection
+    n_chunks = chunks_within(settings.curve_passes, n_variants + 2, corpus.n_chunks)
+    order = chunk_order(corpus.n_chunks, settings.seed)[:n_chunks]
+    with _measuring(workspace, workspace.source_variant, order) as measurer:
+        chunks = order[: len(measurer.cache.chunks)] if measurer.cache else order
+        measurer.nll(workspace.source_variant, chunks)
+
+        def score(changes: Changes) -> Score:
+            variant = workspace.shards.variant(changes)
+            kld = measurer.kld_means(variant, chunks)
+            return Score(nll=measurer.chunk_means(variant, chunks), kld=kld)
+
+        yield score
 
 
 def replan(workspace: Workspace, measurements: Path) -> dict[str, Any]:
     """A plan from measurements alone, no model loaded; a combination nobody measured stays open."""
     settings = workspace.settings
-    plan = plan_from(
-        read_measurements(measurements), workspace.sizes, settings.demote, settings.max_increase_pct
-    )
+    plan = plan_from(read_measurements(measurements), workspace.sizes, settings.demote, settings.threshold)
     return plan_json(plan, workspace.sizes)
 
 
@@ -107,7 +260,7 @@ def plan_header(settings: Settings, measurements: Path) -> dict[str, Any]:
     groups = {group.name: group for group in make_groups(source) if not group.protected}
     sizes = Sizes(tensors=source.tensors, groups=groups, base=base)
     found = read_measurements(measurements)
-    return plan_json(plan_from(found, sizes, settings.demote, settings.max_increase_pct), sizes)
+    return plan_json(plan_from(found, sizes, settings.demote, settings.threshold), sizes)
 
 
 def build_stage(workspace: Workspace) -> Path:
@@ -129,11 +282,15 @@ def verify_stage(workspace: Workspace) -> dict[str, Any]:
     )
     corpus = workspace.report_corpus
     wanted = workspace.settings.report_chunks or corpus.n_chunks
-    source_files = [file.path for file in workspace.source.files]
     with_text = Measurer(workspace.engine, workspace.ledger, corpus, workspace.reporter)
     try:
         found = report(
-            with_text, source_files, workspace.shards.variant({}), out, wanted, workspace.selection.sha256
+            with_text,
+            workspace.source_variant,
+            workspace.shards.variant({}),
+            out,
+            wanted,
+            workspace.selection.sha256,
         )
     finally:
         with_text.close()
@@ -154,22 +311,15 @@ def bench_stage(workspace: Workspace, request: Request) -> dict[str, Any]:
 
 
 def manifest_stage(workspace: Workspace) -> dict[str, Any]:
-    """What made what: hashes, builds, settings, seed -> manifest.json, written last."""
-    out = output_path(workspace.folder, workspace.source, workspace.base)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(workspace.settings).items()}
-    manifest = {
-        "cerebellum": __version__,
-        "llama_cpp": build_id(),
-        "settings": settings,
-        "source": {"name": workspace.source.name, "sha256": workspace.source_sha256},
-        "imatrix": {"file": workspace.matrix.path.name, "sha256": workspace.matrix.sha256},
-        "texts": {"selection": workspace.selection.sha256, "report": workspace.report_corpus.sha256},
-        "shards": {path.name: sha256_file(path) for path in _shard_paths(workspace)},
-        "ledger_digest": workspace.ledger.digest(),
-        "result": {"file": out.name, "sha256": sha256_file(out), "bytes": out.stat().st_size},
-    }
-    write_json(workspace.path("manifest.json"), manifest)
-    return manifest
+    """What made what: hashes, builds, settings, seed -> manifest.json."""
+    return make_manifest(workspace, planned_changes(workspace))
+
+
+def card_stage(folder: Path, repo: str | None = None) -> tuple[Path, ...]:
+    """The artifacts -> README.md, report.html and charts."""
+    from cerebellum.card import make_card  # matplotlib takes a second to load, and only this needs it
+
+    return make_card(folder, repo)
 
 
 def planned_changes(workspace: Workspace) -> dict[str, str]:
@@ -178,41 +328,61 @@ def planned_changes(workspace: Workspace) -> dict[str, str]:
     return {row["name"]: row["chosen_type"] for row in rows if row["chosen_type"] != "base"}
 
 
-def _chunks(workspace: Workspace) -> tuple[int, ...]:
-    n_chunks = workspace.selection.n_chunks
-    return chunk_order(n_chunks, workspace.settings.seed)[: workspace.settings.chunks or n_chunks]
-
-
-def _with_measurer(
-    workspace: Workspace, work: Callable[[Measurer], Outcome]
-) -> tuple[Outcome, dict[str, int]]:
-    measurer = Measurer(workspace.engine, workspace.ledger, workspace.selection, workspace.reporter)
+@contextmanager
+def _measuring(
+    workspace: Workspace, reference: Variant | None = None, order: Sequence[int] | None = None
+) -> Iterator[Measurer]:
+    """A measurer on the selection text; predictions of the reference (the base, or the source) for the
+    first chunks of ``order`` are kept on disk while it is open."""
+    corpus, settings = workspace.selection, workspace.settings
+    if order is None:
+        order = chunk_order(corpus.n_chunks, settings.seed)[:_KLD_CHUNKS]
+    vocab_size = workspace.engine.vocab_size(workspace.source.path)
+    reference = reference or workspace.shards.variant({})
+    cache = PredictionCache(
+        workspace.path("predictions"),
+        order,
+        corpus.scored_per_chunk * vocab_size * 4,
+        settings.kld_cache_bytes,
+    )
+    kept = f"{len(cache.chunks)} chunks, {cache.n_bytes / 1e6:.0f} MB on disk meanwhile"
+    workspace.reporter.note(f"keeping the predictions of the {reference.label}: {kept}")
+    measurer = Measurer(
+        workspace.engine,
+        workspace.ledger,
+        corpus,
+        workspace.reporter,
+        reference=reference,
+        cache=cache,
+    )
     try:
-        return work(measurer), {"measured": measurer.measured, "reused": measurer.reused}
+        yield measurer
     finally:
         measurer.close()
+        cache.remove()
 
 
 def _write_measurements(
-    workspace: Workspace, found: tuple[Measurement, ...], counts: dict[str, int]
+    workspace: Workspace, found: tuple[Measurement, ...], measurer: Measurer
 ) -> dict[str, Any]:
     settings, corpus = workspace.settings, workspace.selection
-    limit = as_nats(settings.max_increase_pct)
+    variants = [workspace.shards.variant(changes) for changes in ({}, *(m.changes for m in found))]
+    scored = sum(measurer.n_measured(variant) for variant in variants)
     content = {
         "base": workspace.base.label,
         "demote": settings.demote,
         "threshold_pct": settings.max_increase_pct,
+        "indifference_pct": settings.indifference_pct,
+        "alpha": settings.alpha,
         "text": corpus.path.name,
         "text_sha256": corpus.sha256,
         "ctx": corpus.ctx,
         "seed": settings.seed,
         "chunks_in_text": corpus.n_chunks,
-        "measurements": [m.as_json(limit) for m in found],
+        "chunks_scored": scored,
+        "tokens_scored": scored * corpus.ctx,
+        "tokens_full": (1 + len(found)) * corpus.n_chunks * corpus.ctx,
+        "measurements": [m.as_json(settings.threshold) for m in found],
     }
     write_json(workspace.path("measurements.json"), content)
-    return content | counts
-
-
-def _shard_paths(workspace: Workspace) -> list[Path]:
-    base, result = workspace.shards.variant({}), workspace.shards.variant(planned_changes(workspace))
-    return sorted({*base.paths, *result.paths})
+    return content | {"measured": measurer.measured, "reused": measurer.reused}

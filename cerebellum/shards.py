@@ -139,8 +139,7 @@ class Shards:
 
     def _alignment(self, records: tuple[bytes, ...]) -> int:
         """Only the shard with the metadata carries general.alignment; the others use the default."""
-        first = (self._recipe.base.file or self._recipe.source).files[0]
-        return first.alignment if records else 32
+        return self._recipe.base.alignment if records else 32
 
     def _tensor(self, name: str, kind: GGMLQuantizationType) -> TensorSource:
         shape = self._recipe.source.tensors[name].shape

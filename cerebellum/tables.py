@@ -46,8 +46,19 @@ def percent(value: float | None, interval: Sequence[float | None] | None = None)
     return text
 
 
+def nats(value: float, interval: Sequence[float | None]) -> str:
+    """0.007249 nats [0.006956, 0.007542]."""
+    if None in interval:
+        return f"{value:.6f} nats"
+    return f"{value:.6f} nats [{interval[0]:.6f}, {interval[1]:.6f}]"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
 def verdict(name: str) -> Text:
-    return Text(name, style=_VERDICT_STYLES.get(name, "yellow"))
+    return Text(name, style=_VERDICT_STYLES.get(name.split()[0], "yellow"))
 
 
 def inspect_tables(described: Mapping[str, Any]) -> list[Table]:
@@ -100,16 +111,26 @@ def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table:
 def measurements_table(measured: Mapping[str, Any]) -> Table:
     """What measure found."""
     title = f"To {measured['demote']} from {measured['base']}, one at a time"
-    table = Table("groups", "type", "delta", "chunks", "verdict", title=title)
+    table = Table("groups", "type", "delta", "KL divergence", "chunks", "verdict", title=title)
     for row in measured["measurements"]:
         table.add_row(
             escape(" + ".join(row["groups"])),
             str(row["type"]),
             percent(row["delta_pct"], row["ci_pct"]),
+            "-" if row["kld_mean"] is None else f"{row['kld_mean']:.5f}",
             str(row["chunks"] or "-"),
-            verdict(row["verdict"]),
+            verdict(row["verdict"] + (" (near tie)" if row["near_tie"] else "")),
         )
     return table
+
+
+def tokens_saved(measured: Mapping[str, Any]) -> str:
+    """How much of the usual way's scoring was needed."""
+    scored, full = measured["tokens_scored"], measured["tokens_full"]
+    return (
+        f"{scored:,} tokens scored where scoring every variant on the whole text takes {full:,}: "
+        f"{full / max(scored, 1):.1f}x fewer"
+    )
 
 
 def plan_table(plan: Mapping[str, Any]) -> Table:
@@ -130,6 +151,44 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
             verdict(row["verdict"]),
             Text(row["decision"], style="bold green" if row["decision"] == "demoted" else "dim"),
         )
+    return table
+
+
+def budget_table(plan: Mapping[str, Any]) -> Table:
+    """The plan in budget mode, a row a group."""
+    title = f"Best within {size(plan['budget_bytes'])}, from base {plan['base']}"
+    table = Table("group", "tensors", "base", "chosen", "saves", "KL change", "delta alone", title=title)
+    for row in plan["groups"]:
+        kld = row["kld_change"]
+        style = {"demoted": "green", "promoted": "cyan"}.get(row["decision"], "dim")
+        table.add_row(
+            escape(row["name"]),
+            str(row["tensors"]),
+            row["base_type"],
+            Text(row["chosen_type"], style=style),
+            size(row["bytes_saved"]),
+            "-" if kld is None else f"{kld:+.5f}",
+            percent(row["delta_pct"], row["ci_pct"]),
+        )
+    return table
+
+
+def budget_summary(plan: Mapping[str, Any]) -> str:
+    """Bytes against the budget, and the sum of the parts against the whole."""
+    text = f"file {plan['file_bytes']:,} bytes of {plan['budget_bytes']:,}; KL divergence from the source "
+    text += f"against the base's: predicted {plan['predicted_kld']:+.5f}"
+    if plan["measured_kld"] is None:
+        return text + ", not measured (run `build` and `verify`)"
+    low, high = plan["kld_ci"]
+    text += f", measured {plan['measured_kld']:+.5f} [{low:+.5f}, {high:+.5f}] nats; "
+    return text + f"perplexity against the base {percent(plan['measured_delta_pct'], plan['ci_pct'])}"
+
+
+def frontier_table(curve: Sequence[Mapping[str, Any]]) -> Table:
+    """Size against predicted damage."""
+    table = Table("file", "KL change, predicted", "groups changed", title="Frontier")
+    for row in curve:
+        table.add_row(size(row["file_bytes"]), f"{row['predicted_kld']:+.5f}", str(len(row["changes"])))
     return table
 
 
@@ -158,7 +217,7 @@ def report_table(found: Mapping[str, Any]) -> Table:
     table = Table("model", "perplexity", "against the base", title=title)
     for name, key in (("source", "source"), ("base", "base"), ("Cerebellum", "result")):
         change = percent(report["delta_pct"], report["ci_pct"]) if key == "result" else ""
-        table.add_row(name, f"{report[key]['ppl']:.4f} ± {report[key]['se']:.4f}", change)
+        table.add_row(name, f"{number(report[key]['ppl'])} ± {number(report[key]['se'])}", change)
     return table
 
 
@@ -174,13 +233,38 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
         ("perplexity A", f"{found['ppl_a']:.4f}"),
         ("perplexity B", f"{found['ppl_b']:.4f}"),
         ("B against A", percent(found["delta_pct"], found["ci_pct"])),
-        (
-            "KL divergence",
-            f"{found['kld_mean']:.6f} nats [{found['kld_ci'][0]:.6f}, {found['kld_ci'][1]:.6f}]",
-        ),
+        ("KL divergence", nats(found["kld_mean"], found["kld_ci"])),
         ("same top token", f"{100 * found['top1_agreement']:.2f}%"),
         ("over", f"{found['chunks']} chunks of {found['ctx']}, {found['tokens']:,} tokens scored"),
     ]
     for name, value in rows:
         table.add_row(f"[bold]{name}", value)
+    return table
+
+
+def reproduced_table(found: Mapping[str, Any]) -> Table:
+    """What reproduce compared."""
+    styles = {"same": "green", "changed": "bold red"}
+    table = Table("what", "", "seen", title="Against the manifest")
+    for row in found["compared"]:
+        status = Text(row["status"], style=styles.get(row["status"], "yellow"))
+        table.add_row(escape(row["name"]), status, escape(row["detail"]))
+    return table
+
+
+def reproduced_line(found: Mapping[str, Any]) -> str:
+    """The answer in one line."""
+    changed = f"; changed: {escape(', '.join(found['changed']))}" if found["changed"] else ""
+    if found["file"] is None:
+        return f"[red]not rebuilt[/]{changed}"
+    said = "[green]bit for bit the same[/]" if found["bit_equal"] else "[red]another file[/]"
+    return f"{escape(found['file'])}: {said}, sha256 {found['sha256']}{changed}"
+
+
+def upload_table(found: Mapping[str, Any]) -> Table:
+    """What push uploads."""
+    table = Table("file", "size", title=f"To {escape(found['repo'])}, {size(found['bytes'])}")
+    table.columns[1].justify = "right"
+    for row in found["files"]:
+        table.add_row(escape(row["name"]), size(row["bytes"]))
     return table

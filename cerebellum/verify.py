@@ -17,7 +17,7 @@ from cerebellum.base import Base
 from cerebellum.gguf import GgufFile, read_gguf
 from cerebellum.measure import Measurer, file_variant
 from cerebellum.shards import Shards, Variant, shard_tensors
-from cerebellum.stats.paired import Perplexity, mean_interval, perplexity
+from cerebellum.stats.paired import Perplexity, mean_interval, perplexity, without_nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +98,12 @@ class Report:
 
 
 def report(
-    measurer: Measurer, source: Sequence[Path], base: Variant, result: Path, chunks: int, selection: str
+    measurer: Measurer, source: Variant, base: Variant, result: Path, chunks: int, selection: str
 ) -> Report:
     """Measures the three on the first ``chunks`` chunks, as llama-perplexity would count them."""
     corpus = measurer.corpus
     wanted = range(min(chunks, corpus.n_chunks))
-    source_variant = _source_variant(source)
-    nll = [
-        measurer.nll(variant, wanted)
-        for variant in (source_variant, base, file_variant(result, "finished file"))
-    ]
+    nll = [measurer.nll(variant, wanted) for variant in (source, base, file_variant(result, "finished file"))]
     delta = mean_interval((nll[2] - nll[1]).mean(axis=1, dtype=np.float64), population=10**9)
     mean, low, high = delta.percent()
     found = [perplexity(vector) for vector in nll]
@@ -125,13 +121,8 @@ def report(
     )
 
 
-def _source_variant(paths: Sequence[Path]) -> Variant:
-    first = file_variant(paths[0], "source")
-    return Variant(label="source", paths=tuple(paths), digest=first.digest)
-
-
 def verify_json(checks: Sequence[Check], found: Report) -> dict[str, Any]:
-    """verify.json."""
+    """verify.json; a perplexity that is not finite is null there, and a failed check."""
     finite = Check(
         name="finite logits",
         ok=bool(np.isfinite([found.result.ppl, found.delta_pct]).all()),
@@ -141,5 +132,5 @@ def verify_json(checks: Sequence[Check], found: Report) -> dict[str, Any]:
     return {
         "ok": all(check.ok for check in everything),
         "checks": [asdict(check) for check in everything],
-        "report": asdict(found),
+        "report": without_nan(asdict(found)),
     }

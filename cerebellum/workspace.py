@@ -16,16 +16,20 @@ from filelock import FileLock, Timeout
 
 from cerebellum import imatrix
 from cerebellum.base import Base, file_base, preset_base
+from cerebellum.curves import K_LADDER
 from cerebellum.errors import BadInput
 from cerebellum.files import atomic_write_text
-from cerebellum.gguf import parse_type
+from cerebellum.gguf import parse_weight_type
 from cerebellum.groups import Group, describe, make_groups
 from cerebellum.ledger import Ledger
 from cerebellum.llama.native import EngineSettings, LlamaEngine
+from cerebellum.llama.presets import parse_preset
+from cerebellum.memory import plain_metadata
 from cerebellum.plan import Sizes, demotable
 from cerebellum.progress import Reporter
-from cerebellum.shards import Recipe, Shards
+from cerebellum.shards import Recipe, Shards, Variant
 from cerebellum.source import Source, open_source
+from cerebellum.sweep import Threshold
 from cerebellum.texts import Corpus, load_corpus
 
 DATA = Path(__file__).parent / "data"
@@ -36,13 +40,18 @@ REPORT_TEXT = DATA / "report.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What was asked. Everything here is in settings.json; 0 chunks means all there are."""
+    """What was asked. Everything here is in settings.json.
+
+    ``chunks`` 0 stops each group as soon as its verdict is sure; N gives every group the same N.
+    Elsewhere 0 chunks means all there are."""
 
     source: Path
     base: str = "Q3_K_M"
     base_file: Path | None = None
     demote: str = "Q2_K"
     max_increase_pct: float = 3.0
+    indifference_pct: float = 0.2
+    alpha: float = 0.05
     imatrix: Path | None = None
     imatrix_text: Path | None = None
     imatrix_chunks: int = 0
@@ -50,11 +59,21 @@ class Settings:
     report_text: Path = REPORT_TEXT
     ctx: int = 512
     chunks: int = 0
+    max_chunks: int = 0
+    kld_cache_bytes: int = 1 << 30
     report_chunks: int = 0
     threads: int = os.cpu_count() or 1
     gpu_layers: int = 0
+    budget: str | None = None
+    types: tuple[str, ...] = K_LADDER
+    fine_types: bool = True
+    curve_passes: float = 1.5
     seed: int = 1
     allow_requantize: bool = False
+
+    @property
+    def threshold(self) -> Threshold:
+        return Threshold(limit_pct=self.max_increase_pct, indifference_pct=self.indifference_pct)
 
     def save(self, path: Path) -> None:
         write_json(path, {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()})
@@ -65,6 +84,7 @@ class Settings:
         is_path = {f.name for f in fields(cls) if "Path" in str(f.type)}
         known = {f.name for f in fields(cls)}
         try:
+            raw["types"] = tuple(raw.get("types", K_LADDER))
             given: dict[str, Any] = {
                 k: Path(v) if k in is_path and v else v for k, v in raw.items() if k in known
             }
@@ -82,7 +102,10 @@ class Workspace:
     def __init__(self, folder: Path, settings: Settings, reporter: Reporter) -> None:
         self.folder, self.settings, self.reporter = folder, settings, reporter
         self.engine = LlamaEngine(EngineSettings(threads=settings.threads, gpu_layers=settings.gpu_layers))
-        parse_type(settings.demote)
+        for kind in (settings.demote, *settings.types):
+            parse_weight_type(kind)
+        if settings.base_file is None:
+            parse_preset(settings.base)
 
     @classmethod
     def reopen(cls, folder: Path, reporter: Reporter, **changed: Any) -> Workspace:
@@ -98,18 +121,30 @@ class Workspace:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the folder for this process; makes it and saves the settings."""
+        lock = FileLock(self.path(".lock"), timeout=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path(".lock"), timeout=0):
-                self._refuse_another_source()
-                self.settings.save(self.path("settings.json"))
-                yield
+            lock.acquire()
         except Timeout as error:
             raise BadInput(f"{self.folder}: another Cerebellum is at work in it; wait, or use -o") from error
         except OSError as error:
             raise BadInput(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another folder with -o"
             ) from error
+        try:
+            self._refuse_another_source()
+            self.settings.save(self.path("settings.json"))
+            yield
+        finally:
+            if "ledger" in self.__dict__:
+                self.__dict__.pop("ledger").close()
+            lock.release()
+
+    def check_texts(self) -> None:
+        """BadInput before any work where a text cannot be used."""
+        _ = self.selection, self.report_corpus
+        if self.settings.imatrix is None and self.settings.imatrix_text is not None:
+            load_corpus(self.engine, self.source.path, self.settings.imatrix_text, self.settings.ctx)
 
     def _refuse_another_source(self) -> None:
         if not self.path("source.json").exists():
@@ -149,7 +184,10 @@ class Workspace:
     def matrix(self) -> imatrix.ImportanceMatrix:
         """The matrix given, or the one in the folder, or one made now."""
         if self.settings.imatrix is not None:
-            return imatrix.read(self.settings.imatrix)
+            given = imatrix.read(self.settings.imatrix)
+            if not set(given.entries) & set(self.source.tensors):
+                raise BadInput(f"{given.path}: has no entry for a tensor of this model; give its own matrix")
+            return given
         text = self.settings.imatrix_text or self.settings.select_text
         corpus = load_corpus(self.engine, self.source.path, text, self.settings.ctx)
         return imatrix.compute_or_reuse(
@@ -187,6 +225,12 @@ class Workspace:
         return Shards(recipe, self.ledger, lambda what: self.reporter.note(f"quantizing {what}"))
 
     @cached_property
+    def source_variant(self) -> Variant:
+        """The source itself, to be measured like any variant."""
+        paths = tuple(file.path for file in self.source.files)
+        return Variant(label="source", paths=paths, digest=self.source_sha256)
+
+    @cached_property
     def selection(self) -> Corpus:
         return load_corpus(self.engine, self.source.path, self.settings.select_text, self.settings.ctx)
 
@@ -199,10 +243,11 @@ class Workspace:
         described = describe(self.source, self.groups)
         groups = described.pop("groups")
         described |= {
-            "path": str(self.source.path),
+            "path": self.source.path.name,
             "sha256": self.source_sha256,
             "header_sha256": self.source.header_sha256,
             "requantized": self.source.is_quantized,
+            "metadata": plain_metadata(self.source.files[0]),
         }
         write_json(self.path("source.json"), described)
         write_json(self.path("groups.json"), groups)

@@ -13,6 +13,7 @@ from cerebellum.gguf.types import (
     legal_types,
     needs_imatrix,
     parse_type,
+    parse_weight_type,
     row_bytes,
     tensor_bytes,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "legal_types",
     "needs_imatrix",
     "parse_type",
+    "parse_weight_type",
     "read_gguf",
     "record_key",
     "row_bytes",

@@ -111,6 +111,18 @@ def parse_type(text: str) -> GGMLQuantizationType:
         raise BadInput(f"unknown tensor type {text!r}; choose one of {known}") from None
 
 
+def parse_weight_type(text: str) -> GGMLQuantizationType:
+    """The type of that name, if it is one that Cerebellum gives to weights.
+
+    ggml has types for other uses too (I8, Q8_K), and asking it to quantize to them ends the process.
+    """
+    found = parse_type(text)
+    if found not in LADDER:
+        names = ", ".join(type_.name for type_ in LADDER)
+        raise BadInput(f"{found.name} is not a type for weights here; choose one of {names}")
+    return found
+
+
 def legal_types(shapes: Iterable[Sequence[int]], has_imatrix: bool) -> tuple[GGMLQuantizationType, ...]:
     """Return the ladder's types that every one of `shapes` can take, cheapest first.
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +42,15 @@ CREATE TABLE chunk (
     nll    BLOB NOT NULL,      -- float32 little-endian nats, one for each scored token
     PRIMARY KEY (series, chunk)
 ) WITHOUT ROWID;
+-- How far a variant's predictions are from the base's, for the chunks whose base logits were kept.
+CREATE TABLE divergence (
+    series INTEGER NOT NULL REFERENCES series (id),
+    base   INTEGER NOT NULL REFERENCES series (id),
+    chunk  INTEGER NOT NULL,
+    kld    BLOB NOT NULL,      -- float32 nats, KL(base || variant) at each scored token
+    same   BLOB NOT NULL,      -- uint8, 1 where both have the same most likely token
+    PRIMARY KEY (series, base, chunk)
+) WITHOUT ROWID;
 -- Content hashes of files that were already read once, by what would change them.
 CREATE TABLE content (
     name   TEXT NOT NULL,      -- file name in the shards folder
@@ -49,7 +60,8 @@ CREATE TABLE content (
 ) WITHOUT ROWID;
 """
 
-Vector = NDArray[np.float32]
+Vector = NDArray[np.float64]
+Matrix = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +73,26 @@ class SeriesKey:
     ctx: int
     engine: str
     label: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """KL divergence (nats) and top-token agreement against a base series, over a chunk's tokens."""
+
+    base_series: int
+    kld: NDArray[np.floating]
+    same_top: NDArray[np.bool_]
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """SQLite's errors (a full disk, damaged pages) as one line."""
+    try:
+        yield
+    except sqlite3.IntegrityError:
+        raise  # a second measurement of the same chunk: a bug, not bad input
+    except sqlite3.DatabaseError as error:
+        raise BadInput(f"{path}: the ledger cannot be used ({error}); free space, or move it away") from error
 
 
 class Ledger:
@@ -86,45 +118,78 @@ class Ledger:
                 "use the release that wrote it, or another folder"
             )
 
+    def _rows(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+        with _refusing(self.path):
+            return self._db.execute(query, values).fetchall()
+
     def series(self, key: SeriesKey) -> int:
         """The row id of a series, made on first use."""
         values = (key.variant, key.text, key.ctx, key.engine, METRIC_VERSION)
-        with self._db:
+        with _refusing(self.path), self._db:
             self._db.execute(
                 "INSERT OR IGNORE INTO series (variant, text, ctx, engine, metric, label) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
                 (*values, key.label),
             )
-        row = self._db.execute(
+        ((found,),) = self._rows(
             "SELECT id FROM series WHERE variant=? AND text=? AND ctx=? AND engine=? AND metric=?", values
-        ).fetchone()
-        return int(row[0])
+        )
+        return int(found)
 
     def measured(self, series: int) -> frozenset[int]:
         """Chunks that are already in the ledger."""
-        rows = self._db.execute("SELECT chunk FROM chunk WHERE series=?", (series,))
+        rows = self._rows("SELECT chunk FROM chunk WHERE series=?", (series,))
         return frozenset(chunk for (chunk,) in rows)
 
-    def nll(self, series: int, chunks: Iterable[int]) -> Vector:
+    def nll(self, series: int, chunks: Iterable[int]) -> Matrix:
         """The vectors of ``chunks``, in their order: (chunks, scored tokens) float32 nats."""
         wanted = list(chunks)
-        rows = dict(self._db.execute("SELECT chunk, nll FROM chunk WHERE series=?", (series,)))
+        rows = dict(self._rows("SELECT chunk, nll FROM chunk WHERE series=?", (series,)))
         return np.stack([np.frombuffer(rows[chunk], "<f4") for chunk in wanted])
 
-    def record(self, series: int, chunk: int, nll: NDArray[np.floating]) -> None:
+    def record(
+        self, series: int, chunk: int, nll: NDArray[np.floating], divergence: Divergence | None = None
+    ) -> None:
         """Commits one finished chunk. A second measurement of it is a bug and raises."""
         blob = np.asarray(nll, "<f4").tobytes()
-        with self._db:
+        with _refusing(self.path), self._db:
             self._db.execute("INSERT INTO chunk VALUES (?, ?, ?)", (series, chunk, blob))
+            if divergence is not None:
+                self._insert_divergence(series, chunk, divergence)
+
+    def record_divergence(self, series: int, chunk: int, divergence: Divergence) -> None:
+        """Commits the divergence of a chunk whose NLL is known: from another reference, say."""
+        with _refusing(self.path), self._db:
+            self._insert_divergence(series, chunk, divergence)
+
+    def _insert_divergence(self, series: int, chunk: int, divergence: Divergence) -> None:
+        kld = np.asarray(divergence.kld, "<f4").tobytes()
+        same = np.asarray(divergence.same_top, np.uint8).tobytes()
+        row = (series, divergence.base_series, chunk, kld, same)
+        self._db.execute("INSERT INTO divergence VALUES (?, ?, ?, ?, ?)", row)
+
+    def diverged(self, series: int, base_series: int) -> dict[int, float]:
+        """Chunk -> mean KL divergence (nats/token), of every chunk that has one."""
+        rows = self._rows(
+            "SELECT chunk, kld FROM divergence WHERE series=? AND base=?", (series, base_series)
+        )
+        return {chunk: float(np.frombuffer(kld, "<f4").mean(dtype=np.float64)) for chunk, kld in rows}
+
+    def divergence(self, series: int, base_series: int) -> tuple[Vector, Vector]:
+        """(mean KL divergence, share of equal top tokens) of every chunk that has them, each (chunks,)."""
+        rows = self._rows(
+            "SELECT kld, same FROM divergence WHERE series=? AND base=? ORDER BY chunk", (series, base_series)
+        )
+        kld = np.array([np.frombuffer(kld, "<f4").mean(dtype=np.float64) for kld, _ in rows], np.float64)
+        same = np.array([np.frombuffer(same, np.uint8).mean() for _, same in rows], np.float64)
+        return kld, same
 
     def content_hash(self, name: str, recipe: str) -> str | None:
-        row = self._db.execute(
-            "SELECT sha256 FROM content WHERE name=? AND recipe=?", (name, recipe)
-        ).fetchone()
-        return None if row is None else str(row[0])
+        rows = self._rows("SELECT sha256 FROM content WHERE name=? AND recipe=?", (name, recipe))
+        return str(rows[0][0]) if rows else None
 
     def record_content_hash(self, name: str, recipe: str, sha256: str) -> None:
-        with self._db:
+        with _refusing(self.path), self._db:
             self._db.execute("INSERT OR REPLACE INTO content VALUES (?, ?, ?)", (name, recipe, sha256))
 
     def digest(self) -> str:
@@ -134,13 +199,15 @@ class Ledger:
             "SELECT variant, text, ctx, engine, metric, chunk, nll FROM series "
             "JOIN chunk ON chunk.series = series.id ORDER BY variant, text, ctx, engine, metric, chunk"
         )
-        for *key, nll in self._db.execute(query):
+        for *key, nll in self._rows(query):
             total.update(repr(key).encode())
             total.update(nll)
         return total.hexdigest()
 
     def n_rows(self) -> int:
-        return int(self._db.execute("SELECT count(*) FROM chunk").fetchone()[0])
+        """How many chunks were ever measured."""
+        ((count,),) = self._rows("SELECT count(*) FROM chunk")
+        return int(count)
 
     def close(self) -> None:
         self._db.close()

@@ -35,10 +35,10 @@ class ActivationCollector:
     """Pass ``.callback`` to ``LlamaEngine.open``; read ``.sums`` after decoding."""
 
     sums: dict[str, ColumnSquares] = field(default_factory=dict)
-    error: Exception | None = None
+    error: BaseException | None = None
 
     def callback(self, address: int, ask: bool) -> bool:
-        """cb_eval. Exceptions cannot cross C, so the first is kept in ``error``."""
+        """cb_eval. Exceptions, Ctrl-C too, cannot cross C, so the first is kept in ``error``."""
         try:
             node = GgmlTensor.from_address(address)
             op = ggml().ggml_op_name(node.op)
@@ -51,7 +51,7 @@ class ActivationCollector:
                 return True
             enough = op == b"MUL_MAT_ID" or activation.ne[1] >= _MIN_ROWS
             return name.startswith("blk.") and enough and activation.type == _F32
-        except Exception as error:
+        except BaseException as error:
             self.error = self.error or error
             return not ask
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,10 @@ class LlamaModel:
 
         Without outputs llama.cpp drops the rows of the last layer that no logit needs.
         """
-        self._decode(tokens_T, 0)
+        # On another thread: Ctrl-C reaches Python's main thread only, and raised in there, in a callback
+        # that C called, it would be lost.
+        with ThreadPoolExecutor(max_workers=1) as worker:
+            worker.submit(self._decode, tokens_T, 0).result()
 
     def _decode(self, tokens_T: Tokens, first: int) -> None:
         if len(tokens_T) > self._ctx:
@@ -103,6 +107,11 @@ class LlamaEngine:
             bos = lib.llama_vocab_bos(vocab) if lib.llama_vocab_get_add_bos(vocab) else None
             return Tokenized(tokens=_tokenize(lib, vocab, text), bos=bos)
 
+    def vocab_size(self, path: Path) -> int:
+        """How many tokens the model's vocabulary has; loads nothing else."""
+        with self.weights([path], vocab_only=True) as model:
+            return int(llama().llama_vocab_n_tokens(llama().llama_model_get_vocab(model)))
+
     @contextmanager
     def open(
         self, paths: Sequence[Path], ctx: int, callback: TensorCallback | None = None
@@ -130,8 +139,11 @@ class LlamaEngine:
         params = lib.llama_model_default_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = 0 if vocab_only else self._gpu_layers()
-        names = (ctypes.c_char_p * len(paths))(*(os.fsencode(path) for path in paths))
-        model = lib.llama_model_load_from_splits(names, len(paths), params)
+        if len(paths) == 1:  # where it is the first of several files, llama.cpp finds the others
+            model = lib.llama_model_load_from_file(os.fsencode(paths[0]), params)
+        else:
+            names = (ctypes.c_char_p * len(paths))(*(os.fsencode(path) for path in paths))
+            model = lib.llama_model_load_from_splits(names, len(paths), params)
         if not model:
             raise BadInput(f"{paths[0]}: llama.cpp cannot load it: {LOG.last_error()}")
         try:

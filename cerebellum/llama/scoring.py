@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -21,51 +22,85 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def token_nll(logits_SV: Logits, targets_S: Tokens) -> NDArray[np.float64]:
-    """Negative log-likelihood of each target, nats, shape (S,).
+@dataclass(frozen=True, kw_only=True)
+class Normalized:
+    """Logits (S, V) with each row's maximum and the log of its sum of exp(logit - maximum), (S,).
 
-    As llama-perplexity's log_softmax: float32 exponentials of the logits less their maximum, summed
-    in float64. A row that holds a NaN or infinity gives NaN.
+    Rows that hold a NaN or infinity have a log-sum that is not finite.
     """
-    return -target_log_probs(logits_SV, targets_S)
+
+    logits_SV: Logits
+    top_S: NDArray[np.float32]
+    log_sum_S: NDArray[np.float64]
+
+    def nll(self, targets_S: Tokens) -> NDArray[np.float64]:
+        """Negative log-likelihood of each target, nats, (S,)."""
+        chosen_S = self.logits_SV[np.arange(len(targets_S)), targets_S]
+        with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is the answer
+            return np.asarray(self.log_sum_S - (chosen_S - self.top_S).astype(np.float64))
 
 
-def target_log_probs(logits_SV: Logits, targets_S: Tokens) -> NDArray[np.float64]:
-    """Log-probability of each target, nats, shape (S,)."""
-    top_S, log_sum_S = log_normalizer(logits_SV)
-    chosen_S = logits_SV[np.arange(len(targets_S)), targets_S]
-    return (chosen_S - top_S).astype(np.float64) - log_sum_S
-
-
-def log_normalizer(logits_SV: Logits) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """(row maximum, log of the sum of exp(logit - maximum)), each (S,); NaN where a row is not finite."""
+def normalize(logits_SV: Logits) -> Normalized:
+    """As llama-perplexity's log_softmax: float32 exponentials, summed in float64."""
     top_S = logits_SV.max(axis=1)
     log_sum_S = np.empty(len(logits_SV))
     with np.errstate(invalid="ignore", over="ignore"):
-        for start in range(0, len(logits_SV), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
+        for rows in _row_blocks(logits_SV):
             exps = np.exp(logits_SV[rows] - top_S[rows, None])
             log_sum_S[rows] = np.log(exps.sum(axis=1, dtype=np.float64))
-    return top_S, log_sum_S
+    return Normalized(logits_SV=logits_SV, top_S=top_S, log_sum_S=log_sum_S)
 
 
-def divergence(base_SV: Logits, other_SV: Logits) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def token_nll(logits_SV: Logits, targets_S: Tokens) -> NDArray[np.float64]:
+    """Negative log-likelihood of each target, nats, shape (S,); NaN in a row that is not finite."""
+    return normalize(logits_SV).nll(targets_S)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a base model predicts, in the form that makes KL divergences from it cheap.
+
+    ``probabilities_SV`` float32, ``neg_entropy_S`` sum of p ln p in nats, ``top_S`` most likely token.
+    """
+
+    probabilities_SV: NDArray[np.float32]
+    neg_entropy_S: NDArray[np.float64]
+    top_S: NDArray[np.int64]
+
+
+def predict(base: Normalized) -> Prediction:
+    """The base's probabilities, worked out once for all variants."""
+    probabilities_SV = np.empty_like(base.logits_SV)
+    neg_entropy_S = np.empty(len(base.logits_SV))
+    for rows in _row_blocks(base.logits_SV):
+        log_p = base.logits_SV[rows] - (base.top_S[rows] + base.log_sum_S[rows].astype(np.float32))[:, None]
+        probabilities_SV[rows] = np.exp(log_p)
+        neg_entropy_S[rows] = _dot(probabilities_SV[rows], log_p)
+    return Prediction(
+        probabilities_SV=probabilities_SV, neg_entropy_S=neg_entropy_S, top_S=base.logits_SV.argmax(axis=1)
+    )
+
+
+def divergence(base: Prediction, other: Normalized) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """(KL divergence of other from base in nats, whether the top tokens agree), each (S,).
 
-    KL(P || Q) = sum_v P(v) (ln P(v) - ln Q(v)) with P the base.
+    KL(P || Q) = sum p ln p - sum p (logit - max) + log-sum: one pass over the logits, no exponential.
     """
-    kld_S = np.empty(len(base_SV))
-    for start in range(0, len(base_SV), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        log_p, log_q = _log_softmax(base_SV[rows]), _log_softmax(other_SV[rows])
-        kld_S[rows] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1, dtype=np.float64)
-    return kld_S, base_SV.argmax(axis=1) == other_SV.argmax(axis=1)
+    kld_S = np.empty(len(other.logits_SV))
+    for rows in _row_blocks(other.logits_SV):
+        shifted = other.logits_SV[rows] - other.top_S[rows, None]
+        kld_S[rows] = base.neg_entropy_S[rows] - _dot(base.probabilities_SV[rows], shifted)
+    return kld_S + other.log_sum_S, base.top_S == other.logits_SV.argmax(axis=1)
 
 
-def _log_softmax(logits_SV: Logits) -> NDArray[np.float32]:
-    top_S, log_sum_S = log_normalizer(logits_SV)
-    shifted: NDArray[np.float32] = logits_SV - (top_S + log_sum_S.astype(np.float32))[:, None]
-    return shifted
+def _dot(a_SV: NDArray[np.float32], b_SV: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Row-wise products summed in float64: a divergence is a small difference of large sums."""
+    return np.asarray(np.multiply(a_SV, b_SV, dtype=np.float64).sum(axis=1))
+
+
+def _row_blocks(rows: Logits) -> Iterator[slice]:
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        yield slice(start, start + _ROWS_AT_ONCE)
 
 
 def overlapped(items: Iterator[Item], work: Callable[[Item], Result]) -> Iterator[Result]:

@@ -27,7 +27,7 @@ from cerebellum.llama.asking import Ask, Reply, TokenIds, Vocabulary, cut_at_sto
 from cerebellum.llama.engine import Logits
 from cerebellum.llama.library import LOG, llama
 from cerebellum.llama.native import LlamaEngine
-from cerebellum.llama.scoring import log_normalizer, overlapped
+from cerebellum.llama.scoring import normalize, overlapped
 from cerebellum.llama.vocabulary import read_vocabulary, text_of, tokens_of
 from cerebellum.llama.waves import (
     Part,
@@ -312,8 +312,9 @@ def _score_piece(piece: _Piece) -> tuple[list[Want], NDArray[np.int64], NDArray[
     wants, logits_RV = piece
     rows = np.array([want.row for want in wants])
     tokens = np.array([want.sheet.ask.endings[want.ending][want.position] for want in wants])
-    top_R, log_sum_R = log_normalizer(logits_RV)
-    log_probs = (logits_RV[rows, tokens] - top_R[rows]).astype(np.float64) - log_sum_R[rows]
+    found = normalize(logits_RV)
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is the answer
+        log_probs = (logits_RV[rows, tokens] - found.top_S[rows]).astype(np.float64) - found.log_sum_S[rows]
     return wants, logits_RV.argmax(axis=1)[rows], log_probs
 
 

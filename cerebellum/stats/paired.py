@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,3 +83,12 @@ def mean_interval(values_N: Floats, population: int, confidence: float = CONFIDE
 def superpopulation_interval(values_N: Floats, confidence: float = CONFIDENCE) -> Interval:
     """Student-t interval for text *like* this one: no correction, so never without width."""
     return mean_interval(values_N, population=10**12, confidence=confidence)
+
+
+def without_nan(value: Any) -> Any:
+    """The same JSON value with None for every number that is not finite: JSON has none."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

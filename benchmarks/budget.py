@@ -1,0 +1,260 @@
+"""The best model that fits, against the presets and two other ways to spend the same bytes.
+
+At the size of each preset, four files from the same source and importance matrix: the preset, Cerebellum's
+plan, an allocation over four depth bands (every tensor of a band gets one type; damages measured like
+ours), and a per-tensor allocation that minimises the squared error weighted by the importance matrix
+(no model is run for it). All are scored on the report text, which had no say in any of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import cerebellum, save
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from cerebellum.allocate import Option, solve
+from cerebellum.base import preset_base
+from cerebellum.curves import K_LADDER
+from cerebellum.gguf import TensorSource, fits, parse_type, tensor_bytes, write_gguf
+from cerebellum.groups import layer_of
+from cerebellum.llama.prediction_cache import PredictionCache
+from cerebellum.llama.quantize import QuantizeJob, quantize, to_float
+from cerebellum.measure import Measurer, file_variant
+from cerebellum.progress import Silent
+from cerebellum.stats.paired import mean_interval
+from cerebellum.sweep import chunk_order
+from cerebellum.texts import Corpus
+from cerebellum.workspace import DEMO_MODEL, Settings, Workspace
+
+Types = Mapping[str, GGMLQuantizationType]
+
+N_BANDS = 4
+KLD_CHUNKS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """An open run folder, with what all rivals share."""
+
+    workspace: Workspace
+    folder: Path
+
+    def write(self, name: str, types: Types) -> Path:
+        """The source at these types as a GGUF, metadata as the base has it."""
+        path = self.folder / f"{name}.gguf"
+        tensors = [self._tensor(tensor, kind) for tensor, kind in types.items()]
+        write_gguf(path, self.workspace.base.records, tensors, self.workspace.base.alignment)
+        return path
+
+    def _tensor(self, name: str, kind: GGMLQuantizationType) -> TensorSource:
+        shape = self.workspace.source.tensors[name].shape
+        return TensorSource(name=name, shape=shape, type=kind, chunks=lambda: self.quantized(name, kind))
+
+    def quantized(self, name: str, kind: GGMLQuantizationType) -> Iterator[NDArray[np.uint8]]:
+        source, matrix = self.workspace.source, self.workspace.matrix
+        job = QuantizeJob(
+            name=name,
+            raw=source.read(name),
+            shape=source.tensors[name].shape,
+            from_type=source.tensors[name].type,
+            to_type=kind,
+            importance=matrix.importance(name),
+        )
+        return quantize(job, self.workspace.settings.threads)
+
+    @property
+    def free_tensors(self) -> list[str]:
+        """The tensors a plan may change."""
+        return [name for group in self.workspace.sizes.groups.values() for name in group.tensors]
+
+    def ladder(self, name: str) -> list[GGMLQuantizationType]:
+        shape = self.workspace.source.tensors[name].shape
+        return [kind for kind in map(parse_type, K_LADDER) if fits(kind, shape)]
+
+    def band_bytes(self, band: Sequence[str], kind: str) -> int:
+        return sum(self.n_bytes(name, parse_type(kind)) for name in band)
+
+    def n_bytes(self, name: str, kind: GGMLQuantizationType) -> int:
+        return -(-tensor_bytes(kind, self.workspace.source.tensors[name].shape) // 32) * 32
+
+
+def weighted_error(bench: Bench, name: str, kind: GGMLQuantizationType) -> float:
+    """Sum of importance * (w - quantized w)^2 over a tensor."""
+    source = bench.workspace.source.tensors[name]
+    columns = source.shape[0]
+    exact = to_float(bench.workspace.source.read(name), source.type, columns).reshape(-1, columns)
+    raw = np.concatenate([np.asarray(part) for part in bench.quantized(name, kind)])
+    error = np.square(exact - to_float(raw, kind, columns).reshape(-1, columns))
+    importance = bench.workspace.matrix.importance(name)
+    weights = np.ones((1, columns), np.float32) if importance is None else importance.reshape(-1, columns)
+    per_expert = error.reshape(len(weights), -1, columns).sum(axis=1)
+    return float((per_expert * weights).sum(dtype=np.float64))
+
+
+def mse_types(bench: Bench, budget: int) -> Types:
+    """Per tensor, the types of least weighted squared error in all, within the budget."""
+    names = bench.free_tensors
+    kinds = [bench.ladder(name) for name in names]
+    items = [
+        [Option(n_bytes=bench.n_bytes(n, k), damage=weighted_error(bench, n, k)) for k in ladder]
+        for n, ladder in zip(names, kinds, strict=True)
+    ]
+    choice = solve(items, budget - bench.workspace.sizes.fixed_bytes())
+    assert choice is not None, "the budget holds no K-quant at all"
+    chosen = {name: kinds[i][index] for i, (name, index) in enumerate(zip(names, choice, strict=True))}
+    return dict(bench.workspace.base.types) | chosen
+
+
+def band_types(bench: Bench, budget: int, damages: Sequence[Mapping[str, float]]) -> Types:
+    """One type for all tensors of each depth band, by measured damage, within the budget."""
+    bands = depth_bands(bench)
+    items = [
+        [
+            Option(n_bytes=sum(bench.n_bytes(n, parse_type(k)) for n in band), damage=damage[k])
+            for k in K_LADDER
+        ]
+        for band, damage in zip(bands, damages, strict=True)
+    ]
+    choice = solve(items, budget - bench.workspace.sizes.fixed_bytes())
+    assert choice is not None, "the budget holds no K-quant at all"
+    types = dict(bench.workspace.base.types)
+    for band, index in zip(bands, choice, strict=True):
+        types |= dict.fromkeys(band, parse_type(K_LADDER[index]))
+    return types
+
+
+def depth_bands(bench: Bench) -> list[list[str]]:
+    n_layers = int(bench.workspace.source.arch_value("block_count"))
+    bands: list[list[str]] = [[] for _ in range(N_BANDS)]
+    for name in bench.free_tensors:
+        bands[(layer_of(name) or 0) * N_BANDS // n_layers].append(name)
+    return bands
+
+
+def band_damages(bench: Bench) -> list[dict[str, float]]:
+    """KL divergence from the source, by band and type, on the chunks that our own curves use."""
+    corpus = bench.workspace.selection
+    order = chunk_order(corpus.n_chunks, bench.workspace.settings.seed)[:12]
+    with Measuring(bench, corpus, order) as measurer:
+        found: list[dict[str, float]] = []
+        for number, band in enumerate(depth_bands(bench)):
+            found.append({})
+            for kind in K_LADDER:
+                types = dict(bench.workspace.base.types) | dict.fromkeys(band, parse_type(kind))
+                path = bench.write(f"band{number}-{kind}", types)
+                found[-1][kind] = float(measurer.kld_means(file_variant(path, path.stem), order).mean())
+    return found
+
+
+class Measuring:
+    """A measurer against the source's predictions on ``chunks`` of ``corpus``."""
+
+    def __init__(self, bench: Bench, corpus: Corpus, chunks: Sequence[int]) -> None:
+        workspace = bench.workspace
+        vocab = workspace.engine.vocab_size(workspace.source.path)
+        chunk_bytes = corpus.scored_per_chunk * vocab * 4
+        self.cache = PredictionCache(bench.folder / "predictions", chunks, chunk_bytes, 4 << 30)
+        self.measurer = Measurer(
+            workspace.engine,
+            workspace.ledger,
+            corpus,
+            reference=workspace.source_variant,
+            cache=self.cache,
+        )
+        self.measurer.nll(workspace.source_variant, chunks)
+
+    def __enter__(self) -> Measurer:
+        return self.measurer
+
+    def __exit__(self, *_: object) -> None:
+        self.measurer.close()
+        self.cache.remove()
+
+
+def score_files(bench: Bench, files: Mapping[str, Path], chunks: int) -> dict[str, dict[str, Any]]:
+    """Loss above the source on the report text, KL divergence from it, and the change from the preset."""
+    corpus = bench.workspace.report_corpus
+    wanted = range(min(chunks or corpus.n_chunks, corpus.n_chunks))
+    with Measuring(bench, corpus, tuple(wanted)[:KLD_CHUNKS]) as measurer:
+        source = measurer.chunk_means(bench.workspace.source_variant, wanted)
+        nll, kld = {}, {}
+        for name, path in files.items():
+            variant = file_variant(path, name)
+            kld[name] = measurer.kld_means(variant, tuple(wanted)[:KLD_CHUNKS])
+            nll[name] = measurer.chunk_means(variant, wanted)
+    loss = {name: float((vector - source).mean()) for name, vector in nll.items()}
+    rows = {}
+    for name, path in files.items():
+        change = mean_interval(nll[name] - nll["preset"], population=10**9)
+        rows[name] = {
+            "bytes": path.stat().st_size,
+            "loss_nats": loss[name],
+            "kld_nats": float(kld[name].mean()),
+            "less_loss_than_preset_pct": 100 * (1 - loss[name] / loss["preset"]),
+            "change_from_preset_nats": [change.mean, change.low, change.high],
+        }
+    return rows
+
+
+def show(budget: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table(
+        "file", "bytes", "loss, nats", "less loss", "change from the preset, nats", "KL, nats", title=budget
+    )
+    for name, row in rows.items():
+        mean, low, high = row["change_from_preset_nats"]
+        table.add_row(
+            name,
+            f"{row['bytes']:,}",
+            f"{row['loss_nats']:.5f}",
+            f"{row['less_loss_than_preset_pct']:.1f}%",
+            f"{mean:+.5f} [{low:+.5f}, {high:+.5f}]",
+            f"{row['kld_nats']:.5f}",
+        )
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", type=Path, default=DEMO_MODEL)
+    parser.add_argument("--budgets", nargs="+", default=["Q2_K", "Q3_K_M", "Q4_K_M"])
+    parser.add_argument("--imatrix-chunks", type=int, default=100)
+    parser.add_argument("--report-chunks", type=int, default=0, help="0: the whole text")
+    asked = parser.parse_args()
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run"
+        flags = ["--imatrix-chunks", str(asked.imatrix_chunks), "--report-chunks", "8"]
+        damages: list[dict[str, float]] = []
+        for budget in asked.budgets:
+            ours, _ = cerebellum("run", asked.model, "-o", folder, "--budget", budget, *flags)
+            workspace = Workspace(folder, Settings.load(folder / "settings.json"), Silent())
+            bench = Bench(workspace=workspace, folder=Path(scratch))
+            with workspace.locked():
+                damages = damages or band_damages(bench)
+                limit = ours["plan"]["budget_bytes"]
+                preset = preset_base(workspace.source, budget, workspace.matrix)
+                files = {
+                    "preset": bench.write("preset", preset.types),
+                    "Cerebellum": Path(ours["file"]),
+                    "depth bands": bench.write("bands", band_types(bench, limit, damages)),
+                    "weighted MSE": bench.write("mse", mse_types(bench, limit)),
+                }
+                rows = score_files(bench, files, asked.report_chunks)
+            show(budget, rows)
+            results[budget] = {"files": rows, "plan": ours["plan"]["groups"]}
+    curves = {"report_chunks": asked.report_chunks}
+    print(save("budget", {"model": asked.model.name, **curves, "budgets": results}))
+
+
+if __name__ == "__main__":
+    main()

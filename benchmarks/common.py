@@ -1,0 +1,80 @@
+"""What the benchmarks share: timed commands, provenance, results as JSON beside a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+FINAL = re.compile(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)")
+CHUNKS = re.compile(r"calculating perplexity over (\d+) chunks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A command that ended well: what it printed and the seconds it took."""
+
+    output: str
+    seconds: float
+
+
+def timed(command: Sequence[str | Path]) -> Finished:
+    """Runs a command; a failure shows its last lines and ends the benchmark."""
+    start = time.perf_counter()
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        sys.exit(f"{command[0]} failed:\n{(done.stdout + done.stderr)[-2000:]}")
+    return Finished(output=done.stdout + done.stderr, seconds=time.perf_counter() - start)
+
+
+def cerebellum(*arguments: str | Path) -> tuple[dict[str, Any], float]:
+    """One `cerebellum ... --json` in a process of its own: its answer and its wall seconds."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "cerebellum", *(str(a) for a in arguments), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        sys.exit(f"cerebellum {arguments[0]} ended with {done.returncode}")
+    return json.loads(done.stdout), time.perf_counter() - start
+
+
+def stock(name: str, folder: Path | None) -> Path:
+    """A stock llama.cpp binary, from ``folder`` or the PATH."""
+    found = folder / name if folder else shutil.which(name)
+    if not found or not Path(found).exists():
+        sys.exit(f"{name} not found: put llama.cpp's binaries on the PATH or name their folder")
+    return Path(found)
+
+
+def stock_perplexity(binary: Path, model: Path, text: Path, ctx: int, threads: int) -> dict[str, float]:
+    """llama-perplexity over the whole text: ppl, chunks and seconds.
+
+    Its log is written by another thread and now and then loses its last lines, so it gets three tries;
+    only the one that counts is timed.
+    """
+    for _ in range(3):
+        done = timed([binary, "-m", model, "-f", text, "-c", str(ctx), "-t", str(threads)])
+        ppl, chunks = FINAL.search(done.output), CHUNKS.search(done.output)
+        if ppl and chunks:
+            break
+    else:
+        sys.exit(f"{binary} printed no perplexity:\n{done.output[-2000:]}")
+    return {"ppl": float(ppl[1]), "se": float(ppl[2]), "chunks": int(chunks[1]), "seconds": done.seconds}
+
+
+def save(name: str, result: dict[str, Any]) -> Path:
+    """results/<name>.json, with the machine it was measured on."""
+    RESULTS.mkdir(exist_ok=True)
+    machine = {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()}
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine, **result}, indent=2) + "\n")
+    return path

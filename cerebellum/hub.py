@@ -1,0 +1,247 @@
+"""To and from the Hugging Face Hub: a source by its address, a finished run as a repository.
+
+Everything is huggingface_hub's own: its requests and retries, its upload protocol, its
+settings (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`). Here is only what goes where.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import httpx2
+from filelock import FileLock
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    HfFileMetadata,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers
+
+from cerebellum.errors import AnswerIsNo, BadInput
+from cerebellum.files import sha256_file
+from cerebellum.source import SPLIT_NAME
+from cerebellum.workspace import read_json
+
+SCHEME = "hf:"
+_ADDRESS = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?/(?P<file>.+\.gguf)$", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_REPO = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
+
+EVIDENCE = (
+    "README.md",
+    "report.html",
+    "manifest.json",
+    "source.json",
+    "groups.json",
+    "measurements.json",
+    "curves.json",
+    "plan.json",
+    "verify.json",
+    "bench.json",
+    "ledger.sqlite",
+)
+"""What goes up beside the model and its importance matrix. Shards stay, and so do the settings,
+which know where things lie on this disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """One file of the repository."""
+
+    name: str
+    path: Path
+    n_bytes: int
+
+
+def is_address(text: str) -> bool:
+    """Whether a source is on the Hub: `hf:owner/repo/file.gguf`."""
+    return text.startswith(SCHEME)
+
+
+def download(address: str, tell: Callable[[str], None] = lambda _: None) -> Path:
+    """The file of an address, kept under `HF_HOME`; one that is there already is not fetched again.
+
+    ``tell`` hears what is fetched; on a terminal huggingface_hub draws its own bar too.
+
+    Of a split model all parts are fetched and the first is returned.
+    """
+    match = _ADDRESS.match(address.removeprefix(SCHEME))
+    if match is None or ".." in match["file"].split("/"):
+        raise BadInput(f"{address}: not an address on the Hub; wanted hf:owner/repo/file.gguf")
+    with _told(address):
+        paths = [_fetch(match["repo"], name, match["revision"], tell) for name in _parts(match["file"])]
+    return paths[0]
+
+
+def _parts(file: str) -> list[str]:
+    """The names of all splits, or the one name."""
+    split = SPLIT_NAME.match(file)
+    if split is None:
+        return [file]
+    n_files = int(split["count"])
+    return [f"{split['stem']}-{number:05d}-of-{n_files:05d}.gguf" for number in range(1, n_files + 1)]
+
+
+def _fetch(repo: str, name: str, revision: str | None, tell: Callable[[str], None]) -> Path:
+    """One file, from where an earlier try left off.
+
+    huggingface_hub 2 starts a file anew after its process ended, so the part that is there is kept
+    here and handed to its own downloader. Files beyond what the Hub gives over plain HTTP go through
+    its usual way.
+    """
+    url = hf_hub_url(repo, name, revision=revision)
+    seen = get_hf_file_metadata(url)
+    if seen.size is None or seen.commit_hash is None or seen.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
+        return Path(hf_hub_download(repo, name, revision=revision))
+    folder = Path(constants.HF_HOME) / "cerebellum" / repo.replace("/", "--") / seen.commit_hash
+    target = folder / name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            _resume(seen, url, target, tell)
+    return target
+
+
+def _resume(seen: HfFileMetadata, url: str, target: Path, tell: Callable[[str], None]) -> None:
+    """Adds what is missing to the part that is there, and keeps it only if it is what the Hub named."""
+    part = target.with_name(f"{target.name}.{(seen.etag or 'part')[:16]}.partial")
+    have = part.stat().st_size if part.exists() else 0
+    tell(f"downloading {target.name}: {have:,} of {seen.size:,} bytes are here")
+    with part.open("r+b" if have else "wb") as stream:
+        stream.seek(have)
+        http_get(
+            seen.location,
+            stream,
+            resume_size=have,
+            headers=_headers(url, seen.location),
+            expected_size=seen.size,
+            displayed_filename=target.name,
+        )
+    if seen.etag and _SHA256.fullmatch(seen.etag) and sha256_file(part) != seen.etag:
+        part.unlink()
+        raise BadInput(f"{target.name}: what was downloaded is damaged and was removed; try again")
+    os.replace(part, target)
+
+
+def _headers(url: str, location: str) -> dict[str, str]:
+    """The token is for the Hub, never for the store that it sends us on to."""
+    headers = build_hf_headers()
+    if urlparse(url).netloc != urlparse(location).netloc:
+        headers.pop("authorization", None)
+    return headers
+
+
+def uploads(folder: Path) -> list[Upload]:
+    """What `push` uploads, the model first; refused if the evidence is not of this very file."""
+    manifest = read_json(folder / "manifest.json")
+    _check(folder, manifest)
+    more = [*(folder / "charts").glob("*.png"), *(folder / "bench").glob("*.jsonl")]
+    deeper = sorted(path.relative_to(folder).as_posix() for path in more)
+    names = [manifest["result"]["file"], manifest["imatrix"]["file"], *EVIDENCE, *deeper]
+    found = [(name, folder / name) for name in names if (folder / name).exists()]
+    return [Upload(name=name, path=path, n_bytes=path.stat().st_size) for name, path in found]
+
+
+def _check(folder: Path, manifest: Any) -> None:
+    """The card must be about the file that goes with it, and the file must have passed."""
+    result = folder / manifest["result"]["file"]
+    if not read_json(folder / "verify.json")["ok"]:
+        raise AnswerIsNo(f"{folder}: its file failed verification; nothing was uploaded")
+    for path, wanted in (
+        (result, manifest["result"]["sha256"]),
+        (folder / manifest["imatrix"]["file"], manifest["imatrix"]["sha256"]),
+    ):
+        if sha256_file(path) != wanted:
+            raise AnswerIsNo(f"{path}: is not the file its manifest names; run the stages again")
+
+
+def push(
+    folder: Path, repo: str, render: Callable[[], object], dry_run: bool, private: bool
+) -> dict[str, Any]:
+    """Makes the repository if there is none and uploads everything as one commit.
+
+    ``render`` writes the card again, for this repository.
+    """
+    if not _REPO.match(repo):
+        raise BadInput(f"{repo}: not a repository's name; wanted owner/name")
+    render()
+    _settle_ledger(folder / "ledger.sqlite")
+    files = uploads(folder)
+    answer: dict[str, Any] = {
+        "repo": repo,
+        "dry_run": dry_run,
+        "files": [{"name": f.name, "bytes": f.n_bytes} for f in files],
+        "bytes": sum(f.n_bytes for f in files),
+        "url": None,
+    }
+    return answer if dry_run else answer | {"url": _commit(repo, files, private)}
+
+
+def _settle_ledger(path: Path) -> None:
+    """Brings what SQLite still keeps beside the ledger into it, so that one file is all of it."""
+    if path.exists():
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _commit(repo: str, files: list[Upload], private: bool) -> str:
+    api = HfApi()
+    operations = [CommitOperationAdd(path_in_repo=f.name, path_or_fileobj=str(f.path)) for f in files]
+    with _told(repo):
+        api.create_repo(repo, private=private, exist_ok=True)
+        message = f"{files[0].name} with its evidence"
+        done = api.create_commit(repo, operations, commit_message=message)
+    return str(done.commit_url)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """The Hub's refusals in one line that says what to do."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise BadInput(f"{what}: access is asked for on its page; accept, then set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise BadInput(f"{what}: no such repository, or a private one; check it, or set HF_TOKEN") from error
+    except (EntryNotFoundError, RevisionNotFoundError) as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise BadInput(f"{what}: the Hub cannot be reached and the file is not in its cache") from error
+        raise BadInput(f"{what}: the repository has no such file or revision; see its page") from error
+    except HFValidationError as error:
+        raise BadInput(f"{what}: not a name the Hub takes ({error})") from error
+    except HfHubHTTPError as error:
+        raise BadInput(f"{what}: {_reason(error)}") from error
+    except OfflineModeIsEnabled as error:
+        raise BadInput(f"{what}: HF_HUB_OFFLINE is set; unset it, or give a file on this disk") from error
+    except (httpx2.HTTPError, ConnectionError, TimeoutError) as error:
+        raise BadInput(f"{what}: the Hub cannot be reached ({type(error).__name__}); try again") from error
+
+
+def _reason(error: HfHubHTTPError) -> str:
+    status = getattr(error.response, "status_code", None)
+    if status in (401, 403):
+        return f"the Hub refuses ({status}); set HF_TOKEN to a token that may do this"
+    return f"the Hub answered {status or 'with an error'}; try again"

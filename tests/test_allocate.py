@@ -1,0 +1,71 @@
+"""The knapsack against brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cerebellum.allocate import Option, solve
+from cerebellum.allocate.knapsack import total_bytes, total_damage
+
+options = st.builds(
+    Option,
+    n_bytes=st.integers(0, 40).map(lambda n: 32 * n),
+    damage=st.integers(-50, 1000).map(lambda d: d / 1000),
+)
+problems = st.lists(st.lists(options, min_size=1, max_size=4), min_size=1, max_size=5)
+
+
+def brute_force(items: list[list[Option]], budget: int, excluded: set[tuple[int, ...]]) -> float | None:
+    """The least damage by trying everything."""
+    fitting = [
+        total_damage(items, choice)
+        for choice in itertools.product(*(range(len(item)) for item in items))
+        if total_bytes(items, choice) <= budget and choice not in excluded
+    ]
+    return min(fitting, default=None)
+
+
+@settings(max_examples=150, deadline=None)
+@given(items=problems, budget=st.integers(0, 4000))
+def test_as_good_as_brute_force_and_never_over(items: list[list[Option]], budget: int) -> None:
+    choice = solve(items, budget)
+    best = brute_force(items, budget, set())
+    if choice is None:
+        assert best is None
+        return
+    assert total_bytes(items, choice) <= budget
+    assert best is not None and abs(total_damage(items, choice) - best) < 1e-9
+
+
+@settings(max_examples=50, deadline=None)
+@given(items=problems, budget=st.integers(1000, 4000))
+def test_runners_up_come_in_order(items: list[list[Option]], budget: int) -> None:
+    excluded: list[tuple[int, ...]] = []
+    damages = []
+    for _ in range(4):
+        choice = solve(items, budget, excluded)
+        best = brute_force(items, budget, set(excluded))
+        if choice is None:
+            assert best is None
+            break
+        assert choice not in excluded
+        assert best is not None and abs(total_damage(items, choice) - best) < 1e-9
+        damages.append(total_damage(items, choice))
+        excluded.append(choice)
+    assert all(a - b < 1e-9 for a, b in itertools.pairwise(damages))
+
+
+def test_bytes_of_a_large_model_stay_exact() -> None:
+    """64 GB in bytes that share no large factor: a float solver alone would round over the budget."""
+    items = [
+        [Option(n_bytes=6_400_000_032 + 32 * i, damage=1.0), Option(n_bytes=32, damage=2.0)]
+        for i in range(10)
+    ]
+    whole = sum(item[0].n_bytes for item in items)
+    assert solve(items, whole) == (0,) * 10
+    choice = solve(items, whole - 1)
+    assert choice is not None and sum(choice) == 1
+    assert total_bytes(items, choice) <= whole - 1

@@ -1,0 +1,527 @@
+"""The model card: what it must hold, what it may say, and what strangers' names cannot do to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from html import unescape as html_text
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_hub import fake_hub
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from markdown_it import MarkdownIt
+from run_folder import (
+    GROUPS,
+    HOSTILE,
+    SHIPPED,
+    bench,
+    by_budget,
+    manifest,
+    measurements,
+    plan,
+    source,
+    verify,
+    write_run_folder,
+)
+
+from cerebellum.artifacts import read_evidence
+from cerebellum.card import card_context, make_card, render_card, spans
+from cerebellum.drawings import drawings
+from cerebellum.errors import BadInput
+from cerebellum.findings import findings, percent
+from cerebellum.frontmatter import base_model
+from cerebellum.gguf import read_gguf
+from cerebellum.html import Code, code_span, escape_text, render_html
+from cerebellum.llama.library import LOG, llama
+from cerebellum.memory import contexts, memory_shape, plain_metadata
+from cerebellum.workspace import DEMO_MODEL
+
+GOLD = Path(__file__).parent.parent / "docs" / "demo"
+
+
+def card_of(folder: Path, repo: str | None = None, **changed: Any) -> str:
+    """The card without its charts, which take longer to draw than everything else."""
+    evidence = read_evidence(write_run_folder(folder, **changed))
+    return render_card(evidence, card_context(evidence, {}, repo), repo)
+
+
+def report_of(folder: Path, **changed: Any) -> str:
+    evidence = read_evidence(write_run_folder(folder, **changed))
+    return render_html("report.html.j2", card_context(evidence, {}, None))
+
+
+def said(folder: Path, **changed: Any) -> list[str]:
+    """The findings as plain text."""
+    evidence = read_evidence(write_run_folder(folder, **changed))
+    lines = findings(evidence)
+    return ["".join(part.text if isinstance(part, Code) else part for part in line) for line in lines]
+
+
+def rendered(markdown: str) -> str:
+    """The body as HTML, with HTML in it left alone, as the Hub does before it cleans."""
+    body = markdown.split("\n---\n", 1)[1]
+    return str(MarkdownIt("gfm-like", {"linkify": False}).render(body))
+
+
+def test_front_matter_is_what_the_hub_indexes(tmp_path: Path) -> None:
+    data = ModelCard(card_of(tmp_path), ignore_metadata_errors=False).data
+    assert data.license == "apache-2.0"
+    assert data.base_model == "ibm-granite/granite-4.0-h-small"
+    assert data.base_model_relation == "quantized"
+    assert data.library_name == "gguf"
+    assert data.pipeline_tag == "text-generation"
+    assert data.quantized_by == "Cerebellum"
+    assert {"gguf", "moe", "hybrid", "Q3_K_M", "conversational"} <= set(data.tags or [])
+    values = {result.dataset_name: result.metric_value for result in data.eval_results or []}
+    assert values == {"report.txt": 6.458, "hellaswag": 87.13, "arc_challenge": 90.7, "mmlu_redux": 68.62}
+
+
+def test_front_matter_survives_the_hubs_own_round_trip(tmp_path: Path) -> None:
+    data = ModelCard(card_of(tmp_path)).data
+    name, results = model_index_to_eval_results(data.to_dict()["model-index"])
+    assert name == "Granite 4.0 H Small"
+    assert len(results) == 4
+
+
+def test_the_hub_is_asked_to_validate_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ModelCard.validate` posts the card to the Hub's validator; here to one that accepts."""
+    with fake_hub() as hub:
+        monkeypatch.setattr("huggingface_hub.repocard.constants.ENDPOINT", hub.url, raising=False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        ModelCard(card_of(tmp_path)).validate(repo_type="model")
+        assert ("POST", "/api/validate-yaml", None) in hub.requests
+
+
+@pytest.mark.parametrize(
+    ("metadata", "wanted"),
+    [
+        ({"general.source.repo_url": "https://huggingface.co/owner/model"}, "owner/model"),
+        ({"general.base_model.0.repo_url": "https://huggingface.co/owner/model/"}, "owner/model"),
+        (
+            {"general.base_model.0.organization": "An Owner", "general.base_model.0.name": "M 1"},
+            "An-Owner/M-1",
+        ),
+        ({"general.repo_url": "https://example.org/owner/model"}, None),
+        ({"general.repo_url": HOSTILE}, None),
+        ({"general.repo_url": 7}, None),
+        ({}, None),
+    ],
+)
+def test_base_model_is_a_hub_id_or_nothing(metadata: dict[str, Any], wanted: str | None) -> None:
+    assert base_model(metadata) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("Apache-2.0", ("apache-2.0", None)),
+        ("My Own License v2", ("other", "my-own-license-v2")),
+        ("", (None, None)),
+    ],
+)
+def test_a_license_the_hub_does_not_know_is_other(
+    tmp_path: Path, given: str, wanted: tuple[str | None, str | None]
+) -> None:
+    changed = source()
+    changed["metadata"]["general.license"] = given
+    data = ModelCard(card_of(tmp_path, source=changed)).data
+    assert (data.license, data.get("license_name")) == wanted
+
+
+def test_every_group_is_there_and_no_cell_is_blank(tmp_path: Path) -> None:
+    card = card_of(tmp_path)
+    tables = [line for line in card.splitlines() if line.startswith("| `")]
+    for name, *_ in GROUPS:
+        (row,) = [line for line in tables if line.startswith(f"| `{name}` |")]
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert all(cells), row
+        assert "%" in row and "B |" in row
+
+
+def test_groups_that_could_not_be_measured_say_why(tmp_path: Path) -> None:
+    changed = plan()
+    changed["groups"][3] |= {"delta_pct": None, "ci_pct": None, "chunks": None, "verdict": "illegal"}
+    changed["groups"][3] |= {"bytes_saved": 0, "chosen_type": "base", "decision": "kept"}
+    card = card_of(tmp_path, plan=changed)
+    (row,) = [line for line in card.splitlines() if line.startswith("| `ffn_gate_shexp`")]
+    assert "not measured" in row and "illegal" in row
+    assert all(cell.strip() for cell in row.strip("|").split("|"))
+
+
+def test_groups_measured_together_say_with_which(tmp_path: Path) -> None:
+    changed = plan()
+    changed["groups"][3]["measured_with"] = ["ffn_up_shexp", "ffn_down_shexp"]
+    assert "`ffn_gate_shexp` with `ffn_up_shexp`, `ffn_down_shexp`" in card_of(tmp_path, plan=changed)
+
+
+def test_missing_benchmarks_are_said_and_not_shown(tmp_path: Path) -> None:
+    card = card_of(tmp_path, bench=None)
+    assert "## Benchmarks" not in card
+    assert "No question benchmark was run" in card
+
+
+def test_a_bench_of_the_file_alone(tmp_path: Path) -> None:
+    alone = bench(models=bench()["models"][:1], paired=[])
+    card = card_of(tmp_path, bench=alone)
+    assert (
+        "| hellaswag | loglikelihood, acc_norm | 10,042 | not asked | 87.1% [86.5, 87.8] | not paired |"
+        in card
+    )
+
+
+def perplexity_only() -> dict[str, Any]:
+    """Measurements as made by hand, or before KL divergence was measured too."""
+    old = measurements()
+    for key in ("tokens_scored", "tokens_full", "alpha"):
+        del old[key]
+    for row in old["measurements"]:
+        for key in ("kld_mean", "kld_ci", "top1_agreement", "trace"):
+            del row[key]
+    return old
+
+
+def test_old_measurements_without_the_newer_columns(tmp_path: Path) -> None:
+    make_card(write_run_folder(tmp_path, measurements=perplexity_only()))
+    assert "KL divergence" not in (tmp_path / "README.md").read_text()
+    assert "How each verdict was reached" not in (tmp_path / "report.html").read_text()
+    assert not (tmp_path / "charts" / "paths.png").exists()
+
+
+def test_failed_verification_is_the_first_thing_said(tmp_path: Path) -> None:
+    failed = verify()
+    failed["ok"] = failed["checks"][1]["ok"] = False
+    card = card_of(tmp_path, verify=failed)
+    assert card.index("Verification failed") < card.index("## Key findings")
+    assert "**FAILED**" in card
+
+
+def test_a_broken_file_has_a_card_that_says_so(tmp_path: Path) -> None:
+    broken = verify(delta_pct=None, ci_pct=[None, None], result={"ppl": None, "se": None, "tokens": 1})
+    broken["ok"] = False
+    make_card(write_run_folder(tmp_path, verify=broken))
+    card = ModelCard((tmp_path / "README.md").read_text(), ignore_metadata_errors=False)
+    assert "broken: its perplexity on `report.txt` is not finite" in card.content
+    assert "report.txt" not in {result.dataset_name for result in card.data.eval_results or []}
+    assert not (tmp_path / "charts" / "predicted.png").exists()
+
+
+def test_one_text_for_both_is_confessed(tmp_path: Path) -> None:
+    card = card_of(tmp_path, verify=verify(same_as_selection=True))
+    assert "The text that selected is the text that reports" in card
+
+
+@pytest.mark.parametrize("repo", [None, "someone/model-GGUF"])
+def test_how_to_run_for_four_programs(tmp_path: Path, repo: str | None) -> None:
+    card = card_of(tmp_path, repo)
+    for program in ("llama-server", "llama-cli", "Ollama", "LM Studio"):
+        assert f"{program}:\n\n```sh\n" in card
+    assert ("llama-server -hf someone/model-GGUF:Q3_K_M" in card) is (repo is not None)
+
+
+def test_a_file_name_cannot_run_a_command(tmp_path: Path) -> None:
+    changed = manifest()
+    changed["result"]["file"] = "x; rm -rf ~ $(id)\n```\n.gguf"
+    card = card_of(tmp_path, manifest=changed)
+    assert "-m './x; rm -rf ~ $(id) ``` .gguf' " in card
+    assert card.count("\n```") % 2 == 0
+
+
+def test_memory_is_told_at_4k_32k_and_full_context(tmp_path: Path) -> None:
+    rows = [line for line in card_of(tmp_path).splitlines() if re.match(r"\| [\d,]+ \| .* GiB", line)]
+    assert [row.split("|")[1].strip() for row in rows] == ["4,096", "32,768", "131,072"]
+    assert [row.split("|")[6].strip() for row in rows] == [
+        "16 GB and more",
+        "16 GB and more",
+        "24 GB and more",
+    ]
+
+
+# --- findings: each is there when the numbers bear it out, and not when they do not
+
+
+def test_findings_are_derived_from_the_numbers(tmp_path: Path) -> None:
+    lines = said(tmp_path)
+    assert lines[0].startswith("111.9 MB (0.7%) smaller than the base, its perplexity +1.90%")
+    assert "Sensitive (over +3%, the whole interval): 5 of 9" in lines[2]
+    cheapest = "Each GB saved in ffn_down_exps cost +0.0325 nats a token of KL divergence, in attn_k +11.3725"
+    assert any(line.startswith(cheapest) for line in lines)
+    assert not any("given up" in line for line in lines)
+    assert any("routed experts +0.0359; shared experts +0.1138" in line for line in lines)
+    (worse,) = [line for line in lines if "worse" in line]
+    assert worse.startswith("mmlu_redux (loglikelihood, acc_norm) is worse than the base: −2.3 [−2.8, −1.8]")
+    assert worse.endswith("McNemar p = 0.0016.")
+    assert (
+        "No difference to the base could be told on hellaswag, arc_challenge (McNemar p of 0.31" in lines[-1]
+    )
+
+
+def test_without_kl_divergence_damage_is_told_in_perplexity(tmp_path: Path) -> None:
+    certain = plan()
+    for row in certain["groups"]:
+        row["ci_pct"] = [row["delta_pct"] - 0.01, row["delta_pct"] + 0.01]
+    lines = said(tmp_path, plan=certain, measurements=perplexity_only())
+    assert any(line.startswith("Each GB saved in ffn_down_exps cost +4.88% of perplexity") for line in lines)
+    assert any("routed experts +5.38%; shared experts +17.1%" in line for line in lines)
+
+
+def test_no_ranking_where_intervals_overlap(tmp_path: Path) -> None:
+    wide = plan()
+    for row in wide["groups"]:
+        row["ci_pct"] = [-2000.0, 2000.0]
+    lines = said(tmp_path, plan=wide, measurements=perplexity_only())
+    assert not any(line.startswith(("Each GB saved", "By family")) for line in lines)
+    assert any("No group's bytes were surely dearer" in line for line in lines)
+
+
+def test_no_damage_is_claimed_where_none_can_be_told(tmp_path: Path) -> None:
+    lines = said(tmp_path, verify=verify(delta_pct=0.02, ci_pct=[-0.05, 0.09]))
+    assert "with no change of perplexity that could be told" in lines[0]
+
+
+def test_the_blindness_of_a_limit_is_told_where_it_cost_bytes(tmp_path: Path) -> None:
+    """Published: the shared experts, demoted, cost three times what the routed ones would have."""
+    certain = plan()
+    for row in certain["groups"]:
+        row["ci_pct"] = [row["delta_pct"] - 0.01, row["delta_pct"] + 0.01]
+    lines = said(tmp_path, plan=certain, measurements=perplexity_only())
+    (line,) = [line for line in lines if "blind to bytes" in line]
+    assert (
+        "demoted ffn_up_shexp at +21.5% per GB and kept ffn_down_exps, which would have cost +4.88%" in line
+    )
+
+
+@pytest.mark.parametrize(
+    ("predicted", "word"), [(1.9, "added up"), (0.9, "did more damage"), (3.4, "did less damage")]
+)
+def test_additivity(tmp_path: Path, predicted: float, word: str) -> None:
+    lines = said(tmp_path, plan=plan(predicted_delta_pct=predicted))
+    assert sum(word in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12.85, "+12.8%"), (1.9, "+1.90%"), (0.0021, "+0.002%"), (-0.5, "−0.50%"), (1706.0, "+1706%")],
+)
+def test_digits_follow_the_size(value: float, text: str) -> None:
+    assert percent(value) == text
+
+
+def test_spans() -> None:
+    assert spans((0, 1, 3, 4, 5, 9)) == "0–1, 3–5, 9"
+
+
+# --- by budget
+
+
+def budget_said(folder: Path) -> list[str]:
+    evidence = read_evidence(write_run_folder(folder, **by_budget()))
+    lines = findings(evidence)
+    return ["".join(part.text if isinstance(part, Code) else part for part in line) for line in lines]
+
+
+def test_a_budget_tells_what_it_bought_and_with_what_it_paid(tmp_path: Path) -> None:
+    lines = budget_said(tmp_path)
+    assert "Promoted (374 MB spent): 2 of 9, ssm_in, ssm_out." in lines
+    assert "Demoted (920 MB saved): 1 of 9, ffn_up_exps." in lines
+    assert any(line.startswith("A GB bought most in ssm_in at Q4_K") for line in lines)
+    assert any(line.startswith("A GB was given up for least in ffn_up_exps at Q2_K") for line in lines)
+    assert any("it is nearer than the base: KL divergence −0.0312" in line for line in lines)
+    assert not any("limit" in line for line in lines)
+
+
+def test_the_card_of_a_budget(tmp_path: Path) -> None:
+    card = card_of(tmp_path, **by_budget())
+    ModelCard(card, ignore_metadata_errors=False)
+    assert "the best file of at most 15 GB that was measured" in card
+    assert "| `ssm_in` | 36 | recurrent (36) | Q3_K → Q4_K |" in card
+    assert "adds 251 MB" in card
+    (kept,) = [line for line in card.splitlines() if line.startswith("| `ffn_gate_exps` |")]
+    assert "| Q3_K | Q2_K |" in kept
+    assert all(
+        cell.strip() for line in card.splitlines() if line[:3] == "| `" for cell in line[1:-1].split("|")
+    )
+
+
+def test_the_charts_of_a_budget(tmp_path: Path) -> None:
+    found = drawings(read_evidence(write_run_folder(tmp_path, **by_budget())))
+    assert set(found) == {"sensitivity", "curves", "frontier", "predicted"}
+    assert len(re.findall(r'id="curves-w-curve-\d+"', found["curves"].wide)) == 9
+    assert "shipped" in found["frontier"].wide
+
+
+# --- untrusted text
+
+
+def test_hostile_names_are_text_in_the_card(tmp_path: Path) -> None:
+    card = card_of(tmp_path, **hostile())
+    html = rendered(card)
+    assert "<script" not in html
+    assert "evil.example" in html
+    assert not re.search(r"<a [^>]*evil", html)
+    assert "{{ 7*7 }}" in html and "49" not in re.findall(r"\{\{.*?\}\}", html)
+    assert ModelCard(card, ignore_metadata_errors=False).data.base_model is None
+
+
+def test_hostile_names_are_text_in_the_report(tmp_path: Path) -> None:
+    report = report_of(tmp_path, **hostile())
+    assert "<script" not in report
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in report
+
+
+def hostile() -> dict[str, Any]:
+    """Every name that comes out of a file, turned into markup."""
+    changed = {"source": source(name=HOSTILE, architecture=HOSTILE), "plan": plan(), "verify": verify()}
+    changed["source"]["metadata"] |= {
+        "general.source.huggingface.repository": HOSTILE,
+        "general.license": HOSTILE,
+    }
+    changed["plan"]["groups"][0] |= {"name": HOSTILE, "measured_with": [HOSTILE]}
+    changed["plan"]["base"] = HOSTILE
+    changed["verify"]["report"]["text"] = HOSTILE
+    changed["manifest"] = manifest(text_files={"selection": HOSTILE, "report": HOSTILE})
+    changed["measurements"] = measurements() | {"text": HOSTILE}
+    hostile_way = {"task": HOSTILE, "protocol": HOSTILE, "metric": HOSTILE, "labels": HOSTILE}
+    changed["bench"] = bench(scores=[bench()["scores"][0] | hostile_way], paired=[])
+    return changed
+
+
+@pytest.mark.parametrize(
+    "text", [HOSTILE, "a_b", "_a_", "*x*", "<b>", "&amp;", "[x](y)", "x|y", "www.a.b", "\u202e"]
+)
+def test_escaped_text_reads_as_it_was(text: str) -> None:
+    for markdown in (escape_text(text), code_span(text)):
+        html = str(MarkdownIt("gfm-like", {"linkify": False}).renderInline(str(markdown)))
+        seen = re.sub(r"</?code>", "", html)
+        assert "<" not in seen
+        plain = "".join(c if c.isprintable() else " " for c in text)
+        assert html_text(seen) == plain
+
+
+# --- robustness and the gold folder
+
+
+@pytest.mark.parametrize("name", ["source", "plan", "verify", "manifest", "measurements", "groups"])
+def test_a_missing_artifact_is_one_line(tmp_path: Path, name: str) -> None:
+    write_run_folder(tmp_path, **{name: None})
+    with pytest.raises(BadInput, match=f"{name}.json"):
+        make_card(tmp_path)
+
+
+def test_an_artifact_of_another_shape_is_one_line(tmp_path: Path) -> None:
+    write_run_folder(tmp_path, plan={"groups": [{}]})
+    with pytest.raises(BadInput, match="not as Cerebellum writes them"):
+        make_card(tmp_path)
+
+
+def test_nothing_changed_is_said(tmp_path: Path) -> None:
+    none = plan(bytes_saved=0, tensor_bytes=plan()["base_tensor_bytes"])
+    for row in none["groups"]:
+        row |= {"chosen_type": "base", "decision": "kept"}
+    card = card_of(tmp_path, plan=none)
+    assert "Nothing: the file is the base." in card
+    assert SHIPPED[0] in card
+
+
+def test_charts_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
+    (tmp_path / "charts").mkdir()
+    (tmp_path / "charts" / "old.png").write_bytes(b"")
+    make_card(write_run_folder(tmp_path))
+    assert not (tmp_path / "charts" / "old.png").exists()
+
+
+@pytest.mark.skipif(not GOLD.exists(), reason="docs/demo is not there")
+def test_the_card_in_the_docs_is_what_its_artifacts_say(tmp_path: Path) -> None:
+    """`make docs` writes docs/demo. After a change of the card on purpose, run it again."""
+    for path in GOLD.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    make_card(tmp_path)
+    for name in ("README.md", "report.html"):
+        assert scrubbed((tmp_path / name).read_text()) == scrubbed((GOLD / name).read_text())
+
+
+def scrubbed(text: str) -> str:
+    """Without our version, and of a drawing only its words and marks: lines move with matplotlib."""
+    text = re.sub(r"Cerebellum \d[\w.+-]*", "Cerebellum VERSION", text)
+
+    def words(match: re.Match[str]) -> str:
+        marks = re.findall(r'id="[a-z]+-[wn]-((?:interval|estimate|rate|path|point|cell)-[\d-]+)"', match[0])
+        return json.dumps([sorted(set(marks)), sorted(re.findall(r"<text[^>]*>([^<]*)</text>", match[0]))])
+
+    return re.sub(r"<svg.*?</svg>", words, text, flags=re.DOTALL)
+
+
+# --- memory
+
+
+def test_memory_is_what_llama_cpp_allocates() -> None:
+    """Cache and state to the rounding of its log; the compute buffer, an estimate, within a tenth."""
+    file, lib = read_gguf(DEMO_MODEL), llama()
+    shape = memory_shape(plain_metadata(file), (2, 5), 4, file.n_bytes)
+    for context in (4096, 32768):
+        with LOG.captured() as lines:
+            model = lib.llama_model_load_from_file(os.fsencode(DEMO_MODEL), lib.llama_model_default_params())
+            params = lib.llama_context_default_params()
+            params.n_ctx = context
+            opened = lib.llama_init_from_model(model, params)
+            lib.llama_free(opened)
+            lib.llama_model_free(model)
+        log, memory = "".join(lines), shape.at(context)
+        assert f"KV buffer size = {memory.cache / 2**20:8.2f} MiB" in log
+        assert f"RS buffer size = {memory.state / 2**20:8.2f} MiB" in log
+        (compute,) = re.findall(r"compute buffer size = +([\d.]+) MiB", log)
+        assert memory.compute / 2**20 == pytest.approx(float(compute), rel=0.1)
+
+
+def test_memory_of_a_hybrid_by_hand() -> None:
+    """4 of 40 layers cache 8 heads of 128, twice, in F16; 36 keep a state in F32."""
+    facts = source()
+    shape = memory_shape(facts["metadata"], facts["attention_layers"], facts["recurrent_layers"], 15 << 30)
+    memory = shape.at(4096)
+    assert memory.cache == 4096 * 4 * 8 * (128 + 128) * 2
+    assert memory.state == 36 * 4 * (3 * (8192 + 2 * 128) + 128 * 8192)
+    assert memory.weights == 15 << 30
+    assert (memory.fits(12), memory.fits(16)) == (False, True)
+
+
+_HEADS = {"attention.head_count": 32, "embedding_length": 4096}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "facts", "cache", "state"),
+    [
+        ("llama", _HEADS, 32 * 256, 0),
+        ("llama", _HEADS | {"attention.head_count_kv": 8}, 8 * 256, 0),
+        ("gemma3", _HEADS | {"attention.key_length": 256, "attention.value_length": 256}, 32 * 512, 0),
+        (
+            "deepseek2",
+            {
+                "attention.head_count_kv": 1,
+                "attention.key_length": 576,
+                "attention.value_length": 512,
+                "attention.key_length_mla": 192,
+            },
+            576,
+            0,
+        ),
+        ("rwkv7", {"embedding_length": 768, "wkv.head_size": 64}, 0, 768 * 66),
+        ("lfm2", {"embedding_length": 1024, "shortconv.l_cache": 3}, 0, 2048),
+    ],
+)
+def test_memory_of_other_families(architecture: str, facts: dict[str, int], cache: int, state: int) -> None:
+    """Elements a layer by hand: two bytes each in the cache, four in the state."""
+    metadata = {"general.architecture": architecture} | {f"{architecture}.{k}": v for k, v in facts.items()}
+    attends, recurs = ((0,) if cache else (), 1 if state else 0)
+    memory = memory_shape(metadata, attends, recurs, 0).at(1)
+    assert (memory.cache, memory.state) == (2 * cache, 4 * state)
+
+
+@pytest.mark.parametrize(
+    ("full", "rows"), [(131_072, (4096, 32768, 131_072)), (4096, (4096,)), (2048, (2048,)), (0, (4096,))]
+)
+def test_contexts(full: int, rows: tuple[int, ...]) -> None:
+    assert contexts(full) == rows

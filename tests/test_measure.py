@@ -1,0 +1,282 @@
+"""Paired measurements on the fake engine: what was put in comes out, once."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import MATRIX_Q3, Bench, make_bench, measured
+
+from cerebellum.llama.engine import Logits, Tokens
+from cerebellum.llama.fake import FakeEngine, FakeModel
+from cerebellum.llama.prediction_cache import PredictionCache
+from cerebellum.measure import Measurer, drive, file_variant
+from cerebellum.sweep import (
+    COLLAPSED,
+    SENSITIVE,
+    TOLERANT,
+    UNDECIDED,
+    Ask,
+    Changes,
+    Measurement,
+    Threshold,
+    chunk_order,
+    measure_fixed,
+)
+
+LIMIT = Threshold(limit_pct=3.0)
+
+ROLES = ("ffn_gate_exps", "ffn_down_exps", "ffn_gate_shexp", "ssm_in")
+
+
+def alone(bench: Bench, roles: Sequence[str] = ROLES, n_chunks: int = 20) -> dict[str, Measurement]:
+    ledger, measurer, shards = bench.session()
+    with ledger:
+        chunks = chunk_order(20, 1)[:n_chunks]
+        found = drive(measure_fixed([{role: "Q2_K"} for role in roles], chunks, 20), measurer, shards)
+        measurer.close()
+    return {next(iter(m.changes)): m for m in found}
+
+
+def test_the_damage_put_in_comes_out(bench: Bench) -> None:
+    bench.engine.noise = 0.0
+    for role, measurement in alone(bench).items():
+        assert measurement.delta is not None
+        assert measurement.delta.mean == pytest.approx(bench.damage[role], abs=1e-5)
+
+
+def test_pairing_takes_the_noise_out(bench: Bench) -> None:
+    """The fake's noise is the text's: shared by base and variant, it leaves their difference."""
+    ledger, measurer, shards = bench.session()
+    with ledger:
+        chunks = tuple(range(20))
+        base = measurer.chunk_means(shards.variant({}), chunks)
+        variant = measurer.chunk_means(shards.variant({"ssm_in": "Q2_K"}), chunks)
+        measurer.close()
+    assert (variant - base).std() < base.std() / 4
+    assert (variant - base).mean() == pytest.approx(0.2, rel=0.05)
+
+
+def test_an_interval_of_some_chunks_holds_the_mean_of_all(bench: Bench) -> None:
+    all_of_them = alone(bench)["ssm_in"].delta
+    some = alone(bench, n_chunks=8)["ssm_in"].delta
+    assert some is not None and all_of_them is not None
+    assert some.low < some.mean < some.high
+    assert some.low < all_of_them.mean < some.high
+    assert some.high - some.low >= all_of_them.high - all_of_them.low
+
+
+def test_nothing_is_measured_twice_in_a_second_session(bench: Bench) -> None:
+    first = alone(bench, n_chunks=5)
+    ledger, measurer, shards = bench.session()
+    with ledger:
+        rows = ledger.n_rows()
+        again = drive(measure_fixed([{"ssm_in": "Q2_K"}], chunk_order(20, 1)[:5], 20), measurer, shards)
+        assert measurer.measured == 0 and measurer.reused == 10
+        assert again[0] == first["ssm_in"]
+        more = drive(measure_fixed([{"ssm_in": "Q2_K"}], chunk_order(20, 1)[:8], 20), measurer, shards)
+        assert measurer.measured == 6 and ledger.n_rows() == rows + 6
+        assert more[0].delta is not None and more[0].delta.n == 8
+        measurer.close()
+    assert set(bench.engine.scored.values()) == {1}
+
+
+def test_what_is_in_the_ledger_opens_no_model(bench: Bench) -> None:
+    alone(bench, n_chunks=5)
+    opened = bench.engine.opened
+    alone(bench, n_chunks=5)
+    assert bench.engine.opened == opened
+
+
+def test_a_model_is_loaded_once_for_a_run_of_asks(bench: Bench) -> None:
+    ledger, measurer, shards = bench.session()
+    with ledger:
+        for chunk in range(5):
+            measurer.nll(shards.variant({}), [chunk])
+        assert bench.engine.opened == 1
+        measurer.close()
+
+
+def test_another_text_ctx_or_engine_is_another_series(bench: Bench) -> None:
+    alone(bench, ["ssm_in"], n_chunks=4)
+    for change in ("ctx", "text", "engine"):
+        if change == "ctx":
+            bench.ctx = 16
+        elif change == "text":
+            bench.text.write_bytes(bench.text.read_bytes()[::-1])
+        else:
+            bench.engine.identity = "another build"
+        ledger, measurer, shards = bench.session()
+        with ledger:
+            measurer.nll(shards.variant({}), [0, 1])
+            assert (measurer.measured, measurer.reused) == (2, 0), change
+            measurer.close()
+
+
+class Stopping(FakeEngine):
+    """Is interrupted in the middle of its ``left``-th chunk."""
+
+    left = 10**9
+
+    @contextmanager
+    def open(self, paths: Sequence[Path], ctx: int) -> Iterator[Any]:
+        with super().open(paths, ctx) as model:
+            yield _StoppingModel(self, model)
+
+
+class _StoppingModel:
+    def __init__(self, engine: Stopping, model: FakeModel) -> None:
+        self.engine, self.model = engine, model
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    def logits(self, tokens_T: Tokens) -> Logits:
+        self.engine.left -= 1
+        if self.engine.left <= 0:
+            raise KeyboardInterrupt
+        return self.model.logits(tokens_T)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 7, 12])
+def test_an_interrupt_loses_nothing_that_was_finished(bench: Bench, stop: int) -> None:
+    bench.engine = Stopping(damage=bench.engine.damage)
+    bench.engine.left = stop
+    with pytest.raises(KeyboardInterrupt):
+        alone(bench, ["ssm_in"], n_chunks=10)
+    ledger, measurer, shards = bench.session()
+    with ledger:
+        rows, digest_before = ledger.n_rows(), ledger.digest()
+        # the chunk that was being scored while the next was interrupted may be lost, no other
+        assert stop - 2 <= rows <= stop - 1
+        bench.engine.left = 10**9
+        sweep = measure_fixed([{"ssm_in": "Q2_K"}], chunk_order(20, 1)[:10], 20)
+        drive(sweep, measurer, shards)
+        assert measurer.measured + rows == 20 == ledger.n_rows()
+        assert ledger.digest() != digest_before
+        measurer.close()
+    assert sum(bench.engine.scored.values()) <= 21
+
+
+def test_a_collapse_is_a_result(bench: Bench) -> None:
+    bench.engine.damage = lambda tensor: math.nan if tensor.type.name == "Q2_K" else 0.0
+    found = alone(bench, ["ssm_in"], n_chunks=4)["ssm_in"]
+    assert found.delta is None
+    assert LIMIT.verdict(found.delta) == COLLAPSED
+    row = found.as_json(LIMIT)
+    assert row["verdict"] == COLLAPSED and row["groups"] == ["ssm_in"] and row["delta_pct"] is None
+    json.dumps(row, allow_nan=False)
+    assert alone(bench, ["ssm_in"], n_chunks=4)["ssm_in"] == found  # from the ledger, too
+
+
+def test_one_bad_chunk_is_a_collapse() -> None:
+    sweep = measure_fixed([{"a": "Q2_K"}], (0, 1), 9)
+    assert next(sweep) == Ask(changes={}, chunks=(0, 1))
+    assert sweep.send(np.array([1.0, 2.0])) == Ask(changes={"a": "Q2_K"}, chunks=(0, 1))
+    with pytest.raises(StopIteration) as stop:
+        sweep.send(np.array([1.0, np.inf]))
+    assert stop.value.value[0].delta is None
+
+
+def test_a_sweep_needs_no_engine() -> None:
+    """Asks and answers alone: base first, then the change, on the same chunks."""
+    sweep = measure_fixed([{"a": "Q2_K"}, {"b": "Q2_K"}], (3, 1), 2)
+    answers = {(): 1.0, ("a",): 1.5, ("b",): 1.25}
+    asks, ask = [], next(sweep)
+    with pytest.raises(StopIteration) as stop:
+        while True:
+            asks.append(ask)
+            ask = sweep.send(np.full(2, answers[tuple(ask.changes)]))
+    assert all(ask.chunks == (3, 1) for ask in asks)
+    assert [m.delta.mean for m in stop.value.value] == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "verdict"),
+    [(0.01, 0.005, TOLERANT), (0.05, 0.005, SENSITIVE), (0.03, 0.02, UNDECIDED), (None, 0, COLLAPSED)],
+)
+def test_verdicts_need_the_whole_interval(mean: float | None, half: float, verdict: str) -> None:
+    assert LIMIT.verdict(measured({"a": "Q2_K"}, mean, half).delta) == verdict
+
+
+def test_the_order_of_chunks_is_the_seeds() -> None:
+    assert sorted(chunk_order(100, 1)) == list(range(100))
+    assert chunk_order(100, 1) == chunk_order(100, 1) != chunk_order(100, 2)
+    assert chunk_order(100, 1) != tuple(range(100))
+
+
+def test_a_finished_file_is_measured_like_a_variant(bench: Bench) -> None:
+    ledger, measurer, _shards = bench.session()
+    with ledger:
+        variant = file_variant(bench.source.path, "source")
+        assert measurer.nll(variant, [0, 2]).shape == (2, 15)
+        assert file_variant(bench.source.path, "by another name").digest == variant.digest
+        measurer.close()
+
+
+def divergence_from(bench: Bench, base: Changes, variant: Changes) -> float:
+    """Mean KL divergence of ``variant`` from ``base``; what they have on disk stays, as after a kill."""
+    ledger, _, shards = bench.session()
+    cache = PredictionCache(bench.folder / "cache", range(4), 1, 100)
+    with ledger:
+        measurer = Measurer(bench.engine, ledger, bench.corpus(), reference=shards.variant(base), cache=cache)
+        measurer.nll(shards.variant(base), range(4))
+        measurer.nll(shards.variant(variant), range(4))
+        found = measurer.divergence(shards.variant(variant))
+        measurer.close()
+    assert found is not None
+    return found[0].mean
+
+
+def test_divergence_from_the_base_comes_with_the_measurement(bench: Bench) -> None:
+    assert divergence_from(bench, {}, {"attn_q": "Q2_K"}) == pytest.approx(0, abs=1e-6)
+    assert divergence_from(bench, {}, {"ssm_in": "Q2_K"}) > 1e-3
+    shutil.rmtree(bench.folder / "cache")
+    assert divergence_from(bench, {}, {"ffn_gate_exps": "Q2_K"}) > 1e-4  # decoded again where it is gone
+    assert len(bench.engine.scored) == 4 * 4
+
+
+def test_predictions_of_another_base_are_not_compared_with(bench: Bench) -> None:
+    """Runs with two bases take turns in one folder, each killed before it could clean up."""
+    other, same_as_other = {"ssm_in": "Q2_K"}, {"ssm_in": "Q2_K", "attn_q": "Q2_K"}
+    ledger, measurer, shards = bench.session()
+    with ledger:
+        measurer.nll(shards.variant(other), range(4))
+    measurer.close()
+    divergence_from(bench, {}, {"attn_q": "Q2_K"})
+    assert divergence_from(bench, other, same_as_other) == pytest.approx(0, abs=1e-6)
+
+
+# ---- shards ----
+
+
+def test_a_variant_swaps_one_path_and_is_named_by_its_contents(bench: Bench, tmp_path: Path) -> None:
+    ledger, _, shards = bench.session()
+    with ledger:
+        base, changed = shards.variant({}), shards.variant({"ssm_in": "Q2_K"})
+        different = [a != b for a, b in zip(base.paths, changed.paths, strict=True)]
+        assert sum(different) == 1
+        assert base.digest != changed.digest
+        assert shards.n_bytes("ssm_in", "base") == MATRIX_Q3
+    twin = make_bench(tmp_path / "twin")
+    ledger, _, shards = twin.session()
+    with ledger:
+        assert shards.variant({}).digest == base.digest
+
+
+def test_a_shard_is_made_once_ever(bench: Bench) -> None:
+    ledger, _, shards = bench.session()
+    with ledger:
+        before = {path: path.stat().st_mtime_ns for path in shards.variant({"ssm_in": "Q2_K"}).paths}
+    ledger, _, shards = bench.session()
+    with ledger:
+        assert {p: p.stat().st_mtime_ns for p in shards.variant({"ssm_in": "Q2_K"}).paths} == before
+    assert not list(bench.folder.rglob("*.partial"))

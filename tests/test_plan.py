@@ -1,0 +1,341 @@
+"""Planning without a model: bytes a hand can derive, and combinations that hold or are not shipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import MATRIX_Q2, MATRIX_Q3, Bench, T, hybrid_base, hybrid_shapes, measured, write_hybrid
+
+from cerebellum.errors import BadInput
+from cerebellum.groups import make_groups
+from cerebellum.measure import drive
+from cerebellum.plan import (
+    Plan,
+    Sizes,
+    Unit,
+    demotable,
+    make_units,
+    plan_from,
+    plan_json,
+    read_measurements,
+    threshold_plan,
+)
+from cerebellum.source import open_source
+from cerebellum.stats.paired import as_nats, as_percent
+from cerebellum.sweep import Measurement, Threshold, measure_fixed
+
+LIMIT_PCT = 3.0
+THRESHOLD = Threshold(limit_pct=LIMIT_PCT)
+LIMIT = as_nats(LIMIT_PCT)
+
+Combination = Mapping[str, str]
+
+
+def unit(name: str, mean: float | None, n_bytes: int) -> Unit:
+    changes = {name: "Q2_K"}
+    return Unit(changes=changes, bytes_saved=n_bytes, measurement=measured(changes, mean))
+
+
+def followed(
+    units: tuple[Unit, ...], answer: Callable[[Combination], Measurement | None]
+) -> tuple[Plan, list[Combination]]:
+    """Runs the planning to its end; every combination it asked for."""
+    planning, asked = threshold_plan(units, "Q2_K", THRESHOLD), []
+    try:
+        combination = next(planning)
+        while True:
+            asked.append(combination)
+            combination = planning.send(answer(combination))
+    except StopIteration as stop:
+        return stop.value, asked
+
+
+def additive(units: tuple[Unit, ...], factor: float = 1.0) -> Callable[[Combination], Measurement]:
+    parts = {name: u.measurement.delta.mean for u in units if u.measurement.delta for name in u.changes}
+    return lambda changes: measured(changes, factor * sum(parts[name] for name in changes))
+
+
+def test_groups_under_the_limit_go_down_together() -> None:
+    units = (unit("a", 0.01, 100), unit("b", 0.015, 100), unit("c", 0.2, 100))
+    plan, asked = followed(units, additive(units))
+    assert asked == [{"a": "Q2_K", "b": "Q2_K"}]
+    assert plan.changes == {"a": "Q2_K", "b": "Q2_K"}
+    assert plan.measured is not None and plan.measured.delta.mean == pytest.approx(0.025)
+    assert plan.predicted_nats == pytest.approx(0.025)
+
+
+def test_over_the_limit_the_most_damage_per_byte_goes_back_first() -> None:
+    """b does more harm than a, but saves ten times as much."""
+    units = (unit("a", 0.012, 100), unit("b", 0.018, 1000), unit("c", 0.009, 500))
+    plan, asked = followed(units, additive(units))
+    assert [set(combination) for combination in asked] == [{"a", "b", "c"}, {"b", "c"}]
+    assert set(plan.changes) == {"b", "c"}
+
+
+def test_a_combination_that_never_holds_leaves_nothing() -> None:
+    units = tuple(unit(name, 0.01, 100) for name in "abc")
+    plan, asked = followed(units, lambda changes: measured(changes, 1.0))
+    assert len(asked) == 3 and plan.changes == {} and plan.measured is None
+
+
+def test_a_combination_that_collapses_goes_back_like_any_other() -> None:
+    units = (unit("a", 0.01, 100), unit("b", 0.02, 100))
+    plan, asked = followed(units, lambda changes: measured(changes, None if len(changes) > 1 else 0.01))
+    assert set(plan.changes) == {"a"} and len(asked) == 2
+
+
+def test_a_group_that_collapsed_alone_is_never_tried() -> None:
+    units = (unit("a", None, 100), unit("b", 0.01, 100))
+    plan, asked = followed(units, additive(units))
+    assert asked == [{"b": "Q2_K"}] and set(plan.changes) == {"b"}
+
+
+def test_at_the_limit_is_not_under_it() -> None:
+    plan, asked = followed((unit("a", LIMIT, 100),), lambda changes: measured(changes, 0.0))
+    assert asked == [] and plan.changes == {}
+
+
+def test_no_groups_no_questions() -> None:
+    plan, asked = followed((), lambda changes: None)
+    assert asked == [] and plan.changes == {} and plan.measured is None
+
+
+DAMAGE = st.one_of(st.none(), st.floats(-0.05, 0.1))
+UNITS = st.lists(st.tuples(DAMAGE, st.integers(1, 10**9)), max_size=8)
+
+
+@given(UNITS, st.lists(DAMAGE, min_size=9, max_size=9))
+@settings(max_examples=300, deadline=None)
+def test_nothing_ships_that_was_measured_at_or_over_the_limit(
+    rows: list[tuple[float | None, int]], answers: list[float | None]
+) -> None:
+    """Whatever the engine answers: the planning ends, and what ships was measured as it ships."""
+    units = tuple(unit(f"g{i}", mean, n_bytes) for i, (mean, n_bytes) in enumerate(rows))
+    left = iter(answers)
+    plan, asked = followed(units, lambda changes: measured(changes, next(left)))
+    assert len(asked) <= len(units)
+    assert all(set(after) < set(before) for before, after in pairwise(asked))
+    under = {n for u in units if u.measurement.delta and u.measurement.delta.mean < LIMIT for n in u.changes}
+    assert set(plan.changes) <= under
+    if plan.changes:
+        assert plan.measured is not None and plan.measured.delta is not None
+        assert plan.measured.changes == plan.changes == asked[-1]
+        assert plan.measured.delta.mean < LIMIT
+
+
+@given(UNITS, st.floats(0.1, 3))
+@settings(max_examples=150, deadline=None)
+def test_each_step_puts_back_the_costliest_byte(rows: list[tuple[float | None, int]], factor: float) -> None:
+    units = tuple(unit(f"g{i}", mean, n_bytes) for i, (mean, n_bytes) in enumerate(rows))
+    cost = {name: u.damage_per_byte for u in units if u.measurement.delta for name in u.changes}
+    _, asked = followed(units, additive(units, factor))
+    for before, after in pairwise(asked):
+        (gone,) = set(before) - set(after)
+        assert cost[gone] == max(cost[name] for name in before)
+
+
+# ---- bytes ----
+
+
+def test_bytes_that_a_hand_can_derive(bench: Bench) -> None:
+    """A 256-element block has 110 bytes at Q3_K and 84 at Q2_K; two layers of experts are four matrices."""
+    sizes = bench.sizes
+    assert sizes.base_bytes("ssm_in") == MATRIX_Q3 == 28_160
+    assert sizes.bytes_at("ssm_in", "Q2_K") == MATRIX_Q2 == 21_504
+    assert sizes.bytes_saved({"ssm_in": "Q2_K"}) == 6_656
+    assert sizes.bytes_saved({"ffn_gate_exps": "Q2_K", "ssm_in": "Q2_K"}) == 5 * 6_656
+    # 4 + 4 routed, 2 shared, ssm_in, attn_q at Q3_K; embeddings F16; the rest F32
+    plain = 2 * 300 * 256 + 4 * (5 * 256 + 2 * 2 * 256 + 8)
+    assert sizes.total({}) == 12 * MATRIX_Q3 + plain
+    assert sizes.total({"ssm_in": "Q2_K"}) == sizes.total({}) - 6_656
+
+
+def test_what_saves_nothing_or_does_not_fit_is_no_candidate(tmp_path: Path) -> None:
+    shapes = {**hybrid_shapes(), "blk.1.attn_q.weight": (576, 4)}
+    source = open_source(write_hybrid(tmp_path / "odd.gguf", shapes))
+    groups = {g.name: g for g in make_groups(source) if not g.protected}
+    sizes = Sizes(tensors=source.tensors, groups=groups, base=hybrid_base(source))
+    assert {"attn_q": "Q2_K"} not in demotable(sizes, "Q2_K")
+    assert {"ssm_in": "Q2_K"} in demotable(sizes, "Q2_K")
+    assert sizes.why_not("attn_q", "Q2_K") == "illegal"
+    assert sizes.why_not("ssm_in", "Q4_K") == "nothing to save"
+    assert sizes.why_not("ssm_in", "Q3_K") == "nothing to save"
+    assert demotable(sizes, "Q6_K") == [{"attn_q": "Q6_K"}] or demotable(sizes, "Q6_K") == []
+    plan = plan_from([measured({"ssm_in": "Q2_K"}, 0.01)], sizes, "Q2_K", THRESHOLD)
+    rows = {row["name"]: row for row in plan_json(plan, sizes)["groups"]}
+    assert rows["attn_q"]["verdict"] == "illegal" and rows["attn_q"]["bytes_saved"] == 0
+    assert rows["attn_q"]["decision"] == "kept" and rows["ssm_in"]["decision"] == "demoted"
+    assert plan_json(plan, sizes)["tensor_types"]["blk.1.attn_q.weight"] == T.F16.name
+
+
+# ---- joint and single measurements ----
+
+
+def test_a_joint_measurement_goes_down_together_or_not_at_all(bench: Bench) -> None:
+    joint = measured({"ssm_in": "Q2_K", "attn_q": "Q2_K"}, 0.02)
+    alone = measured({"ffn_gate_exps": "Q2_K"}, 0.5)
+    plan = plan_from([joint, alone], bench.sizes, "Q2_K", THRESHOLD)
+    assert set(plan.changes) == {"ssm_in", "attn_q"} and plan.measured == joint
+    found = plan_json(plan, bench.sizes)
+    rows = {row["name"]: row for row in found["groups"]}
+    assert rows["ssm_in"]["measured_with"] == ["attn_q"]
+    assert rows["ssm_in"]["bytes_saved"] == 6_656
+    assert rows["ffn_down_exps"]["verdict"] == "not measured"
+    assert found["measured_delta_pct"] == pytest.approx(as_percent(0.02))
+
+
+def test_groups_measured_alone_are_planned_alone(bench: Bench) -> None:
+    both = [
+        measured({"ssm_in": "Q2_K", "attn_q": "Q2_K"}, 0.029),
+        measured({"ssm_in": "Q2_K"}, 0.01),
+        measured({"attn_q": "Q2_K"}, 0.01),
+    ]
+    assert [dict(u.changes) for u in make_units(both, bench.sizes)] == [
+        {"ssm_in": "Q2_K"},
+        {"attn_q": "Q2_K"},
+    ]
+    plan = plan_from(both, bench.sizes, "Q2_K", THRESHOLD)
+    assert plan.measured == both[0] and set(plan.changes) == {"ssm_in", "attn_q"}
+
+
+def test_a_combination_that_nobody_measured_says_so(bench: Bench) -> None:
+    singles = [measured({"ssm_in": "Q2_K"}, 0.01), measured({"attn_q": "Q2_K"}, 0.01)]
+    found = plan_json(plan_from(singles, bench.sizes, "Q2_K", THRESHOLD), bench.sizes)
+    assert found["measured_delta_pct"] is None and found["ci_pct"] is None
+    assert found["predicted_delta_pct"] == pytest.approx(as_percent(0.02))
+
+
+CONTRACT = {"mode", "threshold_pct", "base", "groups", "predicted_delta_pct", "measured_delta_pct", "ci_pct"}
+GROUP_CONTRACT = {
+    "name",
+    "tensors",
+    "base_type",
+    "chosen_type",
+    "bytes_saved",
+    "delta_pct",
+    "ci_pct",
+    "chunks",
+    "verdict",
+}
+
+
+def test_plan_json_keeps_its_contract(bench: Bench) -> None:
+    measurements = [measured({"ssm_in": "Q2_K"}, 0.01), measured({"attn_q": "Q2_K"}, None)]
+    found = plan_json(plan_from(measurements, bench.sizes, "Q2_K", THRESHOLD), bench.sizes)
+    assert set(found) >= CONTRACT
+    assert all(set(row) >= GROUP_CONTRACT for row in found["groups"])
+    assert found["mode"] == "threshold" and found["threshold_pct"] == LIMIT_PCT
+    rows = {row["name"]: row for row in found["groups"]}
+    assert rows["attn_q"]["verdict"] == "collapsed" and rows["attn_q"]["delta_pct"] is None
+    assert rows["ssm_in"]["chosen_type"] == "Q2_K" and rows["attn_q"]["chosen_type"] == "base"
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+# ---- from the engine to the plan ----
+
+
+def test_on_the_fake_engine_the_tolerant_are_demoted_and_the_whole_is_measured(bench: Bench) -> None:
+    """0.01 + 0.05 nats would be over 3%; 0.01 alone holds. ssm_in and ffn_down_exps never come up."""
+    sizes, chunks = bench.sizes, tuple(range(6))
+    ledger, measurer, shards = bench.session()
+    with ledger:
+        singles = drive(measure_fixed(demotable(sizes, "Q2_K"), chunks, 20), measurer, shards)
+        units = make_units(singles, sizes)
+        plan, asked = followed(units, lambda c: drive(measure_fixed([c], chunks, 20), measurer, shards)[0])
+        measurer.close()
+    assert set(plan.changes) == {"ffn_gate_shexp", "attn_q"}
+    assert len(asked) == 1
+    assert plan.measured is not None and plan.measured.delta.mean == pytest.approx(0.01, rel=0.1)
+    assert set(bench.engine.scored.values()) == {1}
+
+
+# ---- measurements.json ----
+
+
+def written(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_measurements_are_read_as_a_hand_writes_them(tmp_path: Path) -> None:
+    rows = [
+        {"groups": ["a", "b"], "type": "q2_k", "delta_pct": 1.9},
+        {"groups": ["c"], "type": "Q2_K", "delta_pct": -0.5, "ci_pct": [-1, 0.1], "chunks": 9},
+        {"groups": ["d"], "type": "Q2_K", "delta_pct": None, "verdict": "collapsed"},
+    ]
+    joint, single, gone = read_measurements(written(tmp_path / "m.json", {"measurements": rows}))
+    assert joint.changes == {"a": "Q2_K", "b": "Q2_K"} and joint.delta.mean == pytest.approx(as_nats(1.9))
+    assert (single.delta.low, single.delta.n) == (pytest.approx(as_nats(-1)), 9)
+    assert gone.delta is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not json",
+        "[]",
+        {},
+        {"measurements": [{"groups": ["a"], "type": "Q2_K"}]},
+        {"measurements": [{"type": "Q2_K", "delta_pct": 1}]},
+        {"measurements": [{"groups": ["a"], "type": "Q2_K", "delta_pct": "much"}]},
+        {"measurements": [{"groups": ["a"], "type": "Q2_K", "delta_pct": None}]},
+        {"measurements": [{"groups": ["a"], "type": "Q9_Z", "delta_pct": 1}]},
+        {"measurements": [{"groups": ["a"], "type": "Q2_K", "delta_pct": -100}]},
+    ],
+)
+def test_measurements_that_are_none_are_refused_in_a_line(tmp_path: Path, content: Any) -> None:
+    with pytest.raises(BadInput) as caught:
+        read_measurements(written(tmp_path / "m.json", content))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_group_that_the_model_lacks_is_refused_by_name(bench: Bench) -> None:
+    with pytest.raises(BadInput, match="ffn_nowhere"):
+        plan_from([measured({"ffn_nowhere": "Q2_K"}, 0.01)], bench.sizes, "Q2_K", THRESHOLD)
+
+
+def test_a_measurement_at_an_illegal_type_is_refused(tmp_path: Path) -> None:
+    shapes = {**hybrid_shapes(), "blk.1.attn_q.weight": (576, 4)}
+    source = open_source(write_hybrid(tmp_path / "odd.gguf", shapes))
+    groups = {g.name: g for g in make_groups(source) if not g.protected}
+    sizes = Sizes(tensors=source.tensors, groups=groups, base=hybrid_base(source))
+    with pytest.raises(BadInput, match="576"):
+        plan_from([measured({"attn_q": "Q2_K"}, 0.01)], sizes, "Q2_K", THRESHOLD)
+
+
+def test_measurements_come_back_whole(tmp_path: Path) -> None:
+    """Planning reads measurements.json and writes it again: trace, divergence and agreement stay."""
+    row = {
+        "groups": ["ssm_in"],
+        "type": "Q2_K",
+        "delta_pct": 1.5,
+        "ci_pct": [1.0, 2.0],
+        "chunks": 12,
+        "verdict": "tolerant",
+        "near_tie": False,
+        "kld_mean": 0.006,
+        "kld_ci": [0.005, 0.007],
+        "top1_agreement": 0.91,
+        "trace": [
+            {"delta_pct": 1.25, "ci_pct": None, "chunks": 1},
+            {"delta_pct": 1.5, "ci_pct": [1.0, 2.0], "chunks": 12},
+        ],
+    }
+    path = tmp_path / "measurements.json"
+    path.write_text(json.dumps({"measurements": [row]}))
+    (found,) = read_measurements(path)
+    again = found.as_json(Threshold(limit_pct=3.0))
+    assert {key: again[key] for key in row if key not in ("delta_pct", "ci_pct", "trace")} == {
+        key: row[key] for key in row if key not in ("delta_pct", "ci_pct", "trace")
+    }
+    assert again["ci_pct"] == pytest.approx(row["ci_pct"])
+    assert [look["chunks"] for look in again["trace"]] == [1, 12]
+    assert again["trace"][0]["ci_pct"] is None
+    assert again["trace"][1]["ci_pct"] == pytest.approx([1.0, 2.0])
