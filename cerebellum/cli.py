@@ -213,8 +213,8 @@ def cli(ctx: click.Context) -> None:
     """Sensitivity-guided mixed-precision quantization of GGUF models.
 
     \b
-    source -> groups -> importance matrix -> base -> shards -> measure -> plan -> build -> verify -> bench
-    -> card
+    source -> groups -> importance matrix -> base -> shards
+    -> measure -> plan -> build -> verify -> bench -> card
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cerebellum.llama.asking import Ask, Reply, TokenIds, cut_at_stop, shared_prefix
 from cerebellum.llama.engine import Tokens
 from cerebellum.llama.native import EngineSettings, LlamaEngine
-from cerebellum.llama.scoring import target_log_probs
+from cerebellum.llama.scoring import token_nll
 from cerebellum.llama.sequences import Room, Sequences, open_asker
 from cerebellum.llama.waves import Run, cut_runs
 from cerebellum.workspace import DEMO_MODEL, REPORT_TEXT
@@ -61,7 +61,7 @@ def reference(engine: LlamaEngine, ask: Ask) -> list[Tokens]:
             rows = np.ctypeslib.as_array(
                 model._lib.llama_get_logits(model._context), shape=(len(before), model.vocab_size)
             ).copy()
-            found.append(target_log_probs(rows[len(ask.prompt) - 1 : -1], np.array(ending)))
+            found.append(-token_nll(rows[len(ask.prompt) - 1 : -1], np.array(ending)))
     return found
 
 

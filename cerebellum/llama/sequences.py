@@ -312,9 +312,9 @@ def _score_piece(piece: _Piece) -> tuple[list[Want], NDArray[np.int64], NDArray[
     wants, logits_RV = piece
     rows = np.array([want.row for want in wants])
     tokens = np.array([want.sheet.ask.endings[want.ending][want.position] for want in wants])
-    scores = normalize(logits_RV)
-    shifted = (logits_RV[rows, tokens] - scores.top_S[rows]).astype(np.float64)
-    log_probs = shifted - scores.log_sum_S[rows]
+    found = normalize(logits_RV)
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is the answer
+        log_probs = (logits_RV[rows, tokens] - found.top_S[rows]).astype(np.float64) - found.log_sum_S[rows]
     return wants, logits_RV.argmax(axis=1)[rows], log_probs
 
 
