@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cerebellum import __version__, tables
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.sizes import parse_size
+from cerebellum.tasks import LOGLIKELIHOOD, PROTOCOLS, SAMPLES, TASKS
 from cerebellum.workspace import (
     DEMO_MODEL,
     REPORT_TEXT,
@@ -191,6 +192,13 @@ source_options = options(
     click.option("--seed", type=int, default=1, show_default=True, help="Order of the chunks."),
     click.option("--allow-requantize", is_flag=True, help="Accept a source that is quantized already."),
 )
+bench_options = options(
+    click.option("--bench", is_flag=True, help="Question benchmarks of base and result at the end."),
+    click.option("--bench-limit", type=click.IntRange(0), default=400, show_default=True, help="0: all."),
+    click.option(
+        "--data", type=PathArgument, help="Folder of the benchmark files [default: CEREBELLUM_DATA]."
+    ),
+)
 folder_option = click.option("-o", "--out", type=PathArgument, required=True, help="The run folder.")
 
 
@@ -205,7 +213,8 @@ def cli(ctx: click.Context) -> None:
     """Sensitivity-guided mixed-precision quantization of GGUF models.
 
     \b
-    source -> groups -> importance matrix -> base -> shards -> measure -> plan -> build -> verify -> card
+    source -> groups -> importance matrix -> base -> shards
+    -> measure -> plan -> build -> verify -> bench -> card
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -214,8 +223,9 @@ def cli(ctx: click.Context) -> None:
 @cli.command()
 @click.option("-o", "--out", type=PathArgument, default=Path("cerebellum-demo"), show_default=True)
 @engine_options
+@click.option("--bench", is_flag=True, help="Question benchmarks too, on the samples that come along.")
 @json_option
-def demo(out: Path, threads: int, gpu_layers: int, as_json: bool) -> None:
+def demo(out: Path, threads: int, gpu_layers: int, bench: bool, as_json: bool) -> None:
     """The whole pipeline on the small model that comes with Cerebellum."""
     settings = Settings(
         source=DEMO_MODEL,
@@ -224,17 +234,19 @@ def demo(out: Path, threads: int, gpu_layers: int, as_json: bool) -> None:
         threads=threads,
         gpu_layers=gpu_layers,
     )
-    _run(Workspace(out, settings, ProgressReporter()), as_json)
+    _run(Workspace(out, settings, ProgressReporter()), as_json, _DEMO_BENCH if bench else None)
 
 
 @cli.command()
 @click.argument("source", type=PathArgument)
 @folder_option
 @source_options
+@bench_options
 @json_option
-def run(as_json: bool, out: Path, **asked: Any) -> None:
+def run(as_json: bool, out: Path, bench: bool, bench_limit: int, data: Path | None, **asked: Any) -> None:
     """The whole pipeline: SOURCE (a GGUF, or hf:owner/repo/file.gguf) to a smaller GGUF with its evidence."""
-    _run(Workspace(out, _settings(asked), ProgressReporter()), as_json)
+    request = {"limit": bench_limit, "data": data, "seed": asked["seed"]} if bench else None
+    _run(Workspace(out, _settings(asked), ProgressReporter()), as_json, request)
 
 
 @cli.command()
@@ -376,6 +388,48 @@ def verify(folder: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("model", type=PathArgument)
+@click.option("--against", type=PathArgument, multiple=True, help="A base to compare with; may be repeated.")
+@click.option("--tasks", default=",".join(TASKS), show_default=True, help="Benchmarks, by comma.")
+@click.option("--protocol", type=click.Choice(["both", *PROTOCOLS]), default="both", show_default=True)
+@click.option("--limit", type=click.IntRange(0), default=0, help="N questions of each [default: all].")
+@click.option("--data", type=PathArgument, help="Folder of the benchmark files [default: CEREBELLUM_DATA].")
+@click.option("-o", "--out", type=PathArgument, help="Folder for the answers [default: <MODEL>-bench].")
+@click.option("--rotations", type=click.IntRange(1, 5), default=1, help="Ask with the options turned, too.")
+@click.option("--generate", type=click.IntRange(0), default=0, help="Also let it write up to N tokens.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Which questions a --limit takes.")
+@engine_options
+@json_option
+def bench(
+    model: Path,
+    against: tuple[Path, ...],
+    tasks: str,
+    protocol: str,
+    out: Path | None,
+    threads: int,
+    gpu_layers: int,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Question benchmarks of MODEL, paired with each base; asks nothing twice."""
+    from cerebellum.bench import Request, bench_files
+    from cerebellum.bench_tables import bench_tables
+    from cerebellum.llama.native import EngineSettings
+
+    request = Request(
+        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        protocols=PROTOCOLS if protocol == "both" else (protocol,),
+        **asked,
+    )
+    folder = out or model.with_name(f"{model.stem}-bench")
+    settings = EngineSettings(threads=threads, gpu_layers=gpu_layers)
+    found = bench_files((model, *against), request, settings, folder, ProgressReporter())
+    write_json(folder / "bench.json", found)
+    _answer(found, as_json, *bench_tables(found))
+    sys.exit(0 if found["audit"]["ok"] else 1)
+
+
+@cli.command()
 @click.argument("folder", type=PathArgument)
 @click.option("--repo", help="The Hub repository it is for: owner/name.")
 @json_option
@@ -510,19 +564,29 @@ def _settings(asked: dict[str, Any]) -> Settings:
     return Settings(**given)
 
 
-def _run(workspace: Workspace, as_json: bool) -> None:
+# The demo's model is no chat model: a letter from it would say nothing.
+_DEMO_BENCH = {"protocols": (LOGLIKELIHOOD,), "data": SAMPLES}
+
+
+def _run(workspace: Workspace, as_json: bool, bench_request: dict[str, Any] | None = None) -> None:
+    from cerebellum.bench import Request
+    from cerebellum.bench_tables import bench_tables
     from cerebellum.run import run_all
 
-    manifest = run_all(workspace)
+    manifest = run_all(workspace, Request(**bench_request) if bench_request else None)
     planned, verified = (read_json(workspace.path(f"{name}.json")) for name in ("plan", "verify"))
     path = workspace.path(manifest["result"]["file"])
     answer = {"file": str(path), "plan": planned, "verify": verified, "manifest": manifest}
+    benched = read_json(workspace.path("bench.json")) if bench_request else None
+    if benched:
+        answer["bench"] = benched
     _answer(
         answer,
         as_json,
         *_plan_shown(workspace, planned),
         tables.verify_table(verified),
         tables.report_table(verified),
+        *(bench_tables(benched) if benched else ()),
         f"[bold]{path}[/]  {tables.size(path.stat().st_size)}",
         f"card {workspace.path('README.md')}, report {workspace.path('report.html')}",
         tables.run_instructions(path),

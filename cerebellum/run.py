@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cerebellum.base import preset_base
+from cerebellum.bench import Request, bench, candidate_from, llama_opener
 from cerebellum.budget import Allocation, budget_json, budget_plan, frontier
 from cerebellum.build import build, output_path
 from cerebellum.curves import (
@@ -37,6 +38,7 @@ from cerebellum.plan import (
     read_measurements,
     threshold_plan,
 )
+from cerebellum.scores import Candidate
 from cerebellum.shards import Variant
 from cerebellum.sizes import parse_size
 from cerebellum.source import open_source
@@ -49,7 +51,7 @@ _SINGLES_SHARE = 0.5  # of alpha goes to the groups alone, the rest to their com
 _KLD_CHUNKS = 8  # the first block of a race: every variant measures these
 
 
-def run_all(workspace: Workspace) -> dict[str, Any]:
+def run_all(workspace: Workspace, bench: Request | None = None) -> dict[str, Any]:
     """Every stage in order; what is finished already is read, not repeated."""
     with workspace.locked():
         workspace.check_texts()
@@ -61,6 +63,8 @@ def run_all(workspace: Workspace) -> dict[str, Any]:
             plan_stage(workspace)
         build_stage(workspace)
         verify_stage(workspace)
+        if bench is not None:
+            bench_stage(workspace, bench)
         manifest = manifest_stage(workspace)
         card_stage(workspace.folder)
         return manifest
@@ -293,6 +297,17 @@ def verify_stage(workspace: Workspace) -> dict[str, Any]:
     result = verify_json(checks, found)
     write_json(workspace.path("verify.json"), result)
     return result
+
+
+def bench_stage(workspace: Workspace, request: Request) -> dict[str, Any]:
+    """The finished file against its base on the same questions -> bench.json and bench/."""
+    result = candidate_from(output_path(workspace.folder, workspace.source, workspace.base))
+    variant = workspace.shards.variant({})
+    base = Candidate(name=workspace.base.label, paths=tuple(variant.paths), sha256=variant.digest)
+    opener = llama_opener(workspace.engine.settings)
+    found = bench((result, base), request, opener, workspace.path("bench"), workspace.reporter)
+    write_json(workspace.path("bench.json"), found)
+    return found
 
 
 def manifest_stage(workspace: Workspace) -> dict[str, Any]:

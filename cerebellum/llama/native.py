@@ -102,14 +102,14 @@ class LlamaEngine:
     def tokenize(self, path: Path, text: bytes) -> Tokenized:
         """Tokens of ``text`` exactly as llama-perplexity has them (specials added, none parsed)."""
         lib = llama()
-        with self._weights([path], vocab_only=True) as model:
+        with self.weights([path], vocab_only=True) as model:
             vocab = lib.llama_model_get_vocab(model)
             bos = lib.llama_vocab_bos(vocab) if lib.llama_vocab_get_add_bos(vocab) else None
             return Tokenized(tokens=_tokenize(lib, vocab, text), bos=bos)
 
     def vocab_size(self, path: Path) -> int:
         """How many tokens the model's vocabulary has; loads nothing else."""
-        with self._weights([path], vocab_only=True) as model:
+        with self.weights([path], vocab_only=True) as model:
             return int(llama().llama_vocab_n_tokens(llama().llama_model_get_vocab(model)))
 
     @contextmanager
@@ -121,7 +121,7 @@ class LlamaEngine:
         ``callback(tensor_address, ask)`` is llama.cpp's ``cb_eval``: it sees every graph node.
         """
         lib = llama()
-        with self._weights(paths, vocab_only=False) as model:
+        with self.weights(paths) as model:
             # The C side keeps the function pointer, so it must outlive the context.
             c_callback = lib.ggml_backend_sched_eval_callback(_as_c(callback))
             context = lib.llama_init_from_model(model, self._context_params(ctx, c_callback, callback))
@@ -134,7 +134,7 @@ class LlamaEngine:
                 opened.close()
 
     @contextmanager
-    def _weights(self, paths: Sequence[Path], *, vocab_only: bool) -> Iterator[Any]:
+    def weights(self, paths: Sequence[Path], *, vocab_only: bool = False) -> Iterator[Any]:
         lib = llama()
         params = lib.llama_model_default_params()
         params.vocab_only = vocab_only

@@ -1,0 +1,130 @@
+"""Accuracies and their paired differences: Wilson, McNemar, and what a number of questions can show.
+
+Two models that answered the same questions differ only where one is right and the other wrong. Those
+discordant pairs carry all the evidence; an unpaired comparison of two accuracies throws it away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy.optimize import brentq
+from scipy.stats import binom, binomtest, norm
+
+CONFIDENCE = 0.95
+POWER = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proportion:
+    """``successes`` of ``n`` with an interval, all as fractions."""
+
+    successes: int
+    n: int
+    low: float
+    high: float
+
+    @property
+    def value(self) -> float:
+        return self.successes / self.n
+
+
+def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Proportion:
+    """Wilson's score interval: never outside [0, 1], right at both ends (Wilson 1927)."""
+    if n < 1:
+        raise ValueError("an accuracy needs at least one question")
+    interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return Proportion(successes=successes, n=n, low=float(interval.low), high=float(interval.high))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """Two models on the same ``n`` questions; ``difference`` is the accuracy of a minus that of b.
+
+    ``p_value`` is McNemar's exact, two-sided. ``detectable`` is the difference that a test on this many
+    questions would find with probability ``POWER``, given how often the two disagree.
+    """
+
+    n: int
+    only_a: int
+    only_b: int
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    detectable: float
+    smallest_significant: float | None
+
+
+def paired(a: Sequence[bool], b: Sequence[bool], confidence: float = CONFIDENCE) -> Paired:
+    """Right or wrong, question by question, of model a and of model b."""
+    if len(a) != len(b) or not a:
+        raise ValueError(f"{len(a)} answers cannot be paired with {len(b)}")
+    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    n = len(a)
+    low, high = bonett_price(only_a, only_b, n, confidence)
+    return Paired(
+        n=n,
+        only_a=only_a,
+        only_b=only_b,
+        difference=(only_a - only_b) / n,
+        low=low,
+        high=high,
+        p_value=mcnemar_exact(only_a, only_b),
+        detectable=detectable_difference(n, discordance(only_a, only_b, n)),
+        smallest_significant=smallest_significant(only_a + only_b, n),
+    )
+
+
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """Two-sided p-value: were the discordant pairs tossed with a fair coin? 1 where there are none."""
+    total = only_a + only_b
+    return float(binomtest(only_a, total, 0.5).pvalue) if total else 1.0
+
+
+def bonett_price(only_a: int, only_b: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Interval of a paired difference: Wald's with one pair added to each discordant cell.
+
+    Bonett and Price 2012, Statistics in Medicine 31; it holds its coverage on small samples, and has
+    width even where no pair disagrees.
+    """
+    p_a, p_b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+    half = float(norm.ppf(0.5 + confidence / 2)) * math.sqrt((p_a + p_b - (p_a - p_b) ** 2) / (n + 2))
+    return max(-1.0, p_a - p_b - half), min(1.0, p_a - p_b + half)
+
+
+def discordance(only_a: int, only_b: int, n: int) -> float:
+    """How often the two disagree, never 0: one pair more than was seen."""
+    return min(1.0, (only_a + only_b + 1) / (n + 1))
+
+
+def detectable_difference(
+    n: int, disagreement: float, alpha: float = 1 - CONFIDENCE, power: float = POWER
+) -> float:
+    """The smallest difference of accuracies that McNemar's test on ``n`` questions finds with ``power``.
+
+    Connor 1987 (Biometrics 43): z_a sqrt(psi) + z_b sqrt(psi - d^2) = d sqrt(n), solved for d. Where
+    even total disagreement in one direction is too little for n questions, that (psi) is returned.
+    """
+    z_a, z_b = float(norm.ppf(1 - alpha / 2)), float(norm.ppf(power))
+
+    def excess(d: float) -> float:
+        spread = max(disagreement - d * d, 0.0)
+        return d * math.sqrt(n) - z_a * math.sqrt(disagreement) - z_b * math.sqrt(spread)
+
+    top = disagreement
+    return float(brentq(excess, 0.0, top)) if excess(top) > 0 else top
+
+
+def smallest_significant(discordant: int, n: int, alpha: float = 1 - CONFIDENCE) -> float | None:
+    """The smallest difference that would have been significant with so many discordant pairs.
+
+    None where no split of them could be: fewer than six pairs never are at 5%.
+    """
+    rarer = int(binom.ppf(alpha / 2, discordant, 0.5)) if discordant else 0
+    while rarer >= 0 and mcnemar_exact(rarer, discordant - rarer) >= alpha:
+        rarer -= 1
+    return (discordant - 2 * rarer) / n if rarer >= 0 and discordant else None

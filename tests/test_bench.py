@@ -1,0 +1,396 @@
+"""The bench on the official fake: prompts, scores, pairs, audit, and no question asked twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from cerebellum import cli
+from cerebellum.answers import encode_pair
+from cerebellum.audit import audit, is_mojibake
+from cerebellum.bench import Request, bench
+from cerebellum.bench_tables import bench_tables
+from cerebellum.chat import render_chat
+from cerebellum.errors import BadInput
+from cerebellum.evidence import held
+from cerebellum.llama.asking import Vocabulary
+from cerebellum.llama.fake_asker import PLAIN, FakeAsker, arbitrary
+from cerebellum.progress import Silent
+from cerebellum.scores import Candidate
+from cerebellum.tasks import SAMPLES, TASKS, choose, letter_prompt, load_questions, read_letter, rotated
+
+REQUEST = Request(data=SAMPLES)
+GOOD = Candidate(name="good", paths=(Path("good.gguf"),), sha256="a" * 64)
+BASE = Candidate(name="base", paths=(Path("base.gguf"),), sha256="b" * 64)
+
+
+def run(
+    tmp_path: Path, asker: FakeAsker, request: Request = REQUEST, *candidates: Candidate
+) -> dict[str, Any]:
+    return bench(candidates or (GOOD,), request, asker.opened, tmp_path, Silent())
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    (path,) = folder.glob(f"{name}.*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def score(found: dict[str, Any], task: str, metric: str, labels: str = "original") -> dict[str, Any]:
+    (row,) = [r for r in found["scores"] if (r["task"], r["metric"], r["labels"]) == (task, metric, labels)]
+    return dict(row)
+
+
+def knows(task: str) -> Callable[[str, str], float]:
+    """A model that knows the right option wherever it is shown, by letter and by text."""
+    questions = load_questions(TASKS[task], SAMPLES)
+    right = {q.stem: q.options[q.golds["original"]] for q in questions}
+    contexts = {q.context.rstrip(): q.options[q.golds["original"]] for q in questions}
+
+    def worth(prompt: str, ending: str) -> float:
+        if prompt in contexts:
+            return -0.1 if ending.strip() == contexts[prompt].strip() else -50.0
+        gold = next(option for stem, option in right.items() if f"\n\n{stem}\n\n" in prompt)
+        shown = prompt.split("\n\n")[-2 if prompt.endswith("Answer:") else -1]
+        return -0.1 if f"{ending.strip()}. {gold.strip()}" in shown.split("\n") else -9.0
+
+    return worth
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_a_model_that_knows_is_right_in_both_protocols(task: str, tmp_path: Path) -> None:
+    request = Request(data=SAMPLES, tasks=(task,), rotations=4)
+    found = run(tmp_path, FakeAsker(worth=knows(task)), request)
+    for metric in ("letter", "letter_rotated", "acc", "acc_norm", "acc_token"):
+        assert score(found, task, metric)["accuracy_pct"] == 100.0
+    assert found["audit"]["ok"]
+
+
+def test_turned_options_change_no_answer_of_a_model_that_knows(tmp_path: Path) -> None:
+    """Nothing in prompt or reading prefers a letter: wherever an option stands, it is chosen the same."""
+    request = Request(data=SAMPLES, tasks=("arc_challenge",), protocols=("letter",), rotations=5)
+    found = run(tmp_path, FakeAsker(worth=knows("arc_challenge")), request)
+    assert found["audit"]["checks"][0]["letter_bias"] == [0.25] * 4
+    for record in lines(tmp_path, "arc_challenge.letter"):
+        chosen = [
+            (row.index(max(row)) + turn) % len(record["options"])
+            for turn, row in enumerate(record["letter_log_probs"])
+        ]
+        assert set(chosen) == {record["golds"]["original"]}
+        assert len(record["letter_log_probs"]) == min(5, len(record["options"]))
+
+
+def test_a_model_that_says_a_letter_is_at_chance_once_turned(tmp_path: Path) -> None:
+    request = Request(data=SAMPLES, tasks=("mmlu_redux",), protocols=("letter",), rotations=4)
+    asker = FakeAsker(worth=lambda _p, ending: -0.1 if ending.strip() == "B" else -4.0)
+    found = run(tmp_path, asker, request)
+    (check,) = found["audit"]["checks"]
+    assert check["chosen_shares"]["letter"][1] == 1.0
+    assert check["letter_bias"] == pytest.approx([0.0193, 0.942, 0.0193, 0.0193], abs=1e-3)
+    assert any("option B is chosen 100% of the time" in problem for problem in check["problems"])
+    for record in lines(tmp_path, "mmlu_redux.letter"):
+        totals = [0.0] * 4
+        for turn, row in enumerate(record["letter_log_probs"]):
+            for place, value in enumerate(row):
+                totals[(place + turn) % 4] += math.exp(value)
+        assert max(totals) - min(totals) < 1e-6
+
+
+def test_no_question_is_asked_twice(tmp_path: Path) -> None:
+    request = Request(data=SAMPLES, tasks=("hellaswag",), protocols=("loglikelihood",))
+    first = FakeAsker(stop_after=17)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, first, request)
+    second = FakeAsker()
+    found = run(tmp_path, second, request)
+    assert not set(first.asked) & set(second.asked)
+    assert len(first.asked) == 17 and len(second.asked) == 23
+    assert found["session"][0]["reused"] == 17
+    third = FakeAsker()
+    again = run(tmp_path, third, request)
+    assert third.asked == [] and again["scores"] == found["scores"]
+
+
+def test_answers_do_not_depend_on_the_interruption(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", FakeAsker(stop_after=50))
+    resumed = run(tmp_path / "a", FakeAsker())
+    straight = run(tmp_path / "b", FakeAsker())
+    for key in ("scores", "audit", "models"):
+        assert resumed[key] == straight[key]
+
+
+def test_a_torn_line_is_asked_again_and_no_other(tmp_path: Path) -> None:
+    request = Request(data=SAMPLES, tasks=("hellaswag",), protocols=("letter",))
+    run(tmp_path, FakeAsker(), request)
+    (path,) = tmp_path.glob("*.jsonl")
+    path.write_bytes(path.read_bytes()[:-40])
+    second = FakeAsker()
+    run(tmp_path, second, request)
+    assert len(second.asked) == 1
+    assert len({record["id"] for record in lines(tmp_path, "hellaswag.letter")}) == 40
+
+
+def test_a_damaged_line_in_the_middle_is_refused(tmp_path: Path) -> None:
+    request = Request(data=SAMPLES, tasks=("hellaswag",), protocols=("letter",))
+    run(tmp_path, FakeAsker(), request)
+    (path,) = tmp_path.glob("*.jsonl")
+    content = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([content[0], "{broken\n", *content[2:]]))
+    with pytest.raises(BadInput, match="line 2 is damaged"):
+        run(tmp_path, FakeAsker(), request)
+
+
+def test_a_folder_is_for_one_bench_at_a_time(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(BadInput, match="another bench is at work"):
+        run(tmp_path, FakeAsker())
+
+
+def test_another_model_shares_no_answers(tmp_path: Path) -> None:
+    run(tmp_path, FakeAsker())
+    second = FakeAsker()
+    run(tmp_path, second, REQUEST, BASE)
+    assert len(second.asked) == 2 * 3 * 40
+
+
+def test_a_larger_limit_only_adds_questions(tmp_path: Path) -> None:
+    run(tmp_path, FakeAsker(), Request(data=SAMPLES, limit=10))
+    second = FakeAsker()
+    found = run(tmp_path, second, Request(data=SAMPLES, limit=25))
+    assert len(second.asked) == 2 * 3 * 15
+    assert score(found, "hellaswag", "acc")["n"] == 25
+
+
+def test_paired_differences_count_what_only_one_has_right(tmp_path: Path) -> None:
+    request = Request(data=SAMPLES, tasks=("arc_challenge",), protocols=("loglikelihood",))
+    run(tmp_path, FakeAsker(worth=knows("arc_challenge")), request, GOOD)
+    run(tmp_path, FakeAsker(), request, BASE)
+    found = run(tmp_path, FakeAsker(stop_after=0), request, GOOD, BASE)
+    base = next(r for r in found["scores"] if r["model"] == "base" and r["metric"] == "acc")
+    (row,) = [r for r in found["paired"] if r["metric"] == "acc"]
+    assert (row["only_model"], row["only_against"]) == (40 - base["correct"], 0)
+    assert row["difference_pct"] == pytest.approx(100 - base["accuracy_pct"])
+    assert row["ci_pct"][0] < row["difference_pct"] and row["p_value"] < 1e-6
+    assert row["detectable_pct"] > 5
+    assert len(bench_tables(found)) >= 2
+
+
+def test_mmlu_redux_is_scored_on_both_sets_of_labels_by_subject(tmp_path: Path) -> None:
+    request = Request(data=SAMPLES, tasks=("mmlu_redux",), protocols=("loglikelihood",))
+    found = run(tmp_path, FakeAsker(worth=knows("mmlu_redux")), request)
+    original, corrected = (score(found, "mmlu_redux", "acc", labels) for labels in ("original", "corrected"))
+    assert (original["n"], original["correct"]) == (40, 40)
+    assert (corrected["n"], corrected["correct"]) == (38, 37)  # 2 broken left out, 1 wrong label fixed
+    assert sum(s["n"] for s in corrected["by_subject"].values()) == 38
+
+
+def test_loglikelihood_metrics_are_the_harness_and_llama_perplexity_ones(tmp_path: Path) -> None:
+    request = Request(data=SAMPLES, tasks=("hellaswag",), protocols=("loglikelihood",))
+    run(tmp_path, FakeAsker(), request)
+    questions = {q.id: q for q in load_questions(TASKS["hellaswag"], SAMPLES)}
+    for record in lines(tmp_path, "hellaswag.loglikelihood"):
+        question = questions[record["id"]]
+        totals = [arbitrary(question.context.rstrip(), " " + option) for option in question.options]
+        norms = [total / len(option) for total, option in zip(totals, question.options, strict=True)]
+        assert record["answers"]["acc"] == totals.index(max(totals))
+        assert record["answers"]["acc_norm"] == norms.index(max(norms))
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        (" b", None),
+        ("(C)", "C"),
+        ("**D.** because", "D"),
+        ("The correct answer is: A", "A"),
+        ("The answer is (B).", "B"),
+        ("Answer: **C**", "C"),
+        ("I think so.\nD. The last", "D"),
+        ("$\\boxed{A}$", "A"),
+        ("<think>maybe A or B</think>\n\nC", "C"),
+        ("```\nB\n```", "B"),
+        ("A planet turns", None),
+        ("The answer is a planet", None),
+        ("B: the second", "B"),
+        ("Because of gravity", None),
+        ("I'd say it turns", None),
+        ("E", None),
+        ("", None),
+    ],
+)
+def test_letters_are_read_from_generated_text(text: str, letter: str | None) -> None:
+    assert read_letter(text, "ABCD") == letter
+
+
+def test_generated_answers_are_kept_raw_and_audited(tmp_path: Path) -> None:
+    request = Request(data=SAMPLES, tasks=("hellaswag",), protocols=("letter",), generate=16)
+    found = run(tmp_path, FakeAsker(writes=lambda _p: "¯\\_(ツ)_/¯"), request)
+    assert score(found, "hellaswag", "generated")["correct"] == 0
+    assert {record["raw"] for record in lines(tmp_path, "hellaswag.letter")} == {"¯\\_(ツ)_/¯"}
+    assert any("40 of 40 answers could not be read" in p for p in found["audit"]["checks"][0]["problems"])
+
+
+def record(**changed: Any) -> dict[str, Any]:
+    fields = {
+        "id": "q", "options": list("wxyz"), "golds": {"original": 0}, "answers": {"letter": 0}, "raw": "A",
+        "finite": True, "truncated": False, "mojibake": False, "letter_log_probs": [[-1.0] * 4],
+    }  # fmt: skip
+    return fields | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"finite": False, "answers": {"letter": None}}, "collapsed"),
+        ({"truncated": True}, "longer than the model's context"),
+        ({"raw": " "}, "empty"),
+        ({"raw": "cafÃ©"}, "damaged characters"),
+        ({"mojibake": True}, "prompts hold damaged characters"),
+        ({"letter_log_probs": [[-9.0] * 4]}, "could not be read"),
+    ],
+)
+def test_every_check_of_the_audit_can_fail(changed: dict[str, Any], words: str) -> None:
+    assert (
+        audit([record(golds={"original": i % 4}, answers={"letter": i % 4}) for i in range(40)])["problems"]
+        == []
+    )
+    found = audit([record(golds={"original": i % 4}, answers={"letter": i % 4}) | changed for i in range(40)])
+    assert any(words in problem for problem in found["problems"])
+
+
+def test_mojibake_is_told_from_honest_accents() -> None:
+    assert is_mojibake("the worldâ€™s") and is_mojibake("caf\ufffd") and is_mojibake("cafÃ©")
+    assert not is_mojibake("café, naïve, Ångström, São Paulo, 12 °C, “quoted”")
+
+
+def test_prompts_longer_than_the_context_are_cut_and_told(tmp_path: Path) -> None:
+    found = run(tmp_path, FakeAsker(context_length=150), Request(data=SAMPLES, tasks=("hellaswag",)))
+    assert not found["audit"]["ok"]
+
+
+def test_the_chat_template_is_the_models_own() -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    vocabulary = Vocabulary(
+        bos=1, eos=2, bos_text="<s>", eos_text="</s>", adds_bos=True, chat_template="<s>" + template
+    )
+    question = load_questions(TASKS["arc_challenge"], SAMPLES)[0]
+    text = letter_prompt(TASKS["arc_challenge"], question, vocabulary)
+    assert text.startswith("<|user|>Answer the science question.") and text.endswith("<|assistant|>")
+    assert letter_prompt(TASKS["arc_challenge"], question, PLAIN).endswith("\n\nAnswer:")
+
+
+@pytest.mark.parametrize(
+    "template", ["{% if %}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}"]
+)
+def test_a_broken_or_hostile_template_is_one_line(template: str) -> None:
+    vocabulary = Vocabulary(
+        bos=None, eos=None, bos_text="", eos_text="", adds_bos=False, chat_template=template
+    )
+    with pytest.raises(BadInput, match="chat template"):
+        render_chat(vocabulary, [{"role": "user", "content": "hi"}])
+
+
+def test_options_turn_in_a_circle() -> None:
+    question = load_questions(TASKS["arc_challenge"], SAMPLES)[0]
+    assert rotated(question, 0) == question.options
+    assert rotated(question, 1)[0] == question.options[1]
+    assert rotated(question, len(question.options)) == question.options
+
+
+def test_spaces_before_an_ending_go_with_it() -> None:
+    prompt, ending = encode_pair(FakeAsker(), "Question:  ", "yes")
+    assert FakeAsker().text(prompt) == "Question:" and FakeAsker().text(ending) == "  yes"
+
+
+def test_a_sample_is_seeded_and_nested() -> None:
+    questions = load_questions(TASKS["mmlu_redux"], SAMPLES)
+    assert choose(questions, 5, 1) == choose(questions, 20, 1)[:5]
+    assert choose(questions, 20, 1) != choose(questions, 20, 2)
+    assert sorted(q.id for q in choose(questions, 0, 1)) == sorted(q.id for q in questions)
+
+
+def test_the_hub_has_the_same_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for `datasets` with the Hub's own field names."""
+    local = {name: load_questions(task, SAMPLES) for name, task in TASKS.items()}
+    monkeypatch.setitem(sys.modules, "datasets", _hub())
+    monkeypatch.delenv("CEREBELLUM_DATA", raising=False)
+    arc = load_questions(TASKS["arc_challenge"])
+    assert arc == local["arc_challenge"]
+    fetched = {(q.stem, q.options): dict(q.golds) for q in load_questions(TASKS["mmlu_redux"])}
+    for question in local["mmlu_redux"]:
+        expected = {k: v for k, v in question.golds.items() if k != "published_subset"}
+        assert fetched[question.stem, question.options] == expected
+
+
+def _hub() -> SimpleNamespace:
+    rows = {
+        name: [
+            json.loads(line)
+            for line in (SAMPLES / task.file).with_suffix("").read_text("utf-8").split("\n")
+            if line
+        ]
+        for name, task in TASKS.items()
+    }
+
+    def load_dataset(path: str, name: str | None = None, split: str = "") -> list[dict[str, Any]]:
+        if path == "allenai/ai2_arc":
+            return [
+                {
+                    "id": r["id"],
+                    "question": r["question"],
+                    "choices": {"text": r["choices"], "label": r["labels"]},
+                    "answerKey": r["answerKey"],
+                }
+                for r in rows["arc_challenge"]
+            ]
+        return [
+            {
+                "question": r["question"],
+                "choices": r["choices"],
+                "answer": r["answer"],
+                "error_type": r["error_type"],
+                "correct_answer": r["correct_answer_raw"],
+            }
+            for r in rows["mmlu_redux"]
+            if r["subject"] == name
+        ]
+
+    subjects = sorted({r["subject"] for r in rows["mmlu_redux"]})
+    return SimpleNamespace(load_dataset=load_dataset, get_dataset_config_names=lambda _path: subjects)
+
+
+def test_no_data_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CEREBELLUM_DATA", raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(BadInput, match="--data DIR or set CEREBELLUM_DATA"):
+        load_questions(TASKS["hellaswag"])
+    with pytest.raises(BadInput, match="no such file"):
+        load_questions(TASKS["hellaswag"], tmp_path)
+    (tmp_path / "hellaswag_val.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(BadInput, match="cannot be read"):
+        load_questions(TASKS["hellaswag"], tmp_path)
+    (tmp_path / "arc_challenge_test.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(BadInput, match="not the questions of arc_challenge"):
+        load_questions(TASKS["arc_challenge"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--tasks", "winogrande"], "no such benchmark"), (["--data", "/nowhere"], "no such file")],
+)
+def test_wrong_use_is_one_line(arguments: list[str], words: str) -> None:
+    from cerebellum.workspace import DEMO_MODEL
+
+    result = CliRunner().invoke(cli.cli, ["bench", str(DEMO_MODEL), *arguments])
+    assert isinstance(result.exception, BadInput) and words in str(result.exception)
