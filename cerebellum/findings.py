@@ -30,6 +30,7 @@ def findings(evidence: Evidence) -> list[Sentence]:
     """What this run found, most important first."""
     looks: tuple[Callable[[Evidence], Iterator[Sentence]], ...] = (
         _outcome,
+        _over_the_limit,
         _verdicts,
         _rates,
         _families,
@@ -130,6 +131,15 @@ def _outcome(evidence: Evidence) -> Iterator[Sentence]:
         yield (f"{smaller}, with no change of perplexity that could be told on ", text, f": {told}.")
 
 
+def _over_the_limit(evidence: Evidence) -> Iterator[Sentence]:
+    """The limit is kept on the text that chooses; what another text says of it must be said."""
+    limit, change = evidence.limit, evidence.reported
+    if limit is not None and change is not None and change.mean > limit:
+        sure = "surely " if change.low > limit else ""
+        held = f" It held on the text that chose: {with_interval(evidence.whole)}." if evidence.whole else ""
+        yield (f"On the report text that is {sure}over the limit of +{limit:g}%.{held}",)
+
+
 def _verdicts(evidence: Evidence) -> Iterator[Sentence]:
     limit = evidence.limit
     if limit is None:
@@ -147,9 +157,11 @@ def _verdicts(evidence: Evidence) -> Iterator[Sentence]:
             f"{verdict.capitalize()} ({words})", [r for r in clear if r.verdict == verdict], evidence
         )
     room = evidence.plan.get("indifference_pct", 0)
-    yield from _listed(
-        f"Near ties (within {room:g}% of +{limit:g}%, where either verdict will do)", ties, evidence
-    )
+    words = f"within {room:g}% of +{limit:g}%, where either verdict will do"
+    yield from _listed(f"Near ties ({words})", ties, evidence)
+    back = [row for row in evidence.rows if row.verdict == "tolerant" and not row.changed]
+    if any(combination.change.mean > limit for combination in evidence.combinations):
+        yield from _listed(f"Kept all the same, for together they went over +{limit:g}%", back, evidence)
 
 
 def _moves(evidence: Evidence) -> Iterator[Sentence]:

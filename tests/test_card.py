@@ -283,6 +283,21 @@ def test_no_damage_is_claimed_where_none_can_be_told(tmp_path: Path) -> None:
     assert "with no change of perplexity that could be told" in lines[0]
 
 
+@pytest.mark.parametrize(("low", "word"), [(2.9, "is over"), (3.05, "is surely over")])
+def test_a_limit_that_the_report_text_does_not_bear_out(tmp_path: Path, low: float, word: str) -> None:
+    lines = said(tmp_path, verify=verify(delta_pct=3.1, ci_pct=[low, 3.4]))
+    assert lines[1].startswith(f"On the report text that {word} the limit of +3%. It held on the text that")
+    assert not any("over the limit" in line for line in said(tmp_path))
+
+
+def test_the_tolerant_that_went_back_are_named(tmp_path: Path) -> None:
+    changed, measured = plan(), measurements()
+    changed["groups"][3] |= {"chosen_type": "base", "decision": "kept"}
+    measured["measurements"][-1] |= {"delta_pct": 3.2, "ci_pct": [3.0, 3.4]}
+    (line,) = [x for x in said(tmp_path, plan=changed, measurements=measured) if x.startswith("Kept all")]
+    assert line == "Kept all the same, for together they went over +3%: 1 of 9, ffn_gate_shexp."
+
+
 def test_the_blindness_of_a_limit_is_told_where_it_cost_bytes(tmp_path: Path) -> None:
     """Published: the shared experts, demoted, cost three times what the routed ones would have."""
     certain = plan()
