@@ -23,7 +23,7 @@ from cerebellum.stats.sequential import StoppingRule, union_share
 from cerebellum.sweep import SENSITIVE, TOLERANT, UNDECIDED, Measurement, RaceSettings, Threshold, race
 from cerebellum.workspace import DEMO_MODEL, SELECTION_TEXT, Workspace
 
-FAMILIES = (("Q3_K_M", "Q2_K"), ("Q4_K_M", "Q3_K"), ("Q4_K_M", "Q2_K"))
+FAMILIES = (("Q3_K_M", "Q2_K"), ("Q4_K_M", "Q3_K"))
 VECTORS = Path(__file__).parent / "results" / "replay_vectors.npz"
 
 Family = dict[str, NDArray[np.float64]]

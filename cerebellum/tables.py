@@ -41,7 +41,7 @@ def percent(value: float | None, interval: Sequence[float | None] | None = None)
     if value is None:
         return "-"
     text = f"{value:+.2f}%"
-    if interval and None not in interval:
+    if interval and None not in interval and interval[0] != interval[1]:
         text += f" [{interval[0]:+.2f}, {interval[1]:+.2f}]"
     return text
 
@@ -141,7 +141,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     for column in (1, 3):
         table.columns[column].justify = "right"
     for row in plan["groups"]:
-        note = f" (with {', '.join(row['measured_with'])})" if row["measured_with"] else ""
+        note = f" for {1 + len(row['measured_with'])} together" if row["measured_with"] else ""
         table.add_row(
             escape(row["name"]),
             str(row["tensors"]),
