@@ -35,7 +35,7 @@ PROTECTED_PARTS = (
     "ssm_conv1d",
     "per_layer_",
 )
-"""Parts of a role that DESIGN.md's word "protected" covers: routers, norms, embeddings and heads
+"""Parts of a role that are never touched: routers, norms, embeddings and heads
 (those of multi-token prediction too), the convolution, per-layer embeddings."""
 
 LLAMA_CPP_NEVER_QUANTIZES = (
@@ -132,7 +132,7 @@ def layer_of(tensor_name: str) -> int | None:
 
 
 def is_protected(name: str, shape: Sequence[int], architecture: str = "") -> bool:
-    """Say whether a tensor is never touched: DESIGN.md's list and what llama-quantize leaves.
+    """Say whether a tensor is never touched: the list above and what llama-quantize leaves.
 
     A tensor is 1-D when ggml counts it so: trailing dimensions of one do not count.
     """
@@ -183,7 +183,7 @@ def _make_group(role: str, tensors: list[TensorInfo], architecture: str, has_ima
 
 
 def describe(source: Source, groups: Sequence[Group]) -> dict[str, Any]:
-    """Return what `inspect --json` prints and groups.json holds: the contract in DESIGN.md.
+    """Return what `inspect --json` prints and groups.json holds, keys that other programs rely on.
 
     In a group, `tensors` is their number and `tensor_names` their names.
     """
