@@ -2,8 +2,8 @@
 
 Names, shapes and types are those of llama.cpp's converter (conversion/granite.py, mamba.py:
 matrices in F16; norms, routers, ssm_a, ssm_d, conv1d and dt bias in F32) as
-src/models/granite-hybrid.cpp loads them. llama-quantize's own dry run on this file gives
-shared/FIELD.md's 14,645.13 MiB for Q3_K_M. The vocabulary is synthetic and of the real size, so
+src/models/granite-hybrid.cpp loads them. llama-quantize's own dry run on this file gives the published
+14,645.13 MiB for Q3_K_M. The vocabulary is synthetic and of the real size, so
 that reading the header costs what it costs.
 
 The context length is the model's own 131,072; today's converter would write 2**20 for want of rope.

@@ -146,7 +146,7 @@ print(code, "".join(lines).partition("quant size")[2])
 
 
 def test_llama_cpp_reads_the_same_shapes_in_it(granite: Path) -> None:
-    """llama-quantize's own dry run at Q3_K_M: the figure shared/FIELD.md has for the real model."""
+    """llama-quantize's own dry run at Q3_K_M: the published figure for the real model."""
     if importlib.util.find_spec("llama_cpp") is None:
         pytest.skip("llama-cpp-python is not installed")
     done = subprocess.run(
