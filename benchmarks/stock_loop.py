@@ -145,7 +145,7 @@ def main() -> None:
     for result in results:
         show(result)
     path = save(
-        "stock_loop",
+        asked.name,
         {"model": asked.model.name, "text": asked.text.name, "stock": stock_rows, "runs": results},
     )
     print(json.dumps({"saved": str(path)}))
