@@ -7,7 +7,7 @@ runners-up whose predicted damage is within reach; the best *measured* plan ship
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -124,10 +124,10 @@ def _measured(candidate: Candidate, answer: tuple[Score, Score] | None) -> Candi
     score, base = answer
     if not score.finite:
         infinite = Interval(mean=np.inf, low=np.inf, high=np.inf, n=len(base.kld), population=len(base.kld))
-        return Candidate(**{**candidate.__dict__, "kld": infinite, "nll": None})
+        return replace(candidate, kld=infinite, nll=None)
     kld = superpopulation_interval(score.kld - base.kld)
     nll = superpopulation_interval(score.nll - base.nll)
-    return Candidate(**{**candidate.__dict__, "kld": kld, "nll": nll})
+    return replace(candidate, kld=kld, nll=nll)
 
 
 def _misprediction(candidate: Candidate) -> float:
