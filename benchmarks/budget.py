@@ -9,8 +9,10 @@ ours), and a per-tensor allocation that minimises the squared error weighted by 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +20,19 @@ from typing import Any
 import numpy as np
 from common import cerebellum, save
 from gguf import GGMLQuantizationType
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from cerebellum.allocate import Option, solve
 from cerebellum.base import preset_base
 from cerebellum.curves import K_LADDER
-from cerebellum.gguf import TensorSource, fits, parse_type, tensor_bytes, write_gguf
+from cerebellum.gguf import fits, parse_type, tensor_bytes, write_gguf
 from cerebellum.groups import layer_of
 from cerebellum.llama.prediction_cache import PredictionCache
-from cerebellum.llama.quantize import QuantizeJob, quantize, to_float
+from cerebellum.llama.quantize import to_float
 from cerebellum.measure import Measurer, file_variant
 from cerebellum.progress import Silent
+from cerebellum.shards import Variant
 from cerebellum.stats.paired import mean_interval
 from cerebellum.sweep import chunk_order
 from cerebellum.texts import Corpus
@@ -39,7 +41,7 @@ from cerebellum.workspace import DEMO_MODEL, Settings, Workspace
 Types = Mapping[str, GGMLQuantizationType]
 
 N_BANDS = 4
-KLD_CHUNKS = 32
+KLD_CHUNKS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,25 +54,9 @@ class Bench:
     def write(self, name: str, types: Types) -> Path:
         """The source at these types as a GGUF, metadata as the base has it."""
         path = self.folder / f"{name}.gguf"
-        tensors = [self._tensor(tensor, kind) for tensor, kind in types.items()]
+        tensors = [self.workspace.shards.tensor(tensor, kind) for tensor, kind in types.items()]
         write_gguf(path, self.workspace.base.records, tensors, self.workspace.base.alignment)
         return path
-
-    def _tensor(self, name: str, kind: GGMLQuantizationType) -> TensorSource:
-        shape = self.workspace.source.tensors[name].shape
-        return TensorSource(name=name, shape=shape, type=kind, chunks=lambda: self.quantized(name, kind))
-
-    def quantized(self, name: str, kind: GGMLQuantizationType) -> Iterator[NDArray[np.uint8]]:
-        source, matrix = self.workspace.source, self.workspace.matrix
-        job = QuantizeJob(
-            name=name,
-            raw=source.read(name),
-            shape=source.tensors[name].shape,
-            from_type=source.tensors[name].type,
-            to_type=kind,
-            importance=matrix.importance(name),
-        )
-        return quantize(job, self.workspace.settings.threads)
 
     @property
     def free_tensors(self) -> list[str]:
@@ -93,7 +79,7 @@ def weighted_error(bench: Bench, name: str, kind: GGMLQuantizationType) -> float
     source = bench.workspace.source.tensors[name]
     columns = source.shape[0]
     exact = to_float(bench.workspace.source.read(name), source.type, columns).reshape(-1, columns)
-    raw = np.concatenate([np.asarray(part) for part in bench.quantized(name, kind)])
+    raw = np.concatenate([np.asarray(part) for part in bench.workspace.shards.tensor(name, kind).chunks()])
     error = np.square(exact - to_float(raw, kind, columns).reshape(-1, columns))
     importance = bench.workspace.matrix.importance(name)
     weights = np.ones((1, columns), np.float32) if importance is None else importance.reshape(-1, columns)
@@ -181,27 +167,26 @@ class Measuring:
         self.cache.remove()
 
 
-def score_files(bench: Bench, files: Mapping[str, Path], chunks: int) -> dict[str, dict[str, Any]]:
+def score(bench: Bench, variants: Mapping[str, Variant], chunks: int) -> dict[str, dict[str, Any]]:
     """Loss above the source on the report text, KL divergence from it, and the change from the preset."""
     corpus = bench.workspace.report_corpus
     wanted = range(min(chunks or corpus.n_chunks, corpus.n_chunks))
-    with Measuring(bench, corpus, tuple(wanted)[:KLD_CHUNKS]) as measurer:
+    few = tuple(wanted)[:KLD_CHUNKS]
+    with Measuring(bench, corpus, few) as measurer:
         source = measurer.chunk_means(bench.workspace.source_variant, wanted)
-        nll, kld = {}, {}
-        for name, path in files.items():
-            variant = file_variant(path, name)
-            kld[name] = measurer.kld_means(variant, tuple(wanted)[:KLD_CHUNKS])
-            nll[name] = measurer.chunk_means(variant, wanted)
+        kld = {name: measurer.kld_means(variant, few) for name, variant in variants.items()}
+        nll = {name: measurer.chunk_means(variant, wanted) for name, variant in variants.items()}
     loss = {name: float((vector - source).mean()) for name, vector in nll.items()}
     rows = {}
-    for name, path in files.items():
+    for name in variants:
         change = mean_interval(nll[name] - nll["preset"], population=10**9)
+        kld_change = mean_interval(kld[name] - kld["preset"], population=10**9)
         rows[name] = {
-            "bytes": path.stat().st_size,
             "loss_nats": loss[name],
-            "kld_nats": float(kld[name].mean()),
             "less_loss_than_preset_pct": 100 * (1 - loss[name] / loss["preset"]),
             "change_from_preset_nats": [change.mean, change.low, change.high],
+            "kld_nats": float(kld[name].mean()),
+            "kld_change_nats": [kld_change.mean, kld_change.low, kld_change.high],
         }
     return rows
 
@@ -214,7 +199,7 @@ def show(budget: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
         mean, low, high = row["change_from_preset_nats"]
         table.add_row(
             name,
-            f"{row['bytes']:,}",
+            f"{row['bytes']:,}" if row["bytes"] else "",
             f"{row['loss_nats']:.5f}",
             f"{row['less_loss_than_preset_pct']:.1f}%",
             f"{mean:+.5f} [{low:+.5f}, {high:+.5f}]",
@@ -223,37 +208,80 @@ def show(budget: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
     Console(width=110).print(table)
 
 
-def main() -> None:
+def our_plan(folder: Path, asked: argparse.Namespace, budget: str, *flags: str) -> dict[str, Any]:
+    """``cerebellum run --budget``: the plan, what its curves cost in passes over the text, and the time."""
+    command = ["run", asked.model, "-o", folder, "--budget", budget, *flags, *run_flags(asked)]
+    found, seconds = cerebellum(*command)
+    passes = json.loads((folder / "curves.json").read_text())["passes"]
+    kept = {key: found["plan"][key] for key in KEPT}
+    return kept | {"file": found["file"], "passes": passes, "seconds": round(seconds, 1)}
+
+
+def our_variants(bench: Bench, plan: Mapping[str, Any]) -> dict[str, Variant]:
+    """The plans that were measured and not shipped, as variants of the run's own shards."""
+    return {
+        candidate["how"]: bench.workspace.shards.variant(candidate["variant"])
+        for candidate in plan["candidates"]
+        if candidate["variant"]
+    }
+
+
+KEPT = (
+    *("budget_bytes", "file_bytes", "predicted_kld", "measured_kld", "kld_ci"),
+    *("predicted_delta_pct", "measured_delta_pct", "ci_pct", "tradeoff", "joint_factors"),
+    *("candidates", "groups"),
+)
+
+
+def run_flags(asked: argparse.Namespace) -> list[str]:
+    chunks = ["--imatrix-chunks", str(asked.imatrix_chunks), "--report-chunks", "8"]
+    return [*chunks, "--gpu-layers", str(asked.gpu_layers)]
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--budgets", nargs="+", default=["Q2_K", "Q3_K_M", "Q4_K_M"])
     parser.add_argument("--imatrix-chunks", type=int, default=100)
     parser.add_argument("--report-chunks", type=int, default=0, help="0: the whole text")
-    asked = parser.parse_args()
+    parser.add_argument("--gpu-layers", type=int, default=0)
+    parser.add_argument("--name", default="budget", help="of the JSON in results/")
+    return parser.parse_args()
+
+
+def one_budget(asked: argparse.Namespace, scratch: Path, budget: str) -> dict[str, Any]:
+    """All rivals at one size, on the report text."""
+    folder = scratch / "run"
+    by_ppl = our_plan(folder, asked, budget, "--objective", "ppl")
+    shutil.copyfile(by_ppl["file"], scratch / "ppl.gguf")
+    ours = our_plan(folder, asked, budget)
+    workspace = Workspace(folder, Settings.load(folder / "settings.json"), Silent())
+    bench = Bench(workspace=workspace, folder=scratch)
+    with workspace.locked():
+        preset = preset_base(workspace.source, budget, workspace.matrix)
+        files = {
+            "preset": bench.write("preset", preset.types),
+            "Cerebellum": Path(ours["file"]),
+            "by perplexity": scratch / "ppl.gguf",
+            "depth bands": bench.write("bands", band_types(bench, ours["budget_bytes"], band_damages(bench))),
+            "weighted MSE": bench.write("mse", mse_types(bench, ours["budget_bytes"])),
+        }
+        variants = {name: file_variant(path, name) for name, path in files.items()}
+        rows = score(bench, variants | our_variants(bench, ours), asked.report_chunks)
+    for name, row in rows.items():
+        row["bytes"] = files[name].stat().st_size if name in files else None
+    return {"rows": rows, "plan": ours, "plan_by_perplexity": by_ppl}
+
+
+def main() -> None:
+    asked = arguments()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "run"
-        flags = ["--imatrix-chunks", str(asked.imatrix_chunks), "--report-chunks", "8"]
-        damages: list[dict[str, float]] = []
         for budget in asked.budgets:
-            ours, _ = cerebellum("run", asked.model, "-o", folder, "--budget", budget, *flags)
-            workspace = Workspace(folder, Settings.load(folder / "settings.json"), Silent())
-            bench = Bench(workspace=workspace, folder=Path(scratch))
-            with workspace.locked():
-                damages = damages or band_damages(bench)
-                limit = ours["plan"]["budget_bytes"]
-                preset = preset_base(workspace.source, budget, workspace.matrix)
-                files = {
-                    "preset": bench.write("preset", preset.types),
-                    "Cerebellum": Path(ours["file"]),
-                    "depth bands": bench.write("bands", band_types(bench, limit, damages)),
-                    "weighted MSE": bench.write("mse", mse_types(bench, limit)),
-                }
-                rows = score_files(bench, files, asked.report_chunks)
-            show(budget, rows)
-            results[budget] = {"files": rows, "plan": ours["plan"]["groups"]}
-    curves = {"report_chunks": asked.report_chunks}
-    print(save("budget", {"model": asked.model.name, **curves, "budgets": results}))
+            results[budget] = one_budget(asked, Path(scratch), budget)
+            show(budget, results[budget]["rows"])
+    content = {"model": asked.model.name, "report_chunks": asked.report_chunks, "budgets": results}
+    print(save(asked.name, content))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The published 32B table, spent by budget instead of by threshold, at the same size.
 
-Only the demotions were ever measured. What a promotion would gain is a *model*, stated here: damage falls
-by a factor of four with every bit of weight, as squared rounding error does, and is fixed by the recorded
-demotion of the same group. The point is not the number it predicts but where the bytes go.
+Only the demotions were ever measured. What a promotion would gain follows from the model that
+`cerebellum plan HEADER --measurements F --budget SIZE` states (cerebellum/recorded.py). The point is not the
+number it predicts but where the bytes go.
 """
 
 from __future__ import annotations
@@ -16,51 +16,15 @@ from rich.table import Table
 
 from cerebellum.base import preset_base
 from cerebellum.budget import Allocation
-from cerebellum.curves import BASE, K_LADDER, Point
-from cerebellum.gguf import bits_per_weight, parse_type, tensor_bytes
+from cerebellum.curves import BASE, PPL, base_kinds
 from cerebellum.groups import make_groups
-from cerebellum.plan import Sizes, make_units, plan_from, read_measurements
+from cerebellum.plan import Sizes, plan_from, read_measurements
+from cerebellum.recorded import MODEL, recorded_points
 from cerebellum.source import open_source
-from cerebellum.stats.paired import Interval, as_percent
+from cerebellum.stats.paired import as_percent
 from cerebellum.sweep import Threshold
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "granite-4.0-h-small.json"
-
-
-def error_at(sizes: Sizes, name: str, kind: str) -> float:
-    """Mean over a group's weights of 4^-bits, the model's unit of damage."""
-    types = sizes.base_types(name)
-    if kind != BASE:
-        types = dict.fromkeys(types, parse_type(kind))
-    weights = {tensor: tensor_bytes(parse_type("F32"), sizes.tensors[tensor].shape) for tensor in types}
-    total = sum(weights[t] * 4.0 ** -bits_per_weight(kind_) for t, kind_ in types.items())
-    return total / sum(weights.values())
-
-
-def modelled_points(sizes: Sizes, demotion: dict[str, float]) -> list[Point]:
-    """Every group at every K-quant: recorded where it was recorded, modelled elsewhere, nats/token."""
-    points = []
-    for name in sizes.groups:
-        kinds = [kind for kind in K_LADDER if sizes.legal(name, kind)] if name in demotion else []
-        unit = error_at(sizes, name, "Q2_K") - error_at(sizes, name, BASE)
-        for kind in (BASE, *kinds):
-            change = (error_at(sizes, name, kind) - error_at(sizes, name, BASE)) / unit
-            damage = change * demotion[name] if kind != BASE else 0.0
-            delta = Interval(mean=damage, low=damage, high=damage, n=0, population=0)
-            n_bytes = sizes.file_bytes(name, kind)
-            points.append(Point(group=name, kind=kind, n_bytes=n_bytes, kld=delta, nll=delta))
-    return points
-
-
-def recorded_demotions(sizes: Sizes, path: Path) -> dict[str, float]:
-    """Nats of each group at Q2_K; a joint record is shared out by the bytes it saved."""
-    found: dict[str, float] = {}
-    for unit in make_units(read_measurements(path), sizes):
-        assert unit.measurement.delta is not None
-        for name, kind in unit.changes.items():
-            share = sizes.bytes_saved({name: kind}) / unit.bytes_saved
-            found[name] = unit.measurement.delta.mean * share
-    return found
 
 
 def main() -> None:
@@ -72,26 +36,27 @@ def main() -> None:
     base = preset_base(source, "Q3_K_M", None, has_imatrix=True)
     groups = {group.name: group for group in make_groups(source) if not group.protected}
     sizes = Sizes(tensors=source.tensors, groups=groups, base=base)
-    demotion = recorded_demotions(sizes, asked.measurements)
-    threshold = plan_from(read_measurements(asked.measurements), sizes, "Q2_K", Threshold(limit_pct=3.0))
+    recorded = read_measurements(asked.measurements)
+    threshold = plan_from(recorded, sizes, "Q2_K", Threshold(limit_pct=3.0))
     budget = sizes.whole_file_bytes(threshold.changes)
-    found = Allocation(modelled_points(sizes, demotion), sizes).best(budget)
-    assert found is not None
-    plan = found[1]
+    plan = Allocation(recorded_points(recorded, sizes), sizes, PPL).best(budget)
+    assert plan is not None
     table = Table(
-        "group", "base", "threshold plan", "budget plan", "bytes against the base", "modelled change"
+        "group", "base", "threshold plan", "budget plan", "bytes against the base", "change", "% per GB"
     )
-    for name in sizes.groups:
-        kind = plan.changes.get(name, BASE)
-        alone = next(p for p in modelled_points(sizes, demotion) if (p.group, p.kind) == (name, kind))
-        assert alone.kld is not None
+    for point in plan.points:
+        name, kind = point.part.name, point.kind
+        assert point.nll is not None
+        moved = point.n_bytes - sizes.file_bytes(name, BASE)
+        change = as_percent(point.nll.mean)
         table.add_row(
             name,
-            "+".join(sorted({t.name for t in sizes.base_types(name).values()})),
+            "+".join(sorted(base_kinds(point.part, sizes))),
             threshold.changes.get(name, "-"),
             kind if kind != BASE else "-",
-            f"{sizes.file_bytes(name, kind) - sizes.file_bytes(name, BASE):+,}",
-            f"{as_percent(alone.kld.mean):+.2f}%",
+            f"{moved:+,}",
+            f"{change:+.2f}%",
+            f"{abs(change / moved * 1e9):.1f}" if moved else "",
         )
     Console(width=110).print(table)
     saved = sizes.bytes_saved(threshold.changes)
@@ -106,7 +71,7 @@ def main() -> None:
             "threshold_nats": at_threshold,
             "budget_nats": plan.predicted,
             "changes": dict(plan.changes),
-            "model": "damage proportional to 4^-bits, fixed by the recorded demotion of each group",
+            "model": MODEL,
         },
     )
 

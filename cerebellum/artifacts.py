@@ -228,7 +228,8 @@ def _with_step(row: GroupRow, points: Sequence[CurvePoint]) -> GroupRow:
 
 
 def _points(curves: Json) -> Iterator[CurvePoint]:
-    for row in curves["points"]:
+    """Of every part that a plan may treat apart; those of some layers follow from shares (zoom.py)."""
+    for row in curves["parts"]:
         kld, nll = row["kld"], row["nll"]
         yield CurvePoint(
             group=row["group"],
@@ -243,8 +244,8 @@ def _row(row: Json, group: Json, measured: Json, plan: Json) -> GroupRow:
     chosen = row["chosen_type"]
     return GroupRow(
         name=row["name"],
-        role=group.get("role", row["name"]),
-        layers=tuple(group.get("layers", ())),
+        role=row.get("role") or group.get("role", row["name"]),
+        layers=tuple(row.get("layers") or group.get("layers", ())),
         tensors=row["tensors"],
         parameters=group.get("parameters", 0),
         base_type=row["base_type"],

@@ -317,7 +317,7 @@ def _by_limit(evidence: Evidence) -> Sentence:
 
 def _by_budget(evidence: Evidence) -> Sentence:
     measured, plan = evidence.measured, evidence.plan
-    tried = sum(point.kind != BASE for point in evidence.curves)
+    tried = sum(point["type"] != BASE for point in evidence.measured["points"])
     return (
         f"{tried} changes of one group to one type were each measured on {measured['chunks']:,} chunks of "
         f"{measured['ctx']} tokens of ",

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cerebellum import __version__, tables
+from cerebellum.curves import KLD, OBJECTIVES
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.sizes import parse_size
 from cerebellum.tasks import LOGLIKELIHOOD, PROTOCOLS, SAMPLES, TASKS
@@ -154,6 +155,19 @@ source_options = options(
         default=True,
         show_default=True,
         help="With --budget: try IQ types too, where the plan could want them.",
+    ),
+    click.option(
+        "--zoom/--no-zoom",
+        default=True,
+        show_default=True,
+        help="With --budget: treat the layers of a role apart where they differ.",
+    ),
+    click.option(
+        "--objective",
+        type=click.Choice(OBJECTIVES),
+        default=KLD,
+        show_default=True,
+        help="With --budget: what is made least, KL divergence from the source or perplexity.",
     ),
     click.option("--imatrix", type=PathArgument, help="An importance matrix (GGUF or .dat)."),
     click.option("--imatrix-text", type=PathArgument, help="Text to make one from [default: --select-text]."),
@@ -347,8 +361,12 @@ def plan(
     """What to demote: from a run folder, or from a GGUF (its header is enough) and --measurements."""
     asked = {"base": base, "demote": demote, "max_increase_pct": max_increase}
     given = {key: value for key, value in asked.items() if value is not None}
-    if budget or frontier:
+    if target.is_dir() and (budget or frontier):
         _plan_budget(target, budget, frontier, as_json)
+        return
+    if budget:
+        planned = _plan_file(target, measurements, given | {"budget": budget})
+        _answer(planned, as_json, tables.budget_table(planned), tables.budget_summary(planned))
         return
     planned = (
         _plan_folder(target, measurements, given)

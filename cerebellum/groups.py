@@ -1,7 +1,7 @@
 """Source -> groups: which tensors are measured together, which never, and what each may become.
 
-A group is one role over all layers. What a tensor is follows from its GGUF name alone, as in
-llama.cpp's own quantizer, so that any architecture it knows is grouped without a table of ours.
+A group is one role over all layers, or over a span of them. What a tensor is follows from its GGUF name
+alone, as in llama.cpp's own quantizer, so that any architecture it knows is grouped without a table of ours.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -149,19 +149,47 @@ def is_protected(name: str, shape: Sequence[int], architecture: str = "") -> boo
     )
 
 
-def make_groups(source: Source, has_imatrix: bool = True) -> tuple[Group, ...]:
+def make_groups(source: Source, has_imatrix: bool = True, spans: int = 1) -> tuple[Group, ...]:
     """Return the source's groups: first the demotable ones, then the protected ones, each in the
     order in which their roles first appear in the file.
 
-    Without an importance matrix, the types that llama.cpp makes with one only are not legal.
+    With ``spans`` over 1, a role that may be demoted is cut into as many groups of neighbouring layers
+    at most. Without an importance matrix, the types that llama.cpp makes with one only are not legal.
     """
     by_role: dict[str, list[TensorInfo]] = {}
     for tensor in source.tensors.values():
         by_role.setdefault(role_of(tensor.name), []).append(tensor)
-    groups = [
-        _make_group(role, tensors, source.architecture, has_imatrix) for role, tensors in by_role.items()
-    ]
+    groups: list[Group] = []
+    for role, tensors in by_role.items():
+        whole = _make_group(role, tensors, source.architecture, has_imatrix)
+        groups += [whole] if whole.protected else _cut(whole, tensors, spans)
     return tuple(sorted(groups, key=lambda group: group.protected))
+
+
+def _cut(whole: Group, tensors: list[TensorInfo], spans: int) -> list[Group]:
+    """One group for each of ``spans`` spans of layers, as even as can be."""
+    n = min(spans, len(whole.layers))
+    if n < 2 or any(layer_of(t.name) is None for t in tensors):
+        return [whole]
+    cut = [part.tolist() for part in np.array_split(np.array(whole.layers), n)]
+    return [_part(whole, [t for t in tensors if layer_of(t.name) in layers], layers) for layers in cut]
+
+
+def _part(whole: Group, tensors: list[TensorInfo], layers: list[int]) -> Group:
+    return replace(
+        whole,
+        name=span_name(whole.role, layers),
+        layers=tuple(layers),
+        tensors=tuple(t.name for t in tensors),
+        parameters=sum(t.n_elements for t in tensors),
+        n_bytes=sum(t.n_bytes for t in tensors),
+        types=dict(Counter(t.type.name for t in tensors)),
+    )
+
+
+def span_name(role: str, layers: Sequence[int]) -> str:
+    """``ffn_down_exps.0-4`` or, of one layer, ``ffn_down_exps.3``."""
+    return f"{role}.{layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else "")
 
 
 def _make_group(role: str, tensors: list[TensorInfo], architecture: str, has_imatrix: bool) -> Group:

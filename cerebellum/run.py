@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,21 @@ from cerebellum.bench import Request, bench, candidate_from, llama_opener
 from cerebellum.budget import Allocation, budget_json, budget_plan, frontier
 from cerebellum.build import build, output_path
 from cerebellum.curves import (
+    PPL,
+    Effort,
     Point,
     Score,
-    Scorer,
-    between_neighbours,
+    Tried,
     candidates,
-    chunks_within,
+    effort,
+    fine_candidates,
     measure_curves,
-    measure_points,
+    measure_point,
     point_from_json,
 )
 from cerebellum.errors import BadInput
 from cerebellum.groups import make_groups
+from cerebellum.imatrix import ImportanceMatrix
 from cerebellum.llama.prediction_cache import PredictionCache
 from cerebellum.manifest import make_manifest
 from cerebellum.measure import Measurer, drive, with_divergence
@@ -38,17 +42,20 @@ from cerebellum.plan import (
     read_measurements,
     threshold_plan,
 )
+from cerebellum.recorded import MODEL, recorded_points
 from cerebellum.scores import Candidate
 from cerebellum.shards import Variant
 from cerebellum.sizes import parse_size
-from cerebellum.source import open_source
+from cerebellum.source import Source, open_source
 from cerebellum.stats.sequential import StoppingRule, union_share
 from cerebellum.sweep import Changes, Measurement, RaceSettings, Sweep, chunk_order, measure_fixed, race
 from cerebellum.verify import check_file, report, verify_json
 from cerebellum.workspace import Settings, Workspace, read_json, write_json
+from cerebellum.zoom import refined, zoom
 
 _SINGLES_SHARE = 0.5  # of alpha goes to the groups alone, the rest to their combinations
 _KLD_CHUNKS = 8  # the first block of a race: every variant measures these
+_WHOLE_KLD_CHUNKS, _WHOLE_NLL_CHUNKS = 48, 96  # a plan as a whole: what ships deserves more than its parts
 
 
 def run_all(workspace: Workspace, bench: Request | None = None) -> dict[str, Any]:
@@ -139,12 +146,24 @@ def _chosen_sweep(
 
 
 def curves_stage(workspace: Workspace) -> dict[str, Any]:
-    """Every group at every type of the ladder, against the source -> curves.json."""
+    """Every role at every type of the ladder, against the source, and layers apart -> curves.json."""
     workspace.write_source()
-    tried = candidates(workspace.sizes, workspace.settings.types)
-    with _scoring(workspace, len(tried)) as score:
-        points = measure_curves(workspace.sizes, tried, score)
+    sizes, tried = workspace.sizes, candidates(workspace.sizes, workspace.settings.types)
+    spent = _effort(workspace)
+    with _scoring(workspace, spent.chunks) as scoring:
+        points = measure_curves(sizes, tried, scoring.alone)
+        points += zoom(points, sizes, partial(_alone, scoring), spent.probes)
     return _write_curves(workspace, points)
+
+
+def _alone(scoring: _Scoring, tried: Tried) -> Point:
+    return measure_point(tried, scoring.workspace.sizes, scoring.alone, scoring.alone({}))
+
+
+def _effort(workspace: Workspace) -> Effort:
+    """What the curves may cost, the source and the base counted in."""
+    tried = candidates(workspace.sizes, workspace.settings.types)
+    return effort(workspace.settings.curve_passes, len(tried) + 2, workspace.selection.n_chunks)
 
 
 def _write_curves(workspace: Workspace, points: Sequence[Point]) -> dict[str, Any]:
@@ -161,6 +180,7 @@ def _write_curves(workspace: Workspace, points: Sequence[Point]) -> dict[str, An
         "tokens_scored": chunks * variants * corpus.ctx,
         "passes": chunks * variants / corpus.n_chunks,
         "points": [point.as_json() for point in points],
+        "parts": [point.as_json() for point in refined(points, workspace.sizes)],
     }
     write_json(workspace.path("curves.json"), content)
     return content
@@ -169,13 +189,14 @@ def _write_curves(workspace: Workspace, points: Sequence[Point]) -> dict[str, An
 def budget_stage(workspace: Workspace) -> dict[str, Any]:
     """The knapsack's proposals, each measured whole; the best measured one -> plan.json."""
     points, budget = read_points(workspace), budget_bytes(workspace)
-    with _scoring(workspace, len(candidates(workspace.sizes, workspace.settings.types))) as score:
-        points = _refined(workspace, points, budget, score)
-        planning = budget_plan(points, workspace.sizes, budget)
+    spent, objective = _effort(workspace), workspace.settings.objective
+    with _scoring(workspace, spent.chunks) as scoring:
+        points = _with_fine_types(workspace, points, budget, scoring, spent.fine)
+        planning = budget_plan(points, workspace.sizes, budget, objective)
         try:
             changes = next(planning)
             while True:
-                changes = planning.send((score(changes), score({})))
+                changes = planning.send((scoring.whole(changes), scoring.whole({})))
         except StopIteration as stop:
             planned = budget_json(stop.value, workspace.sizes)
     _write_curves(workspace, points)
@@ -183,34 +204,39 @@ def budget_stage(workspace: Workspace) -> dict[str, Any]:
     return planned
 
 
-def _refined(
-    workspace: Workspace, points: tuple[Point, ...], budget: int, score: Scorer
+def _with_fine_types(
+    workspace: Workspace, points: tuple[Point, ...], budget: int, scoring: _Scoring, most: int
 ) -> tuple[Point, ...]:
-    """The curves with the IQ types that the plan for this budget could want."""
-    found = Allocation(points, workspace.sizes).best(budget)
+    """The curves with the IQ types that the plan for this budget could want, ``most`` of them."""
+    sizes = workspace.sizes
+    found = Allocation(refined(points, sizes), sizes, workspace.settings.objective).best(budget)
     if found is None or not workspace.settings.fine_types:
         return points
-    tried = between_neighbours(points, found[1].changes, workspace.sizes)
-    return (*points, *measure_points(workspace.sizes, tried, score, score({})))
+    tried = fine_candidates(points, found.points, sizes)[:most]
+    return (*points, *(_alone(scoring, pair) for pair in tried))
 
 
 def rebudget(workspace: Workspace) -> dict[str, Any]:
     """A plan for another budget from curves.json alone: no model is loaded, nothing is measured."""
-    planning = budget_plan(read_points(workspace), workspace.sizes, budget_bytes(workspace))
+    points, budget = read_points(workspace), budget_bytes(workspace)
+    return _unmeasured(points, workspace.sizes, budget, workspace.settings.objective)
+
+
+def _unmeasured(points: Sequence[Point], sizes: Sizes, budget: int, objective: str) -> dict[str, Any]:
+    """What the curves alone propose, as plan.json has it."""
+    planning = budget_plan(points, sizes, budget, objective)
     try:
         next(planning)
         planning.send(None)
     except StopIteration as stop:
-        return budget_json(stop.value, workspace.sizes)
+        return budget_json(stop.value, sizes)
     raise AssertionError("a plan without measurements asks once")
 
 
 def frontier_of(workspace: Workspace) -> list[dict[str, Any]]:
     """Size and predicted damage of the best plans, from the smallest file to the largest."""
-    found = frontier(read_points(workspace), workspace.sizes)
-    return [
-        {"file_bytes": c.n_bytes, "predicted_kld": c.predicted, "changes": dict(c.changes)} for c in found
-    ]
+    found = frontier(read_points(workspace), workspace.sizes, objective=workspace.settings.objective)
+    return [{"file_bytes": c.n_bytes, "predicted": c.predicted, "changes": dict(c.changes)} for c in found]
 
 
 def read_points(workspace: Workspace) -> tuple[Point, ...]:
@@ -221,29 +247,55 @@ def read_points(workspace: Workspace) -> tuple[Point, ...]:
 def budget_bytes(workspace: Workspace) -> int:
     """The budget as bytes of the file: a size, or a preset's own size for this model."""
     asked = workspace.settings.budget or workspace.base.label
+    return _budget_bytes(asked, workspace.source, workspace.sizes, workspace.matrix)
+
+
+def _budget_bytes(asked: str, source: Source, sizes: Sizes, matrix: ImportanceMatrix | None = None) -> int:
     try:
         return parse_size(asked)
     except ValueError:
-        preset = preset_base(workspace.source, asked, workspace.matrix)
-        return replace(workspace.sizes, base=preset).whole_file_bytes()
+        preset = preset_base(source, asked, matrix, has_imatrix=True)
+        return replace(sizes, base=preset).whole_file_bytes()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scoring:
+    """Scores variants on the first chunks of the seeded order, against the source's own predictions.
+
+    A part alone on ``few`` chunks; a whole plan on more, since it is what ships.
+    """
+
+    workspace: Workspace
+    measurer: Measurer
+    few: tuple[int, ...]
+    many: tuple[int, ...]
+
+    def alone(self, changes: Changes) -> Score:
+        return self._score(changes, self.few, self.few)
+
+    def whole(self, changes: Changes) -> Score:
+        kept = len(self.measurer.cache.chunks) if self.measurer.cache else 0
+        return self._score(changes, self.many, self.many[:kept])
+
+    def _score(self, changes: Changes, for_nll: tuple[int, ...], for_kld: tuple[int, ...]) -> Score:
+        variant = self.workspace.shards.variant(changes)
+        kld = self.measurer.kld_means(variant, for_kld)
+        return Score(nll=self.measurer.chunk_means(variant, for_nll), kld=kld)
 
 
 @contextmanager
-def _scoring(workspace: Workspace, n_variants: int) -> Iterator[Scorer]:
-    """Scores variants on the first chunks of the seeded order against the source's own predictions."""
-    settings, corpus = workspace.settings, workspace.selection
-    n_chunks = chunks_within(settings.curve_passes, n_variants + 2, corpus.n_chunks)
-    order = chunk_order(corpus.n_chunks, settings.seed)[:n_chunks]
-    with _measuring(workspace, workspace.source_variant, order) as measurer:
-        chunks = order[: len(measurer.cache.chunks)] if measurer.cache else order
-        measurer.nll(workspace.source_variant, chunks)
-
-        def score(changes: Changes) -> Score:
-            variant = workspace.shards.variant(changes)
-            kld = measurer.kld_means(variant, chunks)
-            return Score(nll=measurer.chunk_means(variant, chunks), kld=kld)
-
-        yield score
+def _scoring(workspace: Workspace, n_chunks: int) -> Iterator[_Scoring]:
+    """Opens what scoring needs; the source's predictions are kept on disk meanwhile."""
+    corpus = workspace.selection
+    order = chunk_order(corpus.n_chunks, workspace.settings.seed)
+    kept = order[: max(n_chunks, _WHOLE_KLD_CHUNKS)]
+    with _measuring(workspace, workspace.source_variant, kept) as measurer:
+        n_kept = len(measurer.cache.chunks) if measurer.cache else 0
+        if n_kept < 2:
+            raise BadInput("--kld-cache: too small for the predictions of two chunks; give it more")
+        measurer.nll(workspace.source_variant, kept[:n_kept])
+        few, many = kept[: min(n_chunks, n_kept)], order[: max(n_chunks, _WHOLE_NLL_CHUNKS)]
+        yield _Scoring(workspace=workspace, measurer=measurer, few=few, many=many)
 
 
 def replan(workspace: Workspace, measurements: Path) -> dict[str, Any]:
@@ -260,7 +312,11 @@ def plan_header(settings: Settings, measurements: Path) -> dict[str, Any]:
     groups = {group.name: group for group in make_groups(source) if not group.protected}
     sizes = Sizes(tensors=source.tensors, groups=groups, base=base)
     found = read_measurements(measurements)
-    return plan_json(plan_from(found, sizes, settings.demote, settings.threshold), sizes)
+    if settings.budget is None:
+        return plan_json(plan_from(found, sizes, settings.demote, settings.threshold), sizes)
+    points = recorded_points(found, sizes)
+    planned = _unmeasured(points, sizes, _budget_bytes(settings.budget, source, sizes), PPL)
+    return planned | {"model": MODEL}
 
 
 def build_stage(workspace: Workspace) -> Path:
@@ -325,7 +381,8 @@ def card_stage(folder: Path, repo: str | None = None) -> tuple[Path, ...]:
 def planned_changes(workspace: Workspace) -> dict[str, str]:
     """The groups that plan.json changes, with their types."""
     rows = read_json(workspace.path("plan.json"))["groups"]
-    return {row["name"]: row["chosen_type"] for row in rows if row["chosen_type"] != "base"}
+    changed = [row for row in rows if row["chosen_type"] != "base"]
+    return {name: row["chosen_type"] for row in changed for name in row.get("members") or [row["name"]]}
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from cerebellum.source import Source
 
 BASE = "base"
 PROTECTED = "protected"
+_LABELLED = 12  # changes that a label still names
 
 Changes = Mapping[str, str]
 """A variant in code: group name -> type name; groups not named stay at the base."""
@@ -77,8 +78,16 @@ class Shards:
         paths = [self.path(PROTECTED, BASE)]
         paths += [self.path(name, changes.get(name, BASE)) for name in self.groups]
         content = "".join(self._hashes[path] for path in paths)
-        text = label or ", ".join(f"{name}:{kind}" for name, kind in sorted(changes.items())) or BASE
-        return Variant(label=text, paths=tuple(paths), digest=hashlib.sha256(content.encode()).hexdigest())
+        return Variant(
+            label=label or _label(changes),
+            paths=tuple(paths),
+            digest=hashlib.sha256(content.encode()).hexdigest(),
+        )
+
+    def tensor(self, name: str, kind: GGMLQuantizationType) -> TensorSource:
+        """One tensor of the source at a type, quantized when it is written."""
+        shape = self._recipe.source.tensors[name].shape
+        return TensorSource(name=name, shape=shape, type=kind, chunks=lambda: self._bytes(name, kind))
 
     def path(self, name: str, kind: str) -> Path:
         """The shard of one group at one type (or BASE); written if it is not there."""
@@ -131,7 +140,7 @@ class Shards:
             encode_kv("split.count", count, GGUFValueType.UINT16),
             encode_kv("split.tensors.count", total, GGUFValueType.INT32),
         )
-        tensors = [self._tensor(tensor, kind) for tensor, kind in types.items()]
+        tensors = [self.tensor(tensor, kind) for tensor, kind in types.items()]
         write_gguf(path, (*records, *split), tensors, self._alignment(records))
 
     def _split_numbers(self, name: str) -> tuple[int, int, int]:
@@ -140,10 +149,6 @@ class Shards:
     def _alignment(self, records: tuple[bytes, ...]) -> int:
         """Only the shard with the metadata carries general.alignment; the others use the default."""
         return self._recipe.base.alignment if records else 32
-
-    def _tensor(self, name: str, kind: GGMLQuantizationType) -> TensorSource:
-        shape = self._recipe.source.tensors[name].shape
-        return TensorSource(name=name, shape=shape, type=kind, chunks=lambda: self._bytes(name, kind))
 
     def _bytes(self, name: str, kind: GGMLQuantizationType) -> Iterator[NDArray[np.uint8]]:
         base = self._recipe.base
@@ -160,6 +165,13 @@ class Shards:
             importance=matrix.importance(name) if matrix else None,
         )
         yield from quantize(job, self._recipe.threads)
+
+
+def _label(changes: Changes) -> str:
+    """For people: every change, or, of a whole plan, how many."""
+    if len(changes) > _LABELLED:
+        return f"a plan of {len(changes)} changes"
+    return ", ".join(f"{name}:{kind}" for name, kind in sorted(changes.items())) or BASE
 
 
 def types_as_names(types: Mapping[str, GGMLQuantizationType]) -> dict[str, str]:

@@ -175,20 +175,31 @@ def budget_table(plan: Mapping[str, Any]) -> Table:
 
 def budget_summary(plan: Mapping[str, Any]) -> str:
     """Bytes against the budget, and the sum of the parts against the whole."""
-    text = f"file {plan['file_bytes']:,} bytes of {plan['budget_bytes']:,}; KL divergence from the source "
-    text += f"against the base's: predicted {plan['predicted_kld']:+.5f}"
+    text = f"file {plan['file_bytes']:,} bytes of {plan['budget_bytes']:,}; "
     if plan["measured_kld"] is None:
-        return text + ", not measured (run `build` and `verify`)"
+        return text + f"{_predicted(plan)}, not measured" + _stated_model(plan)
     low, high = plan["kld_ci"]
-    text += f", measured {plan['measured_kld']:+.5f} [{low:+.5f}, {high:+.5f}] nats; "
-    return text + f"perplexity against the base {percent(plan['measured_delta_pct'], plan['ci_pct'])}"
+    text += f"KL divergence from the source against the base's: predicted {plan['predicted_kld']:+.5f}, "
+    text += f"measured {plan['measured_kld']:+.5f} [{low:+.5f}, {high:+.5f}] nats; "
+    text += f"perplexity against the base {percent(plan['measured_delta_pct'], plan['ci_pct'])}"
+    return text + (f"\n[yellow]note:[/] {plan['tradeoff']}" if plan.get("tradeoff") else "")
+
+
+def _predicted(plan: Mapping[str, Any]) -> str:
+    if plan["predicted_kld"] is None:
+        return f"predicted perplexity against the base {percent(plan['predicted_delta_pct'])}"
+    return f"predicted KL divergence from the source against the base's {plan['predicted_kld']:+.5f} nats"
+
+
+def _stated_model(plan: Mapping[str, Any]) -> str:
+    return f"; types that nobody measured: {plan['model']}" if plan.get("model") else ""
 
 
 def frontier_table(curve: Sequence[Mapping[str, Any]]) -> Table:
     """Size against predicted damage."""
     table = Table("file", "KL change, predicted", "groups changed", title="Frontier")
     for row in curve:
-        table.add_row(size(row["file_bytes"]), f"{row['predicted_kld']:+.5f}", str(len(row["changes"])))
+        table.add_row(size(row["file_bytes"]), f"{row['predicted']:+.5f}", str(len(row["changes"])))
     return table
 
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from cerebellum import imatrix
 from cerebellum.base import Base, file_base, preset_base
-from cerebellum.curves import K_LADDER
+from cerebellum.curves import K_LADDER, KLD
 from cerebellum.errors import BadInput
 from cerebellum.files import atomic_write_text
 from cerebellum.gguf import parse_weight_type
@@ -36,6 +36,8 @@ DATA = Path(__file__).parent / "data"
 DEMO_MODEL = DATA / "cerebellum-demo.F16.gguf"
 SELECTION_TEXT = DATA / "selection.txt"
 REPORT_TEXT = DATA / "report.txt"
+
+_SPANS = 8  # of layers that a budget may treat apart: finer ones cost measurements and files, and gain little
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,9 @@ class Settings:
     budget: str | None = None
     types: tuple[str, ...] = K_LADDER
     fine_types: bool = True
-    curve_passes: float = 1.5
+    zoom: bool = True
+    objective: str = KLD
+    curve_passes: float = 2.0
     seed: int = 1
     allow_requantize: bool = False
 
@@ -159,7 +163,9 @@ class Workspace:
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        return make_groups(self.source, has_imatrix=True)
+        """By role; for a budget cut into spans of layers, so that a plan can treat them apart."""
+        apart = self.settings.budget is not None and self.settings.zoom
+        return make_groups(self.source, has_imatrix=True, spans=_SPANS if apart else 1)
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -240,7 +246,7 @@ class Workspace:
 
     def write_source(self) -> None:
         """source.json and groups.json."""
-        described = describe(self.source, self.groups)
+        described = describe(self.source, make_groups(self.source))
         groups = described.pop("groups")
         described |= {
             "path": self.source.path.name,
