@@ -229,7 +229,7 @@ def _with_step(row: GroupRow, points: Sequence[CurvePoint]) -> GroupRow:
 
 def _points(curves: Json) -> Iterator[CurvePoint]:
     """Of every part that a plan may treat apart; those of some layers follow from shares (zoom.py)."""
-    for row in curves["parts"]:
+    for row in curves.get("parts") or curves["points"]:
         kld, nll = row["kld"], row["nll"]
         yield CurvePoint(
             group=row["group"],

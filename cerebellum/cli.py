@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cerebellum import __version__, tables
-from cerebellum.curves import KLD, OBJECTIVES
+from cerebellum.curves import K_LADDER, KLD, OBJECTIVES
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.sizes import parse_size
 from cerebellum.tasks import LOGLIKELIHOOD, PROTOCOLS, SAMPLES, TASKS
@@ -150,6 +150,12 @@ source_options = options(
     click.option("--demote", default="Q2_K", show_default=True, help="Type that groups are tried at."),
     click.option("--max-increase", type=Percent(), default="3%", show_default=True, help="Limit on damage."),
     click.option("--budget", help="Instead of a limit: the best file of this SIZE or PRESET's size."),
+    click.option(
+        "--types",
+        default=",".join(K_LADDER),
+        show_default=True,
+        help="With --budget: the types that every group is measured at.",
+    ),
     click.option(
         "--fine-types/--no-fine-types",
         default=True,
@@ -573,6 +579,7 @@ def _settings(asked: dict[str, Any]) -> Settings:
     asked["max_increase_pct"] = asked.pop("max_increase")
     asked["indifference_pct"] = asked.pop("indifference")
     asked["kld_cache_bytes"] = asked.pop("kld_cache")
+    asked["types"] = tuple(kind.strip() for kind in asked["types"].split(",") if kind.strip())
     from cerebellum.hub import download, is_address  # huggingface_hub takes half a second to load
 
     address = str(asked["source"])
@@ -622,7 +629,8 @@ def _plan_shown(workspace: Workspace, planned: dict[str, Any]) -> tuple[Any, ...
 def _plan_budget(folder: Path, budget: str | None, frontier: bool, as_json: bool) -> None:
     from cerebellum.run import frontier_of, rebudget
 
-    workspace = Workspace.reopen(folder, ProgressReporter(), **({"budget": budget} if budget else {}))
+    given = {"budget": budget} if budget else {}
+    workspace = Workspace.reopen(folder, ProgressReporter(), planning=True, **given)
     if frontier:
         curve = frontier_of(workspace)
         _answer(curve, as_json, tables.frontier_table(curve))
@@ -636,7 +644,7 @@ def _plan_budget(folder: Path, budget: str | None, frontier: bool, as_json: bool
 def _plan_folder(folder: Path, measurements: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     from cerebellum.run import replan
 
-    workspace = Workspace.reopen(folder, ProgressReporter(), **given)
+    workspace = Workspace.reopen(folder, ProgressReporter(), planning=True, **given)
     with workspace.locked():
         planned = replan(workspace, measurements or workspace.path("measurements.json"))
         write_json(workspace.path("plan.json"), planned)

@@ -80,8 +80,8 @@ def run_all(workspace: Workspace, bench: Request | None = None) -> dict[str, Any
 def measure_stage(workspace: Workspace) -> dict[str, Any]:
     """Every group alone at the demoted type -> measurements.json."""
     workspace.write_source()
-    workspace.check_space()
     candidates = demotable(workspace.sizes, workspace.settings.demote)
+    workspace.check_space(candidates)
     alpha = union_share(workspace.settings.alpha * _SINGLES_SHARE, len(candidates))
     with _measuring(workspace) as measurer:
         found = _sweep(workspace, measurer, candidates, alpha)
@@ -149,6 +149,7 @@ def curves_stage(workspace: Workspace) -> dict[str, Any]:
     """Every role at every type of the ladder, against the source, and layers apart -> curves.json."""
     workspace.write_source()
     sizes, tried = workspace.sizes, candidates(workspace.sizes, workspace.settings.types)
+    workspace.check_space(part.at(kind) for part, kind in tried)
     spent = _effort(workspace)
     with _scoring(workspace, spent.chunks) as scoring:
         points = measure_curves(sizes, tried, scoring.alone)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -25,11 +25,11 @@ from cerebellum.ledger import Ledger
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.llama.presets import parse_preset
 from cerebellum.memory import plain_metadata
-from cerebellum.plan import Sizes, demotable
+from cerebellum.plan import Sizes
 from cerebellum.progress import Reporter
 from cerebellum.shards import Recipe, Shards, Variant
 from cerebellum.source import Source, open_source
-from cerebellum.sweep import Threshold
+from cerebellum.sweep import Changes, Threshold
 from cerebellum.texts import Corpus, load_corpus
 
 DATA = Path(__file__).parent / "data"
@@ -101,10 +101,13 @@ class Workspace:
     """A run folder, opened. Everything is made when first needed and then kept.
 
     Use ``with workspace.locked():`` around anything that writes, so that two runs never share a folder.
+    With ``planning`` no weights are read: the source's hash is the one that the run recorded.
     """
 
-    def __init__(self, folder: Path, settings: Settings, reporter: Reporter) -> None:
-        self.folder, self.settings, self.reporter = folder, settings, reporter
+    def __init__(
+        self, folder: Path, settings: Settings, reporter: Reporter, *, planning: bool = False
+    ) -> None:
+        self.folder, self.settings, self.reporter, self.planning = folder, settings, reporter, planning
         self.engine = LlamaEngine(EngineSettings(threads=settings.threads, gpu_layers=settings.gpu_layers))
         for kind in (settings.demote, *settings.types):
             parse_weight_type(kind)
@@ -112,12 +115,12 @@ class Workspace:
             parse_preset(settings.base)
 
     @classmethod
-    def reopen(cls, folder: Path, reporter: Reporter, **changed: Any) -> Workspace:
+    def reopen(cls, folder: Path, reporter: Reporter, *, planning: bool = False, **changed: Any) -> Workspace:
         """A folder that ``run`` or ``measure`` made earlier, with other settings where given."""
         path = folder / "settings.json"
         if not path.exists():
             raise BadInput(f"{folder}: not a run folder (no settings.json); start with `cerebellum run`")
-        return cls(folder, replace(Settings.load(path), **changed), reporter)
+        return cls(folder, replace(Settings.load(path), **changed), reporter, planning=planning)
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -174,6 +177,8 @@ class Workspace:
     @cached_property
     def source_sha256(self) -> str:
         """Full content hash, read once, with progress where it is long."""
+        if self.planning and self.path("source.json").exists():
+            return str(read_json(self.path("source.json"))["sha256"])
         mebibytes = max(1, self.source.n_bytes >> 20)
         with self.reporter.task("hashing the source", mebibytes) as tick:
             done = 0
@@ -258,18 +263,18 @@ class Workspace:
         write_json(self.path("source.json"), described)
         write_json(self.path("groups.json"), groups)
 
-    def check_space(self) -> None:
-        """BadInput before any work if shards and result cannot fit on the disk."""
-        kind, sizes = self.settings.demote, self.sizes
-        demoted = sum(sizes.bytes_at(name, kind) for changes in demotable(sizes, kind) for name in changes)
+    def check_space(self, tried: Iterable[Changes]) -> None:
+        """BadInput before any work if base, result and a shard for every change cannot fit on the disk."""
+        changed = sum(self.sizes.bytes_at(name, kind) for changes in tried for name, kind in changes.items())
         shards = self.path("shards")
         present = sum(p.stat().st_size for p in shards.glob("*.gguf")) if shards.exists() else 0
-        needed = 2 * sizes.total({}) + demoted - present
+        needed = 2 * self.sizes.total({}) + changed - present
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise BadInput(
-                f"{self.folder}: {needed / 1e9:.2f} GB are needed (base, one demotion of each group, "
-                f"result), {free / 1e9:.2f} GB are free; choose a larger disk with -o"
+                f"{self.folder}: {needed / 1e9:.2f} GB are needed (base, result, every group at every type "
+                f"tried), {free / 1e9:.2f} GB are free; choose a larger disk with -o"
+                + (", or fewer --types" if self.settings.budget else "")
             )
 
 

@@ -1,0 +1,109 @@
+"""`run --budget` from end to end on the embedded model: curves, layers apart, a plan, the file, its card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cerebellum
+from tiny import ledger_rows, run_process
+
+from cerebellum.gguf import read_gguf
+from cerebellum.workspace import SELECTION_TEXT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgeted:
+    """A finished run, and how it was asked for."""
+
+    folder: Path
+    arguments: list[object]
+    answer: dict[str, Any]
+
+    def read(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def budgeted(tmp_path_factory: pytest.TempPathFactory, embedded: Path, report_text: Path) -> Budgeted:
+    """At the size of Q3_K_M, from two types for each group, in a process of its own."""
+    folder = tmp_path_factory.mktemp("budgeted") / "run"
+    text = folder.parent / "select.txt"
+    text.write_text(SELECTION_TEXT.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+    flags = "--ctx 64 --imatrix-chunks 2 --report-chunks 3 --threads 2 --budget Q3_K_M --types Q2_K,Q4_K"
+    texts = ("--select-text", text, "--report-text", report_text)
+    arguments = ["run", embedded, "-o", folder, *flags.split(), "--no-fine-types", *texts]
+    ran = run_process(*arguments, "--json")
+    assert ran.code == 0, ran.err
+    return Budgeted(folder=folder, arguments=arguments, answer=ran.json)
+
+
+def test_the_file_is_within_the_budget_to_the_byte(budgeted: Budgeted) -> None:
+    plan, path = budgeted.read("plan.json"), Path(budgeted.answer["file"])
+    assert path.stat().st_size == plan["file_bytes"] <= plan["budget_bytes"]
+    types = {tensor.name: tensor.type.name for tensor in read_gguf(path).tensors}
+    assert types == plan["tensor_types"]
+    assert budgeted.answer["verify"]["ok"]
+
+
+def test_the_curves_cost_two_passes_at_most_and_layers_were_told_apart(budgeted: Budgeted) -> None:
+    curves = budgeted.read("curves.json")
+    assert 0 < curves["passes"] <= 2
+    assert any(len(point["members"]) == 1 and "." in point["group"] for point in curves["points"])
+    assert {len(point["members"]) for point in curves["points"] if point["type"] == "base"} >= {2, 4, 6}
+
+
+def test_what_shipped_was_measured_whole_and_is_the_best_of_what_was(budgeted: Budgeted) -> None:
+    plan = budgeted.read("plan.json")
+    measured = [row["measured_kld"] for row in plan["candidates"]]
+    assert plan["measured_kld"] == min(measured) and plan["kld_ci"] and plan["ci_pct"]
+    assert any(row["how"] == "the base itself" for row in plan["candidates"])
+    rows = {name: row["chosen_type"] for row in plan["groups"] for name in row["members"]}
+    assert len(rows) == sum(len(row["members"]) for row in plan["groups"]), "no group twice"
+
+
+def test_the_same_command_again_measures_nothing_and_decides_the_same(
+    budgeted: Budgeted, cerebellum: Cerebellum
+) -> None:
+    plan, rows = budgeted.read("plan.json"), ledger_rows(budgeted.folder)
+    ran = cerebellum(*budgeted.arguments, "--json")
+    assert ran.code == 0, ran.err
+    assert ledger_rows(budgeted.folder) == rows
+    assert ran.json["plan"] == plan
+
+
+def test_another_budget_needs_no_model(budgeted: Budgeted, cerebellum: Cerebellum) -> None:
+    before, rows = (budgeted.folder / "plan.json").read_bytes(), ledger_rows(budgeted.folder)
+    smaller = cerebellum("plan", budgeted.folder, "--budget", "6.5MB", "--json").json
+    assert smaller["file_bytes"] <= 6_500_000 and smaller["measured_kld"] is None
+    frontier = cerebellum("plan", budgeted.folder, "--frontier", "--json").json
+    damages = [row["predicted"] for row in frontier]
+    assert damages == sorted(damages, reverse=True) and len(frontier) > 5
+    assert ledger_rows(budgeted.folder) == rows
+    (budgeted.folder / "plan.json").write_bytes(before)
+
+
+def test_an_unreachable_budget_is_no_and_leaves_the_plan(budgeted: Budgeted, cerebellum: Cerebellum) -> None:
+    before = (budgeted.folder / "plan.json").read_bytes()
+    ran = cerebellum("plan", budgeted.folder, "--budget", "1MB")
+    assert ran.code == 1 and "the smallest file" in ran.err and len(ran.err.splitlines()) == 1
+    assert (budgeted.folder / "plan.json").read_bytes() == before
+
+
+def test_a_card_and_a_report_tell_it(budgeted: Budgeted) -> None:
+    card = (budgeted.folder / "README.md").read_text()
+    assert "knapsack" in card
+    for row in budgeted.read("plan.json")["groups"]:
+        assert row["name"] in card
+    assert (budgeted.folder / "report.html").stat().st_size > 10_000
+
+
+def test_the_file_can_be_made_again_bit_for_bit(
+    budgeted: Budgeted, cerebellum: Cerebellum, tmp_path: Path, embedded: Path
+) -> None:
+    manifest = budgeted.folder / "manifest.json"
+    ran = cerebellum("reproduce", manifest, "--source", embedded, "-o", tmp_path, "--json")
+    assert ran.code == 0 and ran.json["ok"], ran.out
