@@ -38,7 +38,7 @@ from cerebellum.plan import (
     read_measurements,
     threshold_plan,
 )
-from cerebellum.scores import Candidate
+from cerebellum.questions.scores import Candidate
 from cerebellum.shards import Variant
 from cerebellum.sizes import parse_size
 from cerebellum.source import open_source
