@@ -1,9 +1,11 @@
-"""Questions a second, and the same scores: the bench against one question at a time and llama-perplexity.
+"""Questions a second, and the same answers: the bench against stock llama-perplexity, question by question.
 
     python benchmarks/questions.py MODEL --data DIR --llama-perplexity BIN [--task hellaswag] [--limit 400]
 
-Everything runs on the same questions, in the same process or right after it. Stock llama.cpp gets its
-own file formats: --hellaswag six lines a question, --multiple-choice a binary file.
+Every run answers the same questions: the bench in batches, one question at a time, one option at a
+time, and llama-perplexity's --hellaswag or --multiple-choice with its defaults and with questions
+batched. llama-perplexity prints a running mean, so which of its answers were right can be told; where
+two runs disagree, the bench's own margin says by how much the answer was decided. JSON goes to stdout.
 """
 
 from __future__ import annotations
@@ -16,42 +18,78 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cerebellum.answers import Exam, answers, prepare
+import numpy as np
+
 from cerebellum.llama.asking import Ask
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.llama.sequences import Room, Sequences, open_asker
-from cerebellum.tasks import LOGLIKELIHOOD, TASKS, Question, choose, load_questions
+from cerebellum.questions.answers import Exam, answers, prepare
+from cerebellum.questions.tasks import LOGLIKELIHOOD, TASKS, Question, choose, load_questions
 
-STOCK_CTX = 512
+ROOM = re.compile(r"(\d+)x(\d+)")  # cells of the context x tokens of a decode
+STOCK = {
+    "stock": [],  # one question a decode, four sequences
+    "stock_np128": ["-np", "128", "-c", "16"],  # 2,048 cells for up to 32 questions
+    "stock_np128_8k": ["-np", "128", "-c", "64", "-b", "2048", "-ub", "2048"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """One run: which questions it had right, in the order of the questions, and what it cost."""
+
+    name: str
+    right: tuple[bool, ...]
+    seconds: float
+    details: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        n = len(self.right)
+        rate = round(n / self.seconds, 2)
+        return {
+            "questions": n,
+            "right": sum(self.right),
+            "seconds": round(self.seconds, 2),
+            "per_second": rate,
+        } | self.details
 
 
 def main() -> None:
     args = parse(sys.argv[1:])
     task = TASKS[args.task]
-    questions = [q for q in load_questions(task, args.data) if len(q.options) == 4]
-    chosen = tuple(choose(questions, args.limit, 1))
-    exam = Exam(task=task, protocol=LOGLIKELIHOOD, questions=chosen)
-    found: dict[str, Any] = {"model": args.model.name, "task": args.task, "questions": len(chosen)}
-    engine = LlamaEngine(EngineSettings(threads=args.threads))
-    found["ours"] = timed(lambda: ours(engine, args, exam), len(chosen))
-    print("ours", found["ours"], file=sys.stderr)
-    few = Exam(task=task, protocol=LOGLIKELIHOOD, questions=chosen[: args.slow_limit])
-    if few.questions:
-        for name, split in (("one_question_at_a_time", False), ("one_option_at_a_time", True)):
-            found[name] = timed(
-                lambda split=split: one_at_a_time(engine, args, few, split=split), args.slow_limit
-            )
-            print(name, found[name], file=sys.stderr)
-    if args.llama_perplexity:
-        for name, extra in (("stock", []), ("stock_np128", ["-np", "128", "-c", "16"])):
-            if name in args.stock:
-                found[name] = timed(lambda extra=extra: stock(args, chosen, extra), len(chosen))
-                print(name, found[name], file=sys.stderr)
-    print(json.dumps(found, indent=2))
+    questions = [q for q in load_questions(task, args.data) if stock_can_read(q)]
+    exam = Exam(task=task, protocol=LOGLIKELIHOOD, questions=tuple(choose(questions, args.limit, 1)))
+    runs, records = [], {}
+    for answered, found in every_run(args, exam):
+        print(answered.name, answered.as_json(), file=sys.stderr, flush=True)
+        runs.append(answered)
+        records = records or found
+    found = {
+        "model": args.model.name,
+        "task": args.task,
+        "gpu_layers": args.gpu_layers,
+        "runs": {run.name: run.as_json() for run in runs},
+        "disagreements": [differences(exam, records, a, b) for a, b in pairs(runs)],
+    }
+    print(json.dumps(found, indent=1))
+
+
+def stock_can_read(question: Question) -> bool:
+    """Four options, none of them the beginning of all: --multiple-choice reads past the end of such."""
+    options = question.options
+    return len(options) == 4 and not any(all(o.startswith(start) for o in options) for start in options)
+
+
+def pairs(runs: Sequence[Answered]) -> list[tuple[Answered, Answered]]:
+    """The bench's first run with each other run, and stock llama.cpp's with each other."""
+    stocks = [run for run in runs if run.name in STOCK]
+    return [(runs[0], run) for run in runs[1:]] + [(stocks[0], run) for run in stocks[1:]]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -62,63 +100,155 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=400)
     parser.add_argument("--slow-limit", type=int, default=40, help="questions for the one-at-a-time runs")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cells", type=int, help="of the context [default: what suits the machine]")
+    parser.add_argument("--gpu-layers", type=int, default=0)
+    parser.add_argument("--room", nargs="*", default=[], help="more runs: CELLSxPIECE, such as 8192x2048")
     parser.add_argument("--llama-perplexity", type=Path)
-    parser.add_argument("--stock", nargs="*", default=["stock", "stock_np128"])
+    parser.add_argument("--stock", nargs="*", choices=list(STOCK), default=["stock", "stock_np128"])
     return parser.parse_args(arguments)
 
 
-def timed(work: Callable[[], dict[str, Any]], n: int) -> dict[str, Any]:
+Records = dict[str, dict[str, Any]]
+
+
+def every_run(args: argparse.Namespace, exam: Exam) -> Iterator[tuple[Answered, Records]]:
+    engine = LlamaEngine(EngineSettings(threads=args.threads, gpu_layers=args.gpu_layers))
+    rooms = {"ours": Room()} | {f"ours_{text}": room(text) for text in args.room}
+    for name, size in rooms.items():
+        yield ours(name, engine, args.model, exam, size)
+    few = Exam(task=exam.task, protocol=exam.protocol, questions=exam.questions[: args.slow_limit])
+    if few.questions:
+        yield one_at_a_time("one_question_at_a_time", engine, args.model, few, split=False), {}
+        yield one_at_a_time("one_option_at_a_time", engine, args.model, few, split=True), {}
+    if args.llama_perplexity:
+        for name in args.stock:
+            yield stock(name, args, exam.questions), {}
+
+
+def room(text: str) -> Room:
+    found = ROOM.fullmatch(text)
+    if not found:
+        raise SystemExit(f"--room {text}: wanted CELLSxPIECE, such as 8192x2048")
+    return Room(cells=int(found[1]), piece=int(found[2]))
+
+
+def ours(name: str, engine: LlamaEngine, model: Path, exam: Exam, size: Room) -> tuple[Answered, Records]:
     started = time.perf_counter()
-    found = work()
-    seconds = time.perf_counter() - started
-    return found | {"questions": n, "seconds": round(seconds, 2), "per_second": round(n / seconds, 2)}
-
-
-def ours(engine: LlamaEngine, args: argparse.Namespace, exam: Exam) -> dict[str, Any]:
-    with open_asker(engine, [args.model], Room(cells=args.cells)) as asker:
+    with open_asker(engine, [model], size) as asker:
+        loaded = time.perf_counter()
         prepared = [prepare(asker, exam, question) for question in exam.questions]
-        records = list(answers(asker, exam, prepared))
-        metrics = ("acc", "acc_norm", "acc_token")
-        right = {metric: sum(bool(r["correct"][metric]) for r in records) for metric in metrics}
-        return {"right": right, "decoded_tokens": asker.decoded_tokens}
+        ready = time.perf_counter()
+        records = {str(r["id"]): dict(r) for r in answers(asker, exam, prepared)}
+        done = time.perf_counter()
+    metrics = ("acc", "acc_norm", "acc_token")
+    return Answered(
+        name=name,
+        right=tuple(bool(records[q.id]["correct"]["acc_token"]) for q in exam.questions),
+        seconds=done - started,
+        details={
+            "load_seconds": round(loaded - started, 2),
+            "tokenize_seconds": round(ready - loaded, 2),
+            "decoded_tokens": asker.decoded_tokens,
+            **{m: sum(bool(r["correct"][m]) for r in records.values()) for m in metrics},
+        },
+    ), records
 
 
-def one_at_a_time(
-    engine: LlamaEngine, args: argparse.Namespace, exam: Exam, *, split: bool
-) -> dict[str, Any]:
+def one_at_a_time(name: str, engine: LlamaEngine, model: Path, exam: Exam, *, split: bool) -> Answered:
     """A question a call; with ``split``, each option with its own decode of the prompt as well."""
-    with open_asker(engine, [args.model], Room(cells=STOCK_CTX, sequences=8)) as asker:
-        for question in exam.questions:
-            for ask in prepare(asker, exam, question).asks:
-                _score(asker, ask, split)
-        return {"decoded_tokens": asker.decoded_tokens}
+    started = time.perf_counter()
+    with open_asker(engine, [model], Room(cells=512, sequences=8)) as asker:
+        loaded = time.perf_counter()
+        right = tuple(_asked_alone(asker, exam, question, split) for question in exam.questions)
+        tokens = asker.decoded_tokens
+    seconds = time.perf_counter() - started
+    details = {"load_seconds": round(loaded - started, 2), "decoded_tokens": tokens}
+    return Answered(name=name, right=right, seconds=seconds, details=details)
 
 
-def _score(asker: Sequences, ask: Ask, split: bool) -> None:
+def _asked_alone(asker: Sequences, exam: Exam, question: Question, split: bool) -> bool:
+    (ask,) = prepare(asker, exam, question).asks
     alone = [Ask(prompt=ask.prompt, endings=(ending,)) for ending in ask.endings] if split else [ask]
-    for single in alone:
-        list(asker.score([single]))
+    endings = [ending for single in alone for _, reply in asker.score([single]) for ending in reply.endings]
+    shared = _shared_tokens(ask)
+    means = [np.mean(ending.log_probs[shared:] or ending.log_probs) for ending in endings]
+    return int(np.argmax(means)) == question.golds["original"]
 
 
-def stock(args: argparse.Namespace, questions: Sequence[Question], extra: Sequence[str]) -> dict[str, Any]:
-    """llama-perplexity's own score, from the last line that it prints."""
-    if extra:  # one context of 2048 cells for up to 128 sequences, as many as ours has
-        extra = ["-np", "128", "-c", str(max(16, 2048 // 128))]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "questions"
-        mode = write_hellaswag(path, questions) if args.task == "hellaswag" else write_binary(path, questions)
-        command = [str(args.llama_perplexity), "-m", str(args.model), "-t", str(args.threads), *mode, *extra]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    rows = re.findall(r"^(\d+)\t\s*([\d.]+)", done.stdout, re.M)
-    if done.returncode or not rows:
-        raise SystemExit(f"{' '.join(command)}: {done.stderr[-500:]}")
-    n, percent = rows[-1]
+def _shared_tokens(ask: Ask) -> int:
+    same = [len(set(tokens)) == 1 for tokens in zip(*ask.endings, strict=False)]
+    return same.index(False) if False in same else len(same)
+
+
+def differences(exam: Exam, records: Records, a: Answered, b: Answered) -> dict[str, Any]:
+    """On the questions that both had: how many they disagree on, and how near each of those is."""
+    n = min(len(a.right), len(b.right))
+    apart = [q for q, x, y in zip(exam.questions[:n], a.right, b.right, strict=False) if x != y]
+    gaps = sorted(round(margin(records[q.id]), 4) for q in apart)
+    everywhere = [margin(records[q.id]) for q in exam.questions[:n]]
     return {
-        "right": round(int(n) * float(percent) / 100),
-        "answered": int(n),
-        "command": " ".join(command[3:]),
+        "runs": [a.name, b.name],
+        "questions": n,
+        "right": [sum(a.right[:n]), sum(b.right[:n])],
+        "only_one_right": len(apart),
+        "margins_nats_per_token": gaps,
+        "questions_nearer_than_largest": sum(m <= max(gaps, default=-1.0) for m in everywhere),
     }
+
+
+def margin(record: dict[str, Any]) -> float:
+    """The bench's best ending less its second best, nats per token: how clear the answer is."""
+    shared = record["shared_tokens"]
+    means = sorted(float(np.mean(row[shared:] or row)) for row in record["token_log_probs"])
+    return means[-1] - means[-2]
+
+
+def stock(name: str, args: argparse.Namespace, questions: Sequence[Question]) -> Answered:
+    """llama-perplexity's answers, from the running mean that it prints.
+
+    Its log is written by another thread and now and then loses its last lines, so it gets three tries.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write, places = FORMATS.get(args.task, (write_binary, list[int]))
+        mode = write(Path(folder) / "questions", questions)
+        engine = ["-t", str(args.threads), "-ngl", str(args.gpu_layers)]
+        command = [str(args.llama_perplexity), "-m", str(args.model), *engine, *mode, *STOCK[name]]
+        for _ in range(3):
+            started = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+            seconds = time.perf_counter() - started
+            right = right_from(done.stdout)
+            if len(right) == len(questions):
+                break
+        else:
+            raise SystemExit(f"{' '.join(command)}: {done.stderr[-800:]}")
+    in_order = dict(zip(places(range(len(questions))), right, strict=True))
+    details = {"command": " ".join([*engine, mode[-1], *STOCK[name]])}
+    return Answered(
+        name=name, right=tuple(in_order[i] for i in range(len(questions))), seconds=seconds, details=details
+    )
+
+
+def right_from(output: str) -> list[bool]:
+    """Lines of "number, percent so far" -> whether each was right."""
+    rows = [(int(n), float(p)) for n, p in re.findall(r"^(\d+)\t\s*([\d.]+)", output, re.M)]
+    counts = [0] + [round(n * percent / 100) for n, percent in rows]
+    return [bool(after - before) for before, after in pairwise(counts)]
+
+
+def hellaswag_order(places: Sequence[int]) -> list[int]:
+    """The order in which --hellaswag takes its questions: std::mt19937(1) and libstdc++'s distribution."""
+    generator, left, order = np.random.RandomState(1), list(places), []
+    while left:
+        order.append(left.pop(_uniform(generator, len(left))))
+    return order
+
+
+def _uniform(generator: np.random.RandomState, n: int) -> int:
+    """Lemire's method, as std::uniform_int_distribution(0, n - 1) does it from 32 random bits."""
+    while True:
+        product = int(generator.randint(0, 2**32, dtype=np.uint32)) * n
+        if (product & 0xFFFFFFFF) >= 2**32 % n:
+            return product >> 32
 
 
 def write_hellaswag(path: Path, questions: Sequence[Question]) -> list[str]:
@@ -126,17 +256,14 @@ def write_hellaswag(path: Path, questions: Sequence[Question]) -> list[str]:
     for q in questions:
         lines += [q.context, str(q.golds["original"]), *q.options]
     path.write_text("\n".join(line.replace("\n", " ") for line in lines) + "\n", encoding="utf-8")
-    return ["-f", str(path), "--hellaswag", "--hellaswag-tasks", str(len(questions))]
+    return ["-f", str(path), "--hellaswag-tasks", str(len(questions)), "--hellaswag"]
 
 
 def write_binary(path: Path, questions: Sequence[Question]) -> list[str]:
     tasks = [_binary(q) for q in questions]
     head = struct.pack("<I", len(tasks))
-    place, places = len(head) + 4 * len(tasks), []
-    for task in tasks:
-        places.append(place)
-        place += len(task)
-    path.write_bytes(head + struct.pack(f"<{len(places)}I", *places) + b"".join(tasks))
+    places = np.cumsum([len(head) + 4 * len(tasks), *map(len, tasks)])[:-1]
+    path.write_bytes(head + struct.pack(f"<{len(places)}I", *places.tolist()) + b"".join(tasks))
     return ["-bf", str(path), "--multiple-choice"]
 
 
@@ -151,6 +278,10 @@ def _binary(question: Question) -> bytes:
 def _text(text: str) -> bytes:
     raw = text.encode()
     return struct.pack("<I", len(raw)) + raw
+
+
+Format = tuple[Callable[[Path, Sequence[Question]], list[str]], Callable[[Sequence[int]], list[int]]]
+FORMATS: dict[str, Format] = {"hellaswag": (write_hellaswag, hellaswag_order)}
 
 
 if __name__ == "__main__":

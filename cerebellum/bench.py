@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cerebellum.answers import Exam, Prepared, answers, prepare
-from cerebellum.evidence import Evidence, held
 from cerebellum.llama.asking import Asker
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.llama.sequences import open_asker
 from cerebellum.progress import Reporter
-from cerebellum.scores import Candidate, Sitting, bench_json
+from cerebellum.questions.answers import Exam, Prepared, answers, prepare
+from cerebellum.questions.evidence import Evidence, held
+from cerebellum.questions.scores import Candidate, Sitting, bench_json
+from cerebellum.questions.tasks import LETTER, PROMPT_VERSION, PROTOCOLS, choose, load_questions, task_named
 from cerebellum.source import open_source
-from cerebellum.tasks import LETTER, PROMPT_VERSION, PROTOCOLS, choose, load_questions, task_named
 
 Opener = Callable[[Sequence[Path]], AbstractContextManager[Asker]]
 

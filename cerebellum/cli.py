@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cerebellum import __version__, tables
 from cerebellum.curves import K_LADDER, KLD, OBJECTIVES
 from cerebellum.errors import BadInput, CerebellumError
+from cerebellum.questions.tasks import LOGLIKELIHOOD, PROTOCOLS, SAMPLES, TASKS
 from cerebellum.sizes import parse_size
-from cerebellum.tasks import LOGLIKELIHOOD, PROTOCOLS, SAMPLES, TASKS
 from cerebellum.workspace import (
     DEMO_MODEL,
     REPORT_TEXT,
@@ -437,8 +437,8 @@ def bench(
 ) -> None:
     """Question benchmarks of MODEL, paired with each base; asks nothing twice."""
     from cerebellum.bench import Request, bench_files
-    from cerebellum.bench_tables import bench_tables
     from cerebellum.llama.native import EngineSettings
+    from cerebellum.questions.tables import bench_tables
 
     request = Request(
         tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
@@ -595,7 +595,7 @@ _DEMO_BENCH = {"protocols": (LOGLIKELIHOOD,), "data": SAMPLES}
 
 def _run(workspace: Workspace, as_json: bool, bench_request: dict[str, Any] | None = None) -> None:
     from cerebellum.bench import Request
-    from cerebellum.bench_tables import bench_tables
+    from cerebellum.questions.tables import bench_tables
     from cerebellum.run import run_all
 
     manifest = run_all(workspace, Request(**bench_request) if bench_request else None)

@@ -27,11 +27,11 @@ except ImportError as missing:  # pragma: no cover - depends on what is installe
     ) from missing
 
 from cerebellum.bench import candidate_from
-from cerebellum.chat import render_chat
 from cerebellum.errors import BadInput
 from cerebellum.llama.asking import Ask, TokenIds
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.llama.sequences import open_asker
+from cerebellum.questions.chat import render_chat
 
 _DEFAULT_NEW_TOKENS = 256
 

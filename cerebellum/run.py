@@ -42,8 +42,8 @@ from cerebellum.plan import (
     read_measurements,
     threshold_plan,
 )
+from cerebellum.questions.scores import Candidate
 from cerebellum.recorded import MODEL, recorded_points
-from cerebellum.scores import Candidate
 from cerebellum.shards import Variant
 from cerebellum.sizes import parse_size
 from cerebellum.source import Source, open_source

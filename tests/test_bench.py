@@ -14,18 +14,26 @@ import pytest
 from click.testing import CliRunner
 
 from cerebellum import cli
-from cerebellum.answers import encode_pair
-from cerebellum.audit import audit, is_mojibake
 from cerebellum.bench import Request, bench
-from cerebellum.bench_tables import bench_tables
-from cerebellum.chat import render_chat
 from cerebellum.errors import BadInput
-from cerebellum.evidence import held
 from cerebellum.llama.asking import Vocabulary
 from cerebellum.llama.fake_asker import PLAIN, FakeAsker, arbitrary
 from cerebellum.progress import Silent
-from cerebellum.scores import Candidate
-from cerebellum.tasks import SAMPLES, TASKS, choose, letter_prompt, load_questions, read_letter, rotated
+from cerebellum.questions.answers import encode_pair
+from cerebellum.questions.audit import audit, is_mojibake
+from cerebellum.questions.chat import render_chat
+from cerebellum.questions.evidence import held
+from cerebellum.questions.scores import Candidate
+from cerebellum.questions.tables import bench_tables
+from cerebellum.questions.tasks import (
+    SAMPLES,
+    TASKS,
+    choose,
+    letter_prompt,
+    load_questions,
+    read_letter,
+    rotated,
+)
 
 REQUEST = Request(data=SAMPLES)
 GOOD = Candidate(name="good", paths=(Path("good.gguf"),), sha256="a" * 64)

@@ -19,7 +19,7 @@ from cerebellum.llama.asking import Ask
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.llama.sequences import open_asker
 from cerebellum.progress import Silent
-from cerebellum.tasks import SAMPLES, TASKS, load_questions
+from cerebellum.questions.tasks import SAMPLES, TASKS, load_questions
 from cerebellum.workspace import DEMO_MODEL
 
 pytestmark = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -44,6 +45,20 @@ def test_more_rows_than_are_scored_at_once() -> None:
     targets = np.arange(100, dtype=np.int32) % 7
     apart = [token_nll(logits[i : i + 1], targets[i : i + 1])[0] for i in range(100)]
     assert np.array_equal(token_nll(logits, targets), apart)
+
+
+def test_threads_change_no_bit() -> None:
+    logits = np.random.default_rng(1).normal(size=(100, 70)).astype(np.float32)
+    alone = normalize(logits)
+    with ThreadPoolExecutor(max_workers=4) as workers:
+        together = normalize(logits, workers.map)
+    for name in ("best_S", "top_S", "log_sum_S"):
+        assert np.array_equal(getattr(alone, name), getattr(together, name))
+    rows, tokens = np.array([3, 3, 99]), np.array([0, 1, 69])
+    nll = [
+        token_nll(logits[r : r + 1], np.array([t], np.int32))[0] for r, t in zip(rows, tokens, strict=True)
+    ]
+    assert np.array_equal(-alone.log_probs(rows, tokens), nll)
 
 
 @pytest.mark.parametrize("where", ["target", "elsewhere"])

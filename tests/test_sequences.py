@@ -18,7 +18,10 @@ from cerebellum.llama.sequences import Room, Sequences, open_asker
 from cerebellum.llama.waves import Run, cut_runs
 from cerebellum.workspace import DEMO_MODEL, REPORT_TEXT
 
-TOLERANCE = 2e-3  # nats; other shapes of a batch are summed in another order
+# nats, on average and at most. llama.cpp sums a batch of another shape in another order: one plain
+# sequence beside another in a batch comes out 0.0005 off on average and 0.009 at most on this model.
+# A fork that went on from a wrong state is off by tenths.
+MEAN_TOLERANCE, TOLERANCE = 0.002, 0.05
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +68,15 @@ def reference(engine: LlamaEngine, ask: Ask) -> list[Tokens]:
     return found
 
 
-def assert_close(reply: Reply, expected: list[Tokens]) -> None:
-    for scored, wanted in zip(reply.endings, expected, strict=True):
-        np.testing.assert_allclose(scored.log_probs, wanted, atol=TOLERANCE)
+def distances(reply: Reply, expected: list[Tokens]) -> list[float]:
+    pairs = zip(reply.endings, expected, strict=True)
+    return [abs(a - b) for scored, wanted in pairs for a, b in zip(scored.log_probs, wanted, strict=True)]
 
 
 def test_batched_forks_equal_plain_decodes(asker: Sequences, engine: LlamaEngine) -> None:
     asks = make_asks(asker)
-    for index, reply in asker.score(asks):
-        assert_close(reply, reference(engine, asks[index]))
+    apart = [d for i, reply in asker.score(asks) for d in distances(reply, reference(engine, asks[i]))]
+    assert len(apart) > 100 and np.mean(apart) < MEAN_TOLERANCE and max(apart) < TOLERANCE
 
 
 def test_every_ask_is_answered_once_and_shared_parts_are_decoded_once(asker: Sequences) -> None:

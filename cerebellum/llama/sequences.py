@@ -14,20 +14,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.llama.asking import Ask, Reply, TokenIds, Vocabulary, cut_at_stop
 from cerebellum.llama.engine import Logits
 from cerebellum.llama.library import LOG, llama
 from cerebellum.llama.native import LlamaEngine
-from cerebellum.llama.scoring import normalize, overlapped
+from cerebellum.llama.scoring import normalize
 from cerebellum.llama.vocabulary import read_vocabulary, text_of, tokens_of
 from cerebellum.llama.waves import (
     Part,
@@ -41,7 +41,6 @@ from cerebellum.llama.waves import (
     prompt_wants,
 )
 
-_UBATCH = 512
 # Every token is compared with all cells of the context, its own or not: on a CPU a small context is
 # faster (768 against 2048: 12%), on a GPU and for recurrent layers a wave of many sequences is.
 _CELLS_ON_CPU, _CELLS = 768, 2048
@@ -54,11 +53,12 @@ _STATE_BYTES = 2 << 30  # recurrent states of all sequences together
 class Room:
     """What one wave may fill: ``cells`` of the context (None: what suits the machine), ``sequences``.
 
-    One of the sequences is the shared prefix's.
+    One of the sequences is the shared prefix's. ``piece`` is how many tokens go into one decode.
     """
 
     cells: int | None = None
     sequences: int = _MAX_SEQUENCES
+    piece: int = 512
 
 
 _Piece = tuple[list[Want], Logits]
@@ -74,10 +74,11 @@ class Sequences:
         self._recurrent = bool(
             self._lib.llama_model_is_recurrent(model) or self._lib.llama_model_is_hybrid(model)
         )
-        self._batch = self._lib.llama_batch_init(_UBATCH, 0, 1)
+        self._batch = self._lib.llama_batch_init(room.piece, 0, 1)
         self._context: Any = None
         self._cells = 0
         self._vocabulary = read_vocabulary(self._lib, model, self._vocab)
+        self._workers = ThreadPoolExecutor(max_workers=engine.settings.threads)
         self.decoded_tokens = 0
 
     @property
@@ -102,9 +103,9 @@ class Sequences:
         sheets = [Sheet(index=index, ask=ask) for index, ask in enumerate(asks)]
         if not sheets:
             return
-        for wants, tops, log_probs in overlapped(self._pieces(sheets), _score_piece):
-            for want, top, log_prob in zip(wants, tops, log_probs, strict=True):
-                want.sheet.fill(want, float(log_prob), int(top))
+        for piece in self._pieces(sheets):
+            for want, top, log_prob in self._score_piece(piece):
+                want.sheet.fill(want, log_prob, top)
                 if not want.sheet.missing:
                     yield want.sheet.index, want.sheet.reply()
 
@@ -120,6 +121,15 @@ class Sequences:
             runs, wants = self._fork(sheets, wave)
             yield from self._decode(runs, wants)
             self._forget([run.seq for run in runs] + [part.seq for part in wave])
+
+    def _score_piece(self, piece: _Piece) -> Iterator[tuple[Want, int, float]]:
+        """(want, top token of its row, log-probability of its token); NaN stays NaN."""
+        wants, logits_RV = piece
+        rows = np.array([want.row for want in wants])
+        tokens = np.array([want.token for want in wants])
+        found = normalize(logits_RV, self._workers.map)
+        log_probs = found.log_probs(rows, tokens)
+        return zip(wants, found.best_S[rows].tolist(), log_probs.tolist(), strict=True)
 
     def _prompt_run(self, part: Part, prefix: TokenIds) -> Run:
         if prefix:
@@ -149,7 +159,7 @@ class Sequences:
     ) -> Iterator[_Piece]:
         """Decodes runs piece by piece; ``wants_per_row`` goes with their output rows, in order."""
         done = 0
-        for piece in cut_runs(runs, _UBATCH, whole=self._recurrent):
+        for piece in cut_runs(runs, self._room.piece, whole=self._recurrent):
             rows = self._decode_piece(piece)
             if not len(rows):
                 continue
@@ -162,7 +172,11 @@ class Sequences:
             yield wants, rows
 
     def _decode_piece(self, runs: Sequence[Run]) -> Logits:
-        """One llama_decode; the rows of logits asked for, in the order of the runs."""
+        """One llama_decode; the rows of logits asked for, in the order of the runs.
+
+        They are llama.cpp's own memory, good until the next decode: at 200 kB a row a copy costs more
+        than the scoring.
+        """
         n_rows = self._fill(runs)
         status = self._lib.llama_decode(self._context, self._batch)
         if status != 0:
@@ -173,7 +187,7 @@ class Sequences:
         pointer = self._lib.llama_get_logits(self._context)
         if not pointer:
             raise CerebellumError(f"llama.cpp returned no logits: {LOG.last_error()}")
-        return np.ctypeslib.as_array(pointer, shape=(n_rows, self._n_vocab)).copy()
+        return np.ctypeslib.as_array(pointer, shape=(n_rows, self._n_vocab))
 
     def _fill(self, runs: Sequence[Run]) -> int:
         batch = self._batch
@@ -211,8 +225,8 @@ class Sequences:
         going = list(wave)
         written: dict[int, list[int]] = {part.index: [] for part in wave}
         for step in range(max_tokens):
-            rows = [self._decode_piece(piece) for piece in cut_runs(runs, _UBATCH, whole=self._recurrent)]
-            tops = np.concatenate([piece.argmax(axis=1) for piece in rows])
+            pieces = cut_runs(runs, self._room.piece, whole=self._recurrent)
+            tops = np.concatenate([self._decode_piece(piece).argmax(axis=1) for piece in pieces])
             still = []
             for part, top in zip(going, tops, strict=True):
                 text, ended = self._extend(written[part.index], int(top), stops)
@@ -244,7 +258,7 @@ class Sequences:
         self._lib.llama_memory_clear(self._memory(), True)
         if prefix:
             run = Run(seq=0, start=0, tokens=prefix, outputs_from=len(prefix))
-            for piece in cut_runs([run], _UBATCH, whole=False):
+            for piece in cut_runs([run], self._room.piece, whole=False):
                 self._decode_piece(piece)
 
     def _copy(self, source: int, target: int) -> None:
@@ -273,7 +287,7 @@ class Sequences:
         self._free_context()
         wanted = -(-max(cells, self._room.cells or self._usual_cells()) // 256) * 256
         params = self._lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = wanted, _UBATCH, _UBATCH
+        params.n_ctx, params.n_batch, params.n_ubatch = wanted, self._room.piece, self._room.piece
         params.n_seq_max, params.kv_unified = self._sequences(), True
         params.n_threads = params.n_threads_batch = self._engine.settings.threads
         params.no_perf = True
@@ -292,6 +306,7 @@ class Sequences:
             self._context = None
 
     def close(self) -> None:
+        self._workers.shutdown()
         self._free_context()
         self._lib.llama_batch_free(self._batch)
 
@@ -305,17 +320,6 @@ def open_asker(engine: LlamaEngine, paths: Sequence[Path], room: Room | None = N
             yield opened
         finally:
             opened.close()
-
-
-def _score_piece(piece: _Piece) -> tuple[list[Want], NDArray[np.int64], NDArray[np.float64]]:
-    """(wants, top token of each one's row, log-probability of each one's token); NaN stays NaN."""
-    wants, logits_RV = piece
-    rows = np.array([want.row for want in wants])
-    tokens = np.array([want.sheet.ask.endings[want.ending][want.position] for want in wants])
-    found = normalize(logits_RV)
-    with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is the answer
-        log_probs = (logits_RV[rows, tokens] - found.top_S[rows]).astype(np.float64) - found.log_sum_S[rows]
-    return wants, logits_RV.argmax(axis=1)[rows], log_probs
 
 
 def _state_bytes(lib: Any, model: Any) -> int:

@@ -55,6 +55,10 @@ class Want:
     ending: int
     position: int
 
+    @property
+    def token(self) -> int:
+        return self.sheet.ask.endings[self.ending][self.position]
+
 
 @dataclass
 class Sheet:

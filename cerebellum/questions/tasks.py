@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from cerebellum.chat import render_chat
 from cerebellum.errors import BadInput
 from cerebellum.llama.asking import Vocabulary
+from cerebellum.questions.chat import render_chat
 
 LETTER, LOGLIKELIHOOD = "letter", "loglikelihood"
 PROTOCOLS = (LETTER, LOGLIKELIHOOD)
@@ -30,7 +30,7 @@ ORIGINAL, CORRECTED, PUBLISHED = "original", "corrected", "published_subset"
 
 PROMPT_VERSION = 1  # 1: first release. Part of the key of every answer; bump it with any wording below
 DATA_VARIABLE = "CEREBELLUM_DATA"
-SAMPLES = Path(__file__).parent / "data" / "benchmarks"
+SAMPLES = Path(__file__).parents[1] / "data" / "benchmarks"
 
 Row = Mapping[str, Any]
 _MMLU_REDUX = "edinburgh-dawg/mmlu-redux-2.0"

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from cerebellum.audit import is_mojibake
 from cerebellum.errors import BadInput
-from cerebellum.evidence import Record
 from cerebellum.llama.asking import Ask, Asker, Reply, TokenIds, shared_prefix
-from cerebellum.tasks import LETTER, ORIGINAL, Question, Task, letter_prompt, letters, read_letter
+from cerebellum.questions.audit import is_mojibake
+from cerebellum.questions.evidence import Record
+from cerebellum.questions.tasks import LETTER, ORIGINAL, Question, Task, letter_prompt, letters, read_letter
 
 _BLOCK = 512  # questions prepared and, where asked for, generated together
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from cerebellum.answers import Exam
-from cerebellum.audit import audit
-from cerebellum.evidence import Record
+from cerebellum.questions.answers import Exam
+from cerebellum.questions.audit import audit
+from cerebellum.questions.evidence import Record
+from cerebellum.questions.tasks import ORIGINAL
 from cerebellum.stats.binomial import Proportion, paired, wilson
-from cerebellum.tasks import ORIGINAL
 
 FORMAT = 1  # 1: first release of bench.json and of the evidence lines
 

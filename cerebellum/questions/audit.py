@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cerebellum.evidence import Record
+from cerebellum.questions.evidence import Record
 
 MAX_UNREAD = 0.02  # share of questions whose answer could not be read
 MIN_LETTER_MASS = 0.01  # below this the letters are not what the model was about to say
