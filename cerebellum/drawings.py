@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from cerebellum.allocate import Option, solve
@@ -97,16 +98,28 @@ def _rates(evidence: Evidence) -> Picture | None:
 
 def _layers(evidence: Evidence) -> Picture | None:
     """Only where a role was measured in more than one span of layers."""
-    rows = [row for row in _measured(evidence) if row.layers]
-    zoomed = {row.role for row in rows if sum(other.role == row.role for other in rows) > 1}
-    cells = [
-        Cell(role=row.role, layers=row.layers, delta=row.change.mean)
-        for row in rows
-        if row.role in zoomed and row.change
-    ]
-    if not cells:
+    unit, name = unit_of(evidence)
+    cells = [_cell(row, evidence.curves, unit) for row in _measured(evidence) if row.layers]
+    spans = Counter(cell.role for cell in cells if cell)
+    zoomed = [cell for cell in cells if cell and spans[cell.role] > 1]
+    if not zoomed:
         return None
-    return picture("layers", "Damage by role and layer", lambda width: heat_map(width, cells))
+    if evidence.curves:
+        title = f"Damage by role and layer at the smallest type, for each {name} saved"
+        return picture("layers", title, lambda width: heat_map(width, zoomed, "{:+.4f} nats".format))
+    return picture("layers", "Damage by role and layer", lambda width: heat_map(width, zoomed, percent))
+
+
+def _cell(row: GroupRow, points: Sequence[CurvePoint], unit: float) -> Cell | None:
+    """By limit the change of perplexity; by budget the KL divergence of a demotion, by its size."""
+    if not points:
+        return Cell(role=row.role, layers=row.layers, delta=row.change.mean) if row.change else None
+    own = [point for point in points if point.group == row.name and point.kld]
+    base = next((point.n_bytes for point in own if point.kind == BASE), 0)
+    least = min(own, key=lambda point: point.n_bytes, default=None)
+    if least is None or least.kld is None or least.n_bytes >= base:
+        return None
+    return Cell(role=row.role, layers=row.layers, delta=least.kld.mean / (base - least.n_bytes) * unit)
 
 
 def _curves(evidence: Evidence) -> Picture | None:

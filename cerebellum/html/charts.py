@@ -7,7 +7,7 @@ Colour is never alone: what is over the limit is also to the right of a line or 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -111,7 +111,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A role over a span of layers, and its damage in percent."""
+    """A role over a span of layers, and its damage in the unit that ``heat_map`` is told."""
 
     role: str
     layers: Sequence[int]
@@ -344,7 +344,7 @@ def frontier_chart(
     return drawn
 
 
-def heat_map(width: int, cells: Sequence[Cell]) -> Figure:
+def heat_map(width: int, cells: Sequence[Cell], told: Callable[[float], str]) -> Figure:
     """Roles by layers, where a role was measured in spans: the deeper the colour, the more damage."""
     roles = list(dict.fromkeys(cell.role for cell in cells))
     last = max(layer for cell in cells for layer in cell.layers)
@@ -370,5 +370,5 @@ def heat_map(width: int, cells: Sequence[Cell]) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_xlabel(f"layer; the deepest colour is {scale:+.2f}%")
+    axes.set_xlabel(f"layer; the deepest colour is {told(scale)}")
     return drawn
