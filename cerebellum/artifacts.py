@@ -110,6 +110,17 @@ class Benchmark:
     base: float | None
     difference: Change | None
     p: float | None
+    detectable: float | None
+    """The smallest difference that these questions would have shown, in points, 8 times of 10."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What the audit of a benchmark found: a model, where, and a sentence with its numbers."""
+
+    model: str
+    where: str
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +135,7 @@ class Evidence:
     rows: tuple[GroupRow, ...]
     combinations: tuple[Combination, ...]
     benchmarks: tuple[Benchmark, ...]
+    problems: tuple[Problem, ...]
     curves: tuple[CurvePoint, ...]
 
     @property
@@ -182,7 +194,8 @@ def read_evidence(folder: Path) -> Evidence:
         by_budget = read["plan"].get("mode") == "budget"
         measured = read_json(folder / ("curves.json" if by_budget else "measurements.json"))
         points = tuple(_points(measured)) if by_budget else ()
-        bench = folder / "bench.json"
+        path = folder / "bench.json"
+        bench = read_json(path) if path.exists() else None
         return Evidence(
             source=read["source"],
             measured=measured,
@@ -191,7 +204,8 @@ def read_evidence(folder: Path) -> Evidence:
             manifest=read["manifest"],
             rows=_rows(read, measured, points),
             combinations=tuple(_combinations(measured)),
-            benchmarks=tuple(_benchmarks(read_json(bench))) if bench.exists() else (),
+            benchmarks=tuple(_benchmarks(bench)) if bench else (),
+            problems=tuple(_problems(bench)) if bench else (),
             curves=points,
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -313,7 +327,15 @@ def _benchmarks(bench: Json) -> Iterator[Benchmark]:
             base=base["accuracy_pct"] if base else None,
             difference=_interval(pair["difference_pct"], pair["ci_pct"]) if pair else None,
             p=pair["p_value"] if pair else None,
+            detectable=pair.get("detectable_pct") if pair else None,
         )
+
+
+def _problems(bench: Json) -> Iterator[Problem]:
+    for check in bench["audit"].get("checks", ()):
+        for text in check["problems"]:
+            where = f"{check['task']} ({check['protocol']})"
+            yield Problem(model=check["model"], where=where, text=text)
 
 
 def _way(row: Json) -> tuple[str, str, str, str]:

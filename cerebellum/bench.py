@@ -6,12 +6,14 @@ questions -> prompts -> asks -> replies -> one record a question (evidence) -> s
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cerebellum.files import sha256_file
 from cerebellum.llama.asking import Asker
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.llama.sequences import open_asker
@@ -19,7 +21,15 @@ from cerebellum.progress import Reporter
 from cerebellum.questions.answers import Exam, Prepared, answers, prepare
 from cerebellum.questions.evidence import Evidence, held
 from cerebellum.questions.scores import Candidate, Sitting, bench_json
-from cerebellum.questions.tasks import LETTER, PROMPT_VERSION, PROTOCOLS, choose, load_questions, task_named
+from cerebellum.questions.tasks import (
+    LETTER,
+    PROMPT_VERSION,
+    PROTOCOLS,
+    choose,
+    load_questions,
+    questions_file,
+    task_named,
+)
 from cerebellum.source import open_source
 
 Opener = Callable[[Sequence[Path]], AbstractContextManager[Asker]]
@@ -50,15 +60,28 @@ def bench(
     for candidate in candidates:
         with held(folder), opener(candidate.paths) as asker:
             sittings += [sit(asker, exam, candidate, folder, reporter) for exam in exams]
-    asked = asdict(request) | {"data": str(request.data) if request.data else None}
-    return bench_json(candidates, asked, sittings)
+    return bench_json(candidates, request_json(request), sittings)
+
+
+def request_json(request: Request) -> dict[str, Any]:
+    """What was asked, the files of questions by name and content: where they lie is nobody's business."""
+    files = {name: questions_file(task_named(name), request.data) for name in request.tasks}
+    data = {name: {"file": f.name, "sha256": sha256_file(f)} if f else None for name, f in files.items()}
+    return asdict(request) | {"data": data}
 
 
 def bench_files(
     models: Sequence[Path], request: Request, settings: EngineSettings, folder: Path, reporter: Reporter
 ) -> dict[str, Any]:
     """The first file against each of the others."""
-    return bench([candidate_from(m) for m in models], request, llama_opener(settings), folder, reporter)
+    candidates = distinct([candidate_from(m) for m in models])
+    return bench(candidates, request, llama_opener(settings), folder, reporter)
+
+
+def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Candidates whose names tell them apart: files of one name get the first digits of their sha256."""
+    often = Counter(candidate.name for candidate in candidates)
+    return [replace(c, name=f"{c.name} {c.sha256[:8]}") if often[c.name] > 1 else c for c in candidates]
 
 
 def llama_opener(settings: EngineSettings) -> Opener:

@@ -208,6 +208,7 @@ def _benchmark(bench: Benchmark) -> dict[str, str]:
         "base": f"{bench.base:.1f}%" if bench.base is not None else "not asked",
         "difference": points(bench.difference) if bench.difference else "not paired",
         "p": f"{bench.p:.2g}" if bench.p is not None else "not paired",
+        "could_show": f"±{bench.detectable:.1f}" if bench.detectable is not None else "not known",
     }
 
 
@@ -344,6 +345,8 @@ def limits(evidence: Evidence) -> list[Sentence]:
     lines.append(
         ("The intervals are about more of the same text; other languages, code or tasks may differ.",)
     )
+    for problem in evidence.problems:
+        lines.append((Code(problem.model), f" on {problem.where}: {problem.text}."))
     if not evidence.benchmarks:
         lines.append(("No question benchmark was run: perplexity is the only measure here.",))
     return lines

@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from cerebellum.artifacts import Change, Evidence, GroupRow
+from cerebellum.artifacts import Benchmark, Change, Evidence, GroupRow
 from cerebellum.html import Code, Sentence
+from cerebellum.stats.binomial import holm
 from cerebellum.tables import count, size
 
 MEGA, GIGA = 1e6, 1e9
@@ -317,19 +318,33 @@ def _effort(evidence: Evidence) -> Iterator[Sentence]:
 
 
 def _benchmarks(evidence: Evidence) -> Iterator[Sentence]:
-    """Only differences that the pairing tells apart, and how many it does not."""
-    paired = [b for b in evidence.benchmarks if b.p is not None and b.difference is not None]
-    for bench in paired:
-        if bench.p is not None and bench.difference is not None and bench.p < _P:
-            word = "better" if bench.difference.mean > 0 else "worse"
-            how = f" ({bench.protocol}, {bench.metric}) is {word} than the base"
-            told = f": {points(bench.difference)} points, McNemar p = {bench.p:.2g}."
-            yield (Code(bench.task), how + told)
-    alike = [b for b in paired if b.p is not None and b.p >= _P]
+    """Only differences that the pairing tells apart, all of them together at 5%, and what it does not."""
+    paired = [b for b in evidence.benchmarks if b.p is not None]
+    told = holm([b.p for b in paired if b.p is not None], _P)
+    for bench in (b for b, real in zip(paired, told, strict=True) if real):
+        yield from _difference(bench, len(paired))
+    alike = [b for b, real in zip(paired, told, strict=True) if not real]
     if alike:
         names = ", ".join(dict.fromkeys(bench.task for bench in alike))
-        least = min(bench.p or 0.0 for bench in alike)
-        yield (f"No difference to the base could be told on {names} (McNemar p of {least:.2g} or more).",)
+        yield (f"No difference to the base could be told on {names}{_could_show(alike)}.",)
+
+
+def _difference(bench: Benchmark, of: int) -> Iterator[Sentence]:
+    if bench.difference is None or bench.p is None:
+        return
+    word = "better" if bench.difference.mean > 0 else "worse"
+    among = f", one of {of} comparisons" if of > 1 else ""
+    how = f" ({bench.protocol}, {bench.metric}) is {word} than the base"
+    yield (Code(bench.task), f"{how}: {points(bench.difference)} points, McNemar p = {bench.p:.2g}{among}.")
+
+
+def _could_show(alike: Sequence[Benchmark]) -> str:
+    """Silence about a difference means little where the questions are few."""
+    known = [bench.detectable for bench in alike if bench.detectable is not None]
+    if not known:
+        return ""
+    least, most = (f"{value:.1f}" for value in (min(known), max(known)))
+    return f"; these questions would have shown {least if least == most else f'{least} to {most}'} points"
 
 
 def points(change: Change) -> str:

@@ -268,7 +268,8 @@ def bench(**changed: Any) -> dict[str, Any]:
             scores.append(way | row | {"ci_pct": [share - half, share + half], "chance_pct": 25.0})
         change = 100 * (right - base) / n
         pair = {"model": "finished", "against": "Q3_K_M", "n": n, "difference_pct": change, "p_value": p}
-        paired.append(way | pair | {"ci_pct": [change - 0.5, change + 0.5]})
+        could_show = {"detectable_pct": 60 / math.sqrt(n) + 0.3}
+        paired.append(way | pair | could_show | {"ci_pct": [change - 0.5, change + 0.5]})
     models = [{"name": "finished", "sha256": "3" * 64}, {"name": "Q3_K_M", "sha256": "4" * 64}]
     return {
         "format": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -14,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from cerebellum import cli
-from cerebellum.bench import Request, bench
+from cerebellum.bench import Request, bench, distinct
 from cerebellum.errors import BadInput
 from cerebellum.llama.asking import Vocabulary
 from cerebellum.llama.fake_asker import PLAIN, FakeAsker, arbitrary
@@ -85,7 +86,9 @@ def test_turned_options_change_no_answer_of_a_model_that_knows(tmp_path: Path) -
     """Nothing in prompt or reading prefers a letter: wherever an option stands, it is chosen the same."""
     request = Request(data=SAMPLES, tasks=("arc_challenge",), protocols=("letter",), rotations=5)
     found = run(tmp_path, FakeAsker(worth=knows("arc_challenge")), request)
-    assert found["audit"]["checks"][0]["letter_bias"] == [0.25] * 4
+    check = found["audit"]["checks"][0]
+    assert check["letter_bias"] == check["turned"]["letter_shares"] == [0.25] * 4
+    assert check["turned"]["accuracy_pct"] == [100.0] * 4 and check["turned"]["same_option_pct"] == 100.0
     for record in lines(tmp_path, "arc_challenge.letter"):
         chosen = [
             (row.index(max(row)) + turn) % len(record["options"])
@@ -101,6 +104,9 @@ def test_a_model_that_says_a_letter_is_at_chance_once_turned(tmp_path: Path) -> 
     found = run(tmp_path, asker, request)
     (check,) = found["audit"]["checks"]
     assert check["chosen_shares"]["letter"][1] == 1.0
+    assert check["turned"]["letter_shares"] == [0.0, 1.0, 0.0, 0.0]
+    assert sum(check["turned"]["accuracy_pct"]) == pytest.approx(100)  # each option stood at B once
+    assert any("says A 0%, B 100%" in str(shown) for shown in bench_tables(found))
     assert check["letter_bias"] == pytest.approx([0.0193, 0.942, 0.0193, 0.0193], abs=1e-3)
     assert any("option B is chosen 100% of the time" in problem for problem in check["problems"])
     for record in lines(tmp_path, "mmlu_redux.letter"):
@@ -188,6 +194,20 @@ def test_paired_differences_count_what_only_one_has_right(tmp_path: Path) -> Non
     assert row["ci_pct"][0] < row["difference_pct"] and row["p_value"] < 1e-6
     assert row["detectable_pct"] > 5
     assert len(bench_tables(found)) >= 2
+
+
+def test_no_artifact_says_where_things_lie(tmp_path: Path) -> None:
+    found = run(tmp_path, FakeAsker(), Request(data=SAMPLES, tasks=("hellaswag", "mmlu_redux")))
+    name = "hellaswag_val.jsonl"
+    digest = hashlib.sha256((SAMPLES / name).read_bytes()).hexdigest()
+    assert found["request"]["data"]["hellaswag"] == {"file": name, "sha256": digest}
+    written = [json.dumps(found), *(path.read_text() for path in tmp_path.glob("*.json*"))]
+    assert not any(str(folder) in text for text in written for folder in (tmp_path, SAMPLES.parent))
+
+
+def test_models_of_one_name_are_told_apart() -> None:
+    models = [GOOD, BASE, Candidate(name="good", paths=(Path("other/good.gguf"),), sha256="c" * 64)]
+    assert [c.name for c in distinct(models)] == ["good aaaaaaaa", "base", "good cccccccc"]
 
 
 def test_mmlu_redux_is_scored_on_both_sets_of_labels_by_subject(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from scipy.stats import binom
 from cerebellum.stats.binomial import (
     bonett_price,
     detectable_difference,
+    holm,
     mcnemar_exact,
     paired,
     smallest_significant,
@@ -70,6 +71,18 @@ def test_the_smallest_significant_difference_is_exactly_that(discordant: int, n:
     rarer = (discordant - net) // 2
     assert mcnemar_exact(rarer, discordant - rarer) < 0.05
     assert mcnemar_exact(rarer + 1, discordant - rarer - 1) >= 0.05
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005], 0.05) == [True, False, False, True]
+    assert holm([0.2, 0.0001], 0.05) == [False, True]
+    assert holm([0.04]) == [True] and holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_is_between_bonferroni_and_each_alone(p_values: list[float]) -> None:
+    for p, found in zip(p_values, holm(p_values), strict=True):
+        assert (p < 0.05 / len(p_values)) <= found <= (p < 0.05)
 
 
 def test_detectable_difference_has_the_power_it_says() -> None:

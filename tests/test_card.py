@@ -254,10 +254,25 @@ def test_findings_are_derived_from_the_numbers(tmp_path: Path) -> None:
     assert any("routed experts +0.0359; shared experts +0.1138" in line for line in lines)
     (worse,) = [line for line in lines if "worse" in line]
     assert worse.startswith("mmlu_redux (loglikelihood, acc_norm) is worse than the base: −2.3 [−2.8, −1.8]")
-    assert worse.endswith("McNemar p = 0.0016.")
-    assert (
-        "No difference to the base could be told on hellaswag, arc_challenge (McNemar p of 0.31" in lines[-1]
-    )
+    assert worse.endswith("McNemar p = 0.0016, one of 3 comparisons.")
+    alike = "No difference to the base could be told on hellaswag, arc_challenge; these "
+    assert lines[-1] == alike + "questions would have shown 0.9 to 2.1 points."
+
+
+def test_a_small_p_among_many_comparisons_is_no_finding(tmp_path: Path) -> None:
+    """p = 0.04 is what one of twenty comparisons of a model with itself looks like."""
+    rows = bench()["paired"]
+    paired = [rows[0] | {"p_value": 0.04}, *rows[1:2], rows[2] | {"p_value": 0.2}]
+    assert not any("worse" in line for line in said(tmp_path, bench=bench(paired=paired)))
+    one = bench(scores=bench()["scores"][:2], paired=paired[:1])
+    assert any("hellaswag" in line and "worse" in line for line in said(tmp_path, bench=one))
+
+
+def test_what_the_audit_found_is_on_the_card(tmp_path: Path) -> None:
+    text = "letter: option A is chosen 98% of the time and right 20%: the score says little about knowledge"
+    check = {"model": "Q3_K_M", "task": "arc_challenge", "protocol": "letter", "problems": [text]}
+    card = card_of(tmp_path, bench=bench(audit={"ok": False, "checks": [check]}))
+    assert f"- `Q3_K_M` on arc_challenge (letter): {text}." in card.splitlines()
 
 
 def test_without_kl_divergence_damage_is_told_in_perplexity(tmp_path: Path) -> None:

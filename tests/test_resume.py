@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 import signal
 import subprocess
 import time
@@ -11,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Finished
 from tiny import command, ledger_rows, run_process, tiny_run
 
 from cerebellum.llama.native import LlamaEngine
+from cerebellum.questions.tasks import SAMPLES
 from cerebellum.texts import load_corpus
 
 CHUNKS, REPORT_CHUNKS = 6, 8
@@ -93,6 +97,41 @@ def test_killed_in_every_stage_it_ends_as_if_nothing_had_been(
     assert not list(folder.rglob("*.partial"))
     repeated = len(before) + steps_reported(resumed.err) - len(expected)
     assert repeated == 0, f"{repeated} measurements were made twice"
+
+
+@pytest.mark.parametrize("moment", [3, 30])
+def test_killed_among_the_questions_it_asks_only_the_rest(
+    finished: Finished, tmp_path: Path, moment: int
+) -> None:
+    """`run --bench` on a finished run: nothing is measured again, no question is asked twice."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(finished.folder, folder)
+    asked = list(finished.arguments)
+    asked[asked.index("-o") + 1] = folder
+    asked += ["--bench", "--bench-limit", 4, "--data", SAMPLES]
+    killed_when(asked, lambda: len(evidence(folder)) >= moment, log)
+    before = evidence(folder)
+    resumed = run_process(*asked, "--json")
+    assert resumed.code == 0, resumed.err
+    after = evidence(folder)
+    assert set(before) < set(after) and len(after) == len(set(after)) == 2 * 2 * 3 * 4
+    session = resumed.json["bench"]["session"]
+    assert sum(row["asked"] for row in session) == len(after) - len(before)
+    assert sum(row["reused"] for row in session) == len(before)
+    assert resumed.json["bench"] == json.loads((folder / "bench.json").read_text())
+    assert str(tmp_path) not in (folder / "bench.json").read_text()
+    assert "## Benchmarks" in (folder / "README.md").read_text()
+    assert "<h2>Benchmarks</h2>" in (folder / "report.html").read_text()
+
+
+def evidence(folder: Path) -> list[str]:
+    """The whole lines of every file of answers, each with its file's name."""
+    return [
+        f"{path.name}: {line}"
+        for path in sorted((folder / "bench").glob("*.jsonl"))
+        for line in path.read_text("utf-8").splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
 
 
 def steps_reported(log: str) -> int:

@@ -42,7 +42,12 @@ def audit(records: Sequence[Record]) -> dict[str, Any]:
     }
     problems = [text for text in (_count_problems(counts, n) + _clusters(records)) if text]
     shares = {metric: chosen_shares(records, metric) for metric in _metrics(records)}
-    return counts | {"chosen_shares": shares, "letter_bias": letter_bias(records), "problems": problems}
+    return counts | {
+        "chosen_shares": shares,
+        "letter_bias": letter_bias(records),
+        "turned": turned(records),
+        "problems": problems,
+    }
 
 
 def _unread(record: Record) -> bool:
@@ -99,10 +104,38 @@ def letter_bias(records: Sequence[Record]) -> list[float]:
 
     Content is the same for all letters then, so 1/n for each is a model without a liking for a letter.
     """
-    asked = [r["letter_log_probs"] for r in records if len(r["options"]) == 4 and "letter_log_probs" in r]
-    probabilities = [[math.exp(x) for x in row] for rows in asked if len(rows) == 4 for row in rows]
+    asked = [r["letter_log_probs"] for r in _fully_turned(records)]
+    probabilities = [[math.exp(x) for x in row] for rows in asked for row in rows]
     shares = [[p / sum(row) for p in row] for row in probabilities]
     return [round(sum(column) / len(shares), 4) for column in zip(*shares, strict=True)]
+
+
+def turned(records: Sequence[Record]) -> dict[str, Any] | None:
+    """The same questions with their options turned through all four letters; None where they were not.
+
+    ``letter_shares`` is how often each letter is the answer, whatever stands there: 0.25 each without a
+    liking. ``accuracy_pct`` is by turn: what the score would have been, had the options come in that order.
+    ``same_option_pct`` of the questions get the same option in all four turns.
+    """
+    full = _fully_turned(records)
+    if not full:
+        return None
+    letters = [[row.index(max(row)) for row in record["letter_log_probs"]] for record in full]
+    options = [[(letter + turn) % 4 for turn, letter in enumerate(row)] for row in letters]
+    golds = [record["golds"]["original"] for record in full]
+    said = Counter(letter for row in letters for letter in row)
+    right = [sum(row[turn] == gold for row, gold in zip(options, golds, strict=True)) for turn in range(4)]
+    return {
+        "questions": len(full),
+        "letter_shares": [round(said[letter] / (4 * len(full)), 4) for letter in range(4)],
+        "accuracy_pct": [100 * n / len(full) for n in right],
+        "same_option_pct": 100 * sum(len(set(row)) == 1 for row in options) / len(full),
+    }
+
+
+def _fully_turned(records: Sequence[Record]) -> list[Record]:
+    """Those of four options that were asked four times."""
+    return [r for r in records if len(r["options"]) == 4 == len(r.get("letter_log_probs", ()))]
 
 
 def _metrics(records: Sequence[Record]) -> list[str]:

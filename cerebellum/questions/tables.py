@@ -17,6 +17,7 @@ def bench_tables(found: Mapping[str, Any]) -> list[Table | Text]:
     shown: list[Table | Text] = [scores_table(found["scores"])]
     if found["paired"]:
         shown.append(pairs_table(found["paired"]))
+    shown += [_turned(check) for check in found["audit"]["checks"] if check["turned"]]
     shown += [_problem(check, text) for check in found["audit"]["checks"] for text in check["problems"]]
     shown += [_session(row) for row in found["session"] if row["asked"]]
     return shown
@@ -64,6 +65,15 @@ def pairs_table(pairs: Sequence[Mapping[str, Any]]) -> Table:
 
 def _benchmark(row: Mapping[str, Any]) -> str:
     return f"{row['task']} ({row['protocol']}{_LABELS.get(row['labels'], '')})"
+
+
+def _turned(check: Mapping[str, Any]) -> Text:
+    found = check["turned"]
+    shares = ", ".join(f"{a} {100 * s:.0f}%" for a, s in zip("ABCD", found["letter_shares"], strict=True))
+    rights = ", ".join(f"{value:.1f}" for value in found["accuracy_pct"])
+    where = f"{check['model']}, {check['task']}"
+    same = f"the same option in all four: {found['same_option_pct']:.0f}%"
+    return Text(f"{where}, options turned: says {shares}; right in % by turn {rights}; {same}", style="dim")
 
 
 def _problem(check: Mapping[str, Any], text: str) -> Text:

@@ -64,14 +64,24 @@ class Task:
     fetch: Callable[[Any], Iterable[Row]]
 
 
-def load_questions(task: Task, data: Path | None = None) -> list[Question]:
-    """Every question, in the benchmark's order: from ``data``, else CEREBELLUM_DATA, else the Hub."""
+def questions_file(task: Task, data: Path | None = None) -> Path | None:
+    """The file in ``data``, else in CEREBELLUM_DATA, plain where there is no gzipped one; None: the Hub."""
     folder = data or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
-    rows = _read_rows(folder / task.file) if folder else _fetch_rows(task)
+    if folder is None:
+        return None
+    path = folder / task.file
+    plain = path.with_suffix("")
+    return plain if not path.exists() and plain.exists() else path
+
+
+def load_questions(task: Task, data: Path | None = None) -> list[Question]:
+    """Every question, in the benchmark's order: from its file, else from the Hub."""
+    path = questions_file(task, data)
+    rows = _read_rows(path) if path else _fetch_rows(task)
     try:
         return [task.parse(index, row) for index, row in enumerate(rows)]
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        where = folder / task.file if folder else "the Hub"
+        where = path or "the Hub"
         raise BadInput(f"{where}: not the questions of {task.name} ({error!r}); fetch them again") from error
 
 
@@ -130,11 +140,9 @@ def read_letter(text: str, allowed: str) -> str | None:
 
 def _read_rows(path: Path) -> list[Row]:
     """JSON lines, gzipped or not."""
-    plain = path.with_suffix("")
-    source = plain if not path.exists() and plain.exists() else path
     try:
-        raw = source.read_bytes()
-        text = (gzip.decompress(raw) if source.suffix == ".gz" else raw).decode("utf-8")
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such file; give --data DIR with the benchmark files") from error

@@ -85,6 +85,19 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, total, 0.5).pvalue) if total else 1.0
 
 
+def holm(p_values: Sequence[float], alpha: float = 1 - CONFIDENCE) -> list[bool]:
+    """Which of several tests are significant, all together wrong with chance ``alpha``, however related.
+
+    Holm 1979: the smallest p-value is held to alpha / n, the next to alpha / (n - 1), up to the first miss.
+    """
+    found = [False] * len(p_values)
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[place] >= alpha / (len(p_values) - rank):
+            break
+        found[place] = True
+    return found
+
+
 def bonett_price(only_a: int, only_b: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Interval of a paired difference: Wald's with one pair added to each discordant cell.
 
