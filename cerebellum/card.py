@@ -18,7 +18,7 @@ from cerebellum.findings import findings, nats, percent, points, rate, unit_of, 
 from cerebellum.frontmatter import checked, front_matter
 from cerebellum.html import Code, Picture, Sentence, render_html, render_markdown
 from cerebellum.html.markdown import Markdown, one_line
-from cerebellum.memory import CARDS_GIB, Shape, contexts, has_sliding_window, memory_shape
+from cerebellum.memory import CARDS_GIB, Shape, contexts, ignores_window, memory_shape
 from cerebellum.tables import count, gib, size
 
 CARD, REPORT, CHARTS = "README.md", "report.html", "charts"
@@ -92,7 +92,7 @@ def card_context(evidence: Evidence, pictures: Mapping[str, Picture], repo: str 
         "architecture": architecture(evidence),
         "memory": _memory_rows(shape, evidence),
         "cards": CARDS_GIB,
-        "sliding_window": has_sliding_window(evidence.source["metadata"]),
+        "sliding_window": ignores_window(evidence.source["metadata"]),
         "run": run_commands(evidence, repo),
         "method": _method(evidence),
         "limits": limits(evidence),

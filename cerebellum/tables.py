@@ -195,6 +195,42 @@ def _stated_model(plan: Mapping[str, Any]) -> str:
     return f"; types that nobody measured: {plan['model']}" if plan.get("model") else ""
 
 
+def memory_table(memory: Mapping[str, Any]) -> Table:
+    """A card and what takes its room."""
+    tokens, slots = f"{memory['context']:,} tokens", memory["sequences"]
+    title = f"On {gib(memory['card'])} with {tokens}" + (f" in {slots} slots" if slots > 1 else "")
+    table = Table("part", "memory", "what", title=title)
+    table.columns[1].justify = "right"
+    found = {"llama.cpp": "as llama.cpp reports it", "bound": "an upper bound"}
+    rows = [
+        ("weights", "the tensors on the card"),
+        ("cache", _cache_words(memory)),
+        ("state", _state_words(memory)),
+        ("compute", f"a batch of 512 tokens, {found[memory['compute_from']]}"),
+        ("reserve", "set aside for the driver and a display"),
+        ("total", ""),
+        ("free", ""),
+    ]
+    for name, words in rows:
+        table.add_row(name, gib(memory[name]), words, end_section=name == "reserve")
+    return table
+
+
+def _state_words(memory: Mapping[str, Any]) -> str:
+    text = f"{memory['recurrent_layers']} recurrent layers, F32"
+    if memory["state"] and memory["sequences"] < memory["server_sequences"]:
+        text += f"; llama-server without -np keeps {memory['server_sequences']} of them"
+    return text
+
+
+def _cache_words(memory: Mapping[str, Any]) -> str:
+    n_whole = memory["attention_layers"] - memory["window_layers"]
+    text = f"{n_whole} attention layers, F16, {memory['cache_bytes_per_token']:,} bytes a token"
+    if memory["window_layers"]:
+        text += f"; {memory['window_layers']} that see {memory['window']:,} tokens"
+    return text
+
+
 def frontier_table(curve: Sequence[Mapping[str, Any]]) -> Table:
     """Size against predicted damage."""
     table = Table("file", "KL change, predicted", "groups changed", title="Frontier")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from html import unescape as html_text
@@ -35,11 +34,7 @@ from cerebellum.drawings import drawings
 from cerebellum.errors import BadInput
 from cerebellum.findings import findings, percent
 from cerebellum.frontmatter import base_model
-from cerebellum.gguf import read_gguf
 from cerebellum.html import Code, code_span, escape_text, render_html
-from cerebellum.llama.library import LOG, llama
-from cerebellum.memory import contexts, memory_shape, plain_metadata
-from cerebellum.workspace import DEMO_MODEL
 
 GOLD = Path(__file__).parent.parent / "docs" / "demo"
 
@@ -483,75 +478,3 @@ def scrubbed(text: str) -> str:
         return json.dumps([sorted(set(marks)), sorted(re.findall(r"<text[^>]*>([^<]*)</text>", match[0]))])
 
     return re.sub(r"<svg.*?</svg>", words, text, flags=re.DOTALL)
-
-
-# --- memory
-
-
-def test_memory_is_what_llama_cpp_allocates() -> None:
-    """Cache and state to the rounding of its log; the compute buffer, an estimate, within a tenth."""
-    file, lib = read_gguf(DEMO_MODEL), llama()
-    shape = memory_shape(plain_metadata(file), (2, 5), 4, file.n_bytes)
-    for context in (4096, 32768):
-        with LOG.captured() as lines:
-            model = lib.llama_model_load_from_file(os.fsencode(DEMO_MODEL), lib.llama_model_default_params())
-            params = lib.llama_context_default_params()
-            params.n_ctx = context
-            opened = lib.llama_init_from_model(model, params)
-            lib.llama_free(opened)
-            lib.llama_model_free(model)
-        log, memory = "".join(lines), shape.at(context)
-        assert f"KV buffer size = {memory.cache / 2**20:8.2f} MiB" in log
-        assert f"RS buffer size = {memory.state / 2**20:8.2f} MiB" in log
-        (compute,) = re.findall(r"compute buffer size = +([\d.]+) MiB", log)
-        assert memory.compute / 2**20 == pytest.approx(float(compute), rel=0.1)
-
-
-def test_memory_of_a_hybrid_by_hand() -> None:
-    """4 of 40 layers cache 8 heads of 128, twice, in F16; 36 keep a state in F32."""
-    facts = source()
-    shape = memory_shape(facts["metadata"], facts["attention_layers"], facts["recurrent_layers"], 15 << 30)
-    memory = shape.at(4096)
-    assert memory.cache == 4096 * 4 * 8 * (128 + 128) * 2
-    assert memory.state == 36 * 4 * (3 * (8192 + 2 * 128) + 128 * 8192)
-    assert memory.weights == 15 << 30
-    assert (memory.fits(12), memory.fits(16)) == (False, True)
-
-
-_HEADS = {"attention.head_count": 32, "embedding_length": 4096}
-
-
-@pytest.mark.parametrize(
-    ("architecture", "facts", "cache", "state"),
-    [
-        ("llama", _HEADS, 32 * 256, 0),
-        ("llama", _HEADS | {"attention.head_count_kv": 8}, 8 * 256, 0),
-        ("gemma3", _HEADS | {"attention.key_length": 256, "attention.value_length": 256}, 32 * 512, 0),
-        (
-            "deepseek2",
-            {
-                "attention.head_count_kv": 1,
-                "attention.key_length": 576,
-                "attention.value_length": 512,
-                "attention.key_length_mla": 192,
-            },
-            576,
-            0,
-        ),
-        ("rwkv7", {"embedding_length": 768, "wkv.head_size": 64}, 0, 768 * 66),
-        ("lfm2", {"embedding_length": 1024, "shortconv.l_cache": 3}, 0, 2048),
-    ],
-)
-def test_memory_of_other_families(architecture: str, facts: dict[str, int], cache: int, state: int) -> None:
-    """Elements a layer by hand: two bytes each in the cache, four in the state."""
-    metadata = {"general.architecture": architecture} | {f"{architecture}.{k}": v for k, v in facts.items()}
-    attends, recurs = ((0,) if cache else (), 1 if state else 0)
-    memory = memory_shape(metadata, attends, recurs, 0).at(1)
-    assert (memory.cache, memory.state) == (2 * cache, 4 * state)
-
-
-@pytest.mark.parametrize(
-    ("full", "rows"), [(131_072, (4096, 32768, 131_072)), (4096, (4096,)), (2048, (2048,)), (0, (4096,))]
-)
-def test_contexts(full: int, rows: tuple[int, ...]) -> None:
-    assert contexts(full) == rows

@@ -134,11 +134,18 @@ class LlamaEngine:
                 opened.close()
 
     @contextmanager
-    def weights(self, paths: Sequence[Path], *, vocab_only: bool = False) -> Iterator[Any]:
+    def weights(
+        self, paths: Sequence[Path], *, vocab_only: bool = False, no_alloc: bool = False
+    ) -> Iterator[Any]:
+        """The model over ``paths``; with ``no_alloc`` its tensors have shapes and no bytes."""
         lib = llama()
         params = lib.llama_model_default_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = 0 if vocab_only else self._gpu_layers()
+        if no_alloc:
+            params.no_alloc = True
+            params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # llama.cpp aborts where it would map the file
+            params.split_mode = lib.LLAMA_SPLIT_MODE_NONE
         if len(paths) == 1:  # where it is the first of several files, llama.cpp finds the others
             model = lib.llama_model_load_from_file(os.fsencode(paths[0]), params)
         else:
