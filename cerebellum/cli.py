@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -150,6 +151,7 @@ source_options = options(
     click.option("--demote", default="Q2_K", show_default=True, help="Type that groups are tried at."),
     click.option("--max-increase", type=Percent(), default="3%", show_default=True, help="Limit on damage."),
     click.option("--budget", help="Instead of a limit: the best file of this SIZE or PRESET's size."),
+    click.option("--fit", help="The best file for a card of this SIZE at --ctx tokens [default: 4096]."),
     click.option(
         "--types",
         default=",".join(K_LADDER),
@@ -350,6 +352,8 @@ def measure(as_json: bool, out: Path, **asked: Any) -> None:
 @click.option("--measurements", type=PathArgument, help="Measurements to plan from, instead of the folder's.")
 @click.option("--max-increase", type=Percent(), help="Another limit than the run's.")
 @click.option("--budget", help="Another SIZE or PRESET, from the response curves of a `run --budget`.")
+@click.option("--fit", help="The best file for a card of this SIZE, with --ctx tokens.")
+@click.option("--ctx", type=click.IntRange(8), default=4096, show_default=True, help="Context for --fit.")
 @click.option("--frontier", is_flag=True, help="The whole curve of size against damage, from those curves.")
 @click.option("--base", help="Another preset [with a GGUF; default: Q3_K_M].")
 @click.option("--demote", help="Another type [with a GGUF; default: Q2_K].")
@@ -361,18 +365,22 @@ def plan(
     base: str | None,
     demote: str | None,
     budget: str | None,
+    fit: str | None,
+    ctx: int,
     frontier: bool,
     as_json: bool,
 ) -> None:
     """What to demote: from a run folder, or from a GGUF (its header is enough) and --measurements."""
     asked = {"base": base, "demote": demote, "max_increase_pct": max_increase}
-    given = {key: value for key, value in asked.items() if value is not None}
-    if target.is_dir() and (budget or frontier):
-        _plan_budget(target, budget, frontier, as_json)
+    given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    if budget or fit:
+        given |= {"budget": None if fit else budget, "fit": fit, "fit_ctx": ctx}
+    if frontier:
+        _show_frontier(target, as_json)
         return
-    if budget:
-        planned = _plan_file(target, measurements, given | {"budget": budget})
-        _answer(planned, as_json, tables.budget_table(planned), tables.budget_summary(planned))
+    if budget or fit:
+        planned = _replan(target, given) if target.is_dir() else _plan_file(target, measurements, given)
+        _answer(planned, as_json, *tables.budget_tables(planned))
         return
     planned = (
         _plan_folder(target, measurements, given)
@@ -579,6 +587,8 @@ def _settings(asked: dict[str, Any]) -> Settings:
     asked["max_increase_pct"] = asked.pop("max_increase")
     asked["indifference_pct"] = asked.pop("indifference")
     asked["kld_cache_bytes"] = asked.pop("kld_cache")
+    if click.get_current_context().get_parameter_source("ctx") == ParameterSource.COMMANDLINE:
+        asked["fit_ctx"] = asked["ctx"]
     asked["types"] = tuple(kind.strip() for kind in asked["types"].split(",") if kind.strip())
     from cerebellum.hub import download, is_address  # huggingface_hub takes half a second to load
 
@@ -621,24 +631,26 @@ def _run(workspace: Workspace, as_json: bool, bench_request: dict[str, Any] | No
 
 def _plan_shown(workspace: Workspace, planned: dict[str, Any]) -> tuple[Any, ...]:
     if planned["mode"] == "budget":
-        return tables.budget_table(planned), tables.budget_summary(planned)
+        return tables.budget_tables(planned)
     measured = read_json(workspace.path("measurements.json"))
     return tables.plan_table(planned), tables.plan_summary(planned), tables.tokens_saved(measured)
 
 
-def _plan_budget(folder: Path, budget: str | None, frontier: bool, as_json: bool) -> None:
-    from cerebellum.run import frontier_of, rebudget
+def _show_frontier(folder: Path, as_json: bool) -> None:
+    from cerebellum.run import frontier_of
 
-    given = {"budget": budget} if budget else {}
+    curve = frontier_of(Workspace.reopen(folder, ProgressReporter(), planning=True))
+    _answer(curve, as_json, tables.frontier_table(curve))
+
+
+def _replan(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    from cerebellum.run import rebudget
+
     workspace = Workspace.reopen(folder, ProgressReporter(), planning=True, **given)
-    if frontier:
-        curve = frontier_of(workspace)
-        _answer(curve, as_json, tables.frontier_table(curve))
-        return
     with workspace.locked():
         planned = rebudget(workspace)
         write_json(workspace.path("plan.json"), planned)
-    _answer(planned, as_json, tables.budget_table(planned), tables.budget_summary(planned))
+    return planned
 
 
 def _plan_folder(folder: Path, measurements: Path | None, given: dict[str, Any]) -> dict[str, Any]:

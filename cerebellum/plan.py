@@ -100,6 +100,15 @@ class Sizes:
             if n in grouped
         )
 
+    def header_bytes(self) -> int:
+        """Bytes of the file before its tensors: header, metadata and the list of tensors."""
+        padded = (self._padded(self.tensor_bytes(name)) for name in self.base.types)
+        return self.whole_file_bytes() - sum(padded)
+
+    def tensor_bytes(self, name: str) -> int:
+        """Bytes of one tensor in the base."""
+        return tensor_bytes(self.base.types[name], self.tensors[name].shape)
+
     def whole_file_bytes(self, changes: Mapping[str, str] | None = None) -> int:
         """Exact bytes of the file with ``changes``: header, metadata, tensors and padding."""
         changes = changes or {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from cerebellum.base import preset_base
 from cerebellum.bench import Request, bench, candidate_from, llama_opener
-from cerebellum.budget import Allocation, budget_json, budget_plan, frontier
+from cerebellum.budget import Allocation, BudgetPlan, budget_json, budget_plan, frontier
 from cerebellum.build import build, output_path
 from cerebellum.curves import (
     PPL,
@@ -27,6 +27,7 @@ from cerebellum.curves import (
     point_from_json,
 )
 from cerebellum.errors import BadInput
+from cerebellum.fit import Card
 from cerebellum.groups import make_groups
 from cerebellum.imatrix import ImportanceMatrix
 from cerebellum.llama.prediction_cache import PredictionCache
@@ -62,7 +63,7 @@ def run_all(workspace: Workspace, bench: Request | None = None) -> dict[str, Any
     """Every stage in order; what is finished already is read, not repeated."""
     with workspace.locked():
         workspace.check_texts()
-        if workspace.settings.budget:
+        if workspace.settings.by_budget:
             curves_stage(workspace)
             budget_stage(workspace)
         else:
@@ -189,7 +190,7 @@ def _write_curves(workspace: Workspace, points: Sequence[Point]) -> dict[str, An
 
 def budget_stage(workspace: Workspace) -> dict[str, Any]:
     """The knapsack's proposals, each measured whole; the best measured one -> plan.json."""
-    points, budget = read_points(workspace), budget_bytes(workspace)
+    points, budget = read_points(workspace), _target(workspace).file_bytes()
     spent, objective = _effort(workspace), workspace.settings.objective
     with _scoring(workspace, spent.chunks) as scoring:
         points = _with_fine_types(workspace, points, budget, scoring, spent.fine)
@@ -199,7 +200,7 @@ def budget_stage(workspace: Workspace) -> dict[str, Any]:
             while True:
                 changes = planning.send((scoring.whole(changes), scoring.whole({})))
         except StopIteration as stop:
-            planned = budget_json(stop.value, workspace.sizes)
+            planned = _budget_json(stop.value, _target(workspace))
     _write_curves(workspace, points)
     write_json(workspace.path("plan.json"), planned)
     return planned
@@ -219,19 +220,25 @@ def _with_fine_types(
 
 def rebudget(workspace: Workspace) -> dict[str, Any]:
     """A plan for another budget from curves.json alone: no model is loaded, nothing is measured."""
-    points, budget = read_points(workspace), budget_bytes(workspace)
-    return _unmeasured(points, workspace.sizes, budget, workspace.settings.objective)
+    return _unmeasured(read_points(workspace), _target(workspace), workspace.settings.objective)
 
 
-def _unmeasured(points: Sequence[Point], sizes: Sizes, budget: int, objective: str) -> dict[str, Any]:
+def _unmeasured(points: Sequence[Point], target: _Target, objective: str) -> dict[str, Any]:
     """What the curves alone propose, as plan.json has it."""
-    planning = budget_plan(points, sizes, budget, objective)
+    planning = budget_plan(points, target.sizes, target.file_bytes(), objective)
     try:
         next(planning)
         planning.send(None)
     except StopIteration as stop:
-        return budget_json(stop.value, sizes)
+        return _budget_json(stop.value, target)
     raise AssertionError("a plan without measurements asks once")
+
+
+def _budget_json(plan: BudgetPlan, target: _Target) -> dict[str, Any]:
+    """plan.json, with the memory it takes where a card was given."""
+    card = target.card()
+    memory = {} if card is None else {"memory": card.plan_json(plan.chosen.changes)}
+    return budget_json(plan, target.sizes) | memory
 
 
 def frontier_of(workspace: Workspace) -> list[dict[str, Any]]:
@@ -245,18 +252,41 @@ def read_points(workspace: Workspace) -> tuple[Point, ...]:
     return tuple(point_from_json(row) for row in read_json(workspace.path("curves.json"))["points"])
 
 
-def budget_bytes(workspace: Workspace) -> int:
-    """The budget as bytes of the file: a size, or a preset's own size for this model."""
-    asked = workspace.settings.budget or workspace.base.label
-    return _budget_bytes(asked, workspace.source, workspace.sizes, workspace.matrix)
+@dataclass(frozen=True)
+class _Target:
+    """What was asked for: a size, a preset's own size for this model, or a card."""
+
+    settings: Settings
+    source: Source
+    sizes: Sizes
+    matrix: ImportanceMatrix | None = None
+
+    def file_bytes(self) -> int:
+        """The budget as bytes of the file."""
+        if (card := self.card()) is not None:
+            return card.file_bytes()
+        asked = self.settings.budget or self.sizes.base.label
+        try:
+            return parse_size(asked)
+        except ValueError:
+            preset = preset_base(self.source, asked, self.matrix, has_imatrix=True)
+            return replace(self.sizes, base=preset).whole_file_bytes()
+
+    def card(self) -> Card | None:
+        if self.settings.fit is None:
+            return None
+        return Card(self.source, self.sizes, _size(self.settings.fit), self.settings.fit_ctx)
 
 
-def _budget_bytes(asked: str, source: Source, sizes: Sizes, matrix: ImportanceMatrix | None = None) -> int:
+def _size(asked: str) -> int:
     try:
         return parse_size(asked)
-    except ValueError:
-        preset = preset_base(source, asked, matrix, has_imatrix=True)
-        return replace(sizes, base=preset).whole_file_bytes()
+    except ValueError as error:
+        raise BadInput(f"--fit: {error}") from error
+
+
+def _target(workspace: Workspace) -> _Target:
+    return _Target(workspace.settings, workspace.source, workspace.sizes, workspace.matrix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,11 +343,10 @@ def plan_header(settings: Settings, measurements: Path) -> dict[str, Any]:
     groups = {group.name: group for group in make_groups(source) if not group.protected}
     sizes = Sizes(tensors=source.tensors, groups=groups, base=base)
     found = read_measurements(measurements)
-    if settings.budget is None:
+    if not settings.by_budget:
         return plan_json(plan_from(found, sizes, settings.demote, settings.threshold), sizes)
-    points = recorded_points(found, sizes)
-    planned = _unmeasured(points, sizes, _budget_bytes(settings.budget, source, sizes), PPL)
-    return planned | {"model": MODEL}
+    target = _Target(settings, source, sizes)
+    return _unmeasured(recorded_points(found, sizes), target, PPL) | {"model": MODEL}
 
 
 def build_stage(workspace: Workspace) -> Path:

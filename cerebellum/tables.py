@@ -154,6 +154,12 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     return table
 
 
+def budget_tables(plan: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The plan in budget mode, what it comes to, and the memory it takes where a card was given."""
+    memory = (memory_table(plan["memory"]),) if plan.get("memory") else ()
+    return budget_table(plan), budget_summary(plan), *memory
+
+
 def budget_table(plan: Mapping[str, Any]) -> Table:
     """The plan in budget mode, a row a group."""
     title = f"Best within {size(plan['budget_bytes'])}, from base {plan['base']}"

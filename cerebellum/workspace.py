@@ -67,6 +67,8 @@ class Settings:
     threads: int = os.cpu_count() or 1
     gpu_layers: int = 0
     budget: str | None = None
+    fit: str | None = None
+    fit_ctx: int = 4096
     types: tuple[str, ...] = K_LADDER
     fine_types: bool = True
     zoom: bool = True
@@ -74,6 +76,11 @@ class Settings:
     curve_passes: float = 2.0
     seed: int = 1
     allow_requantize: bool = False
+
+    @property
+    def by_budget(self) -> bool:
+        """Whether bytes are given, as a file's size or a card's, rather than a limit on damage."""
+        return self.budget is not None or self.fit is not None
 
     @property
     def threshold(self) -> Threshold:
@@ -167,7 +174,7 @@ class Workspace:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """By role; for a budget cut into spans of layers, so that a plan can treat them apart."""
-        apart = self.settings.budget is not None and self.settings.zoom
+        apart = self.settings.by_budget and self.settings.zoom
         return make_groups(self.source, has_imatrix=True, spans=_SPANS if apart else 1)
 
     @cached_property
@@ -274,7 +281,7 @@ class Workspace:
             raise BadInput(
                 f"{self.folder}: {needed / 1e9:.2f} GB are needed (base, result, every group at every type "
                 f"tried), {free / 1e9:.2f} GB are free; choose a larger disk with -o"
-                + (", or fewer --types" if self.settings.budget else "")
+                + (", or fewer --types" if self.settings.by_budget else "")
             )
 
 
