@@ -689,6 +689,7 @@ def _answer(value: Any, as_json: bool, *shown: Any) -> None:
 def main() -> None:
     """Exit codes: 0 done, 1 the answer is no, 2 wrong use or bad input, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
+    _keep_stdout_for_answers()
     try:
         cli.main(standalone_mode=False)
     except CerebellumError as error:
@@ -697,6 +698,19 @@ def main() -> None:
         _fail(error.format_message(), 2)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _fail("interrupted; the same command goes on from here", 130)
+
+
+def _keep_stdout_for_answers() -> None:
+    """What C libraries print goes to stderr: HiGHS writes a line to stdout now and then, told or not."""
+    try:
+        real = sys.stdout.fileno() == 1
+    except (OSError, ValueError):  # a stand-in without a file, or closed
+        return
+    if real:
+        sys.stdout.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        sys.stdout = os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

@@ -449,3 +449,15 @@ def test_settings_are_kept_for_the_stages_that_follow(finished: Finished) -> Non
     assert kept.ctx == 64 and kept.max_increase_pct == 999.0 and kept.base == "Q3_K_M"
     assert json.loads((finished.folder / "settings.json").read_text())["chunks"] == 4
     assert os.path.isabs(kept.source) and sys.version_info >= (3, 11)
+
+
+def test_what_c_libraries_print_stays_off_stdout() -> None:
+    """A line written to file descriptor 1 from under Python, as HiGHS does, must not spoil the JSON."""
+    program = (
+        "import os, sys; from cerebellum import cli, doctor; real = doctor.examine\n"
+        "def noisy(folder):\n    os.write(1, b'a line from C\\n'); return real(folder)\n"
+        "doctor.examine = noisy; sys.argv = ['cerebellum', 'doctor', '--json']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "python" in json.loads(done.stdout)
+    assert "a line from C" in done.stderr
