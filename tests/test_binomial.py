@@ -82,7 +82,7 @@ def test_holm_by_hand() -> None:
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_between_bonferroni_and_each_alone(p_values: list[float]) -> None:
     for p, found in zip(p_values, holm(p_values), strict=True):
-        assert (p < 0.05 / len(p_values)) <= found <= (p < 0.05)
+        assert (p < 0.05 / len(p_values)) <= found <= (p <= 0.05)
 
 
 def test_detectable_difference_has_the_power_it_says() -> None:
