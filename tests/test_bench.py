@@ -294,6 +294,18 @@ def test_every_check_of_the_audit_can_fail(changed: dict[str, Any], words: str) 
     assert any(words in problem for problem in found["problems"])
 
 
+@pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+def test_a_place_that_has_the_short_options_may_be_chosen_more(metric: str) -> None:
+    """acc adds up log-probabilities, so the shortest wins; per character there is no such excuse."""
+    by_length = [record(options=["a", "bbb", "cc", "dddd"], answers={metric: 0}) for _ in range(8)]
+    elsewhere = [
+        record(options=["aaaa", "bbb", "cc", "d"], answers={metric: i % 4}, golds={"original": i % 3 + 1})
+        for i in range(24)
+    ]
+    problems = audit([r | {"golds": {"original": 1}} for r in by_length * 4] + elsewhere)["problems"]
+    assert [problem.startswith(f"{metric}: option A") for problem in problems] == ([True] * (metric != "acc"))
+
+
 def test_mojibake_is_told_from_honest_accents() -> None:
     assert is_mojibake("the worldâ€™s") and is_mojibake("caf\ufffd") and is_mojibake("cafÃ©")
     assert not is_mojibake("café, naïve, Ångström, São Paulo, 12 °C, “quoted”")

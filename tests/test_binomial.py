@@ -100,4 +100,11 @@ def test_detectable_difference_has_the_power_it_says() -> None:
 
 @given(st.integers(10, 20000), st.floats(0.001, 1.0))
 def test_more_questions_show_smaller_differences(n: int, psi: float) -> None:
-    assert detectable_difference(2 * n, psi) <= detectable_difference(n, psi) <= psi + 1e-12
+    assert detectable_difference(2 * n, psi) <= detectable_difference(n, psi) + 1e-9
+
+
+@pytest.mark.parametrize("n", [3, 5, 40, 100])
+def test_a_few_questions_that_all_agree_promise_nothing(n: int) -> None:
+    """Fewer than six pairs that disagree are never significant, so nothing under 6 / n can be detectable."""
+    found = paired([True] * n, [True] * n)
+    assert min(1.0, 6 / n) <= found.detectable <= 1
