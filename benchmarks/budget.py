@@ -105,10 +105,7 @@ def band_types(bench: Bench, budget: int, damages: Sequence[Mapping[str, float]]
     """One type for all tensors of each depth band, by measured damage, within the budget."""
     bands = depth_bands(bench)
     items = [
-        [
-            Option(n_bytes=sum(bench.n_bytes(n, parse_type(k)) for n in band), damage=damage[k])
-            for k in K_LADDER
-        ]
+        [Option(n_bytes=bench.band_bytes(band, kind), damage=damage[kind]) for kind in K_LADDER]
         for band, damage in zip(bands, damages, strict=True)
     ]
     choice = solve(items, budget - bench.workspace.sizes.fixed_bytes())

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cerebellum.allocate import Choice, Option, solve
-from cerebellum.curves import BASE, K_LADDER, KLD, PPL, Point, Score, base_kinds, roles
+from cerebellum.curves import BASE, K_LADDER, KLD, PPL, Point, Score, base_kinds, of_whole_roles
 from cerebellum.errors import AnswerIsNo
 from cerebellum.gguf import parse_type
 from cerebellum.plan import Sizes
@@ -146,9 +146,10 @@ def budget_plan(
         answer = yield candidate.changes
         if answer is None:
             return _plan(candidate, (candidate,), budget_bytes, objective, factors)
+        _, base = answer
         measured.append(_measured(candidate, answer))
         factors = learned(measured, objective)
-    measured += _base_itself(points, sizes, budget_bytes, measured)
+    measured += _base_itself(points, sizes, budget_bytes, measured, base)
     chosen = min(measured, key=lambda candidate: candidate.damage(objective))
     if not np.isfinite(chosen.damage(objective)):
         raise AnswerIsNo(
@@ -176,7 +177,7 @@ def _plan(
 def _allocations(points: Sequence[Point], sizes: Sizes, objective: str) -> Iterator[Allocation]:
     """The finest curves; whole roles; whole roles without IQ types; the finest again, having learned."""
     parts = refined(points, sizes)
-    whole = [point for point in points if point.part in roles(sizes)]
+    whole = of_whole_roles(points, sizes)
     plain = [point for point in whole if point.kind in (BASE, *K_LADDER)]
     yield Allocation(parts, sizes, objective)
     yield Allocation(whole, sizes, objective, "whole roles")
@@ -186,35 +187,20 @@ def _allocations(points: Sequence[Point], sizes: Sizes, objective: str) -> Itera
 
 def _measured(candidate: Candidate, answer: tuple[Score, Score]) -> Candidate:
     score, base = answer
-    if not score.finite:
-        return replace(candidate, score=score)
-    kld = superpopulation_interval(score.kld - base.kld)
-    nll = superpopulation_interval(score.nll - base.nll)
+    kld, nll = score.change(base)
     return replace(candidate, score=score, kld=kld, nll=nll)
 
 
 def _base_itself(
-    points: Sequence[Point], sizes: Sizes, budget: int, measured: Sequence[Candidate]
+    points: Sequence[Point], sizes: Sizes, budget: int, measured: Sequence[Candidate], score: Score
 ) -> list[Candidate]:
-    """The base as a candidate: nothing changed, nothing lost."""
-    unchanged = tuple(p for p in points if p.kind == BASE and p.part in roles(sizes))
+    """The base as a candidate, where it fits and is not there: nothing changed, nothing lost."""
     n_bytes = sizes.whole_file_bytes()
-    known = any(not candidate.changes for candidate in measured)
-    if n_bytes > budget or known:
+    if n_bytes > budget or any(not candidate.changes for candidate in measured):
         return []
-    zero = unchanged[0].kld
-    nothing = Score(nll=np.zeros(1), kld=np.zeros(1))
-    return [
-        Candidate(
-            how="the base itself",
-            points=unchanged,
-            n_bytes=n_bytes,
-            predicted=0.0,
-            score=nothing,
-            kld=zero,
-            nll=zero,
-        )
-    ]
+    unchanged = tuple(point for point in of_whole_roles(points, sizes) if point.kind == BASE)
+    base = Candidate(how="the base itself", points=unchanged, n_bytes=n_bytes, predicted=0.0)
+    return [_measured(base, (score, score))]
 
 
 def learned(measured: Sequence[Candidate], objective: str) -> Factors:
@@ -272,7 +258,7 @@ def _rival(plan: BudgetPlan) -> str | None:
 def budget_json(plan: BudgetPlan, sizes: Sizes) -> dict[str, Any]:
     """plan.json in budget mode: the contract's keys, and every candidate that was measured."""
     chosen = plan.chosen
-    measured = interval_json(chosen.nll) if chosen.nll else {"delta_pct": None, "ci_pct": None}
+    measured = interval_json(chosen.nll)
     nll = _sum_of_parts(chosen, PPL)
     return {
         "mode": "budget",
@@ -313,13 +299,13 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         "predicted_kld": _sum_of_parts(candidate, KLD),
         "measured_kld": candidate.kld.mean if candidate.kld else None,
         "kld_ci": [candidate.kld.low, candidate.kld.high] if candidate.kld else None,
-        **(interval_json(candidate.nll) if candidate.nll else {"delta_pct": None, "ci_pct": None}),
+        **interval_json(candidate.nll),
     }
 
 
 def _row(point: Point, sizes: Sizes) -> dict[str, Any]:
     kind, part = point.kind, point.part
-    alone = interval_json(point.nll) if point.nll else {"delta_pct": None, "ci_pct": None}
+    alone = interval_json(point.nll)
     saved = sizes.bytes_saved(part.at(kind))
     verdict = "kept" if kind == BASE else ("demoted" if saved > 0 else "promoted")
     return {

@@ -378,16 +378,9 @@ def plan(
     if frontier:
         _show_frontier(target, as_json)
         return
-    if budget or fit:
-        planned = _replan(target, given) if target.is_dir() else _plan_file(target, measurements, given)
-        _answer(planned, as_json, *tables.budget_tables(planned))
-        return
-    planned = (
-        _plan_folder(target, measurements, given)
-        if target.is_dir()
-        else _plan_file(target, measurements, given)
-    )
-    _answer(planned, as_json, tables.plan_table(planned), tables.plan_summary(planned))
+    make = _plan_folder if target.is_dir() else _plan_file
+    planned = make(target, measurements, given)
+    _answer(planned, as_json, *tables.planned_tables(planned))
 
 
 @cli.command()
@@ -630,10 +623,10 @@ def _run(workspace: Workspace, as_json: bool, bench_request: dict[str, Any] | No
 
 
 def _plan_shown(workspace: Workspace, planned: dict[str, Any]) -> tuple[Any, ...]:
+    shown = tables.planned_tables(planned)
     if planned["mode"] == "budget":
-        return tables.budget_tables(planned)
-    measured = read_json(workspace.path("measurements.json"))
-    return tables.plan_table(planned), tables.plan_summary(planned), tables.tokens_saved(measured)
+        return shown
+    return *shown, tables.tokens_saved(read_json(workspace.path("measurements.json")))
 
 
 def _show_frontier(folder: Path, as_json: bool) -> None:
@@ -643,22 +636,14 @@ def _show_frontier(folder: Path, as_json: bool) -> None:
     _answer(curve, as_json, tables.frontier_table(curve))
 
 
-def _replan(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
-    from cerebellum.run import rebudget
-
-    workspace = Workspace.reopen(folder, ProgressReporter(), planning=True, **given)
-    with workspace.locked():
-        planned = rebudget(workspace)
-        write_json(workspace.path("plan.json"), planned)
-    return planned
-
-
 def _plan_folder(folder: Path, measurements: Path | None, given: dict[str, Any]) -> dict[str, Any]:
-    from cerebellum.run import replan
+    from cerebellum.run import rebudget, replan
 
     workspace = Workspace.reopen(folder, ProgressReporter(), planning=True, **given)
     with workspace.locked():
-        planned = replan(workspace, measurements or workspace.path("measurements.json"))
+        by_budget = given.get("budget") or given.get("fit")
+        found = measurements or workspace.path("measurements.json")
+        planned = rebudget(workspace) if by_budget else replan(workspace, found)
         write_json(workspace.path("plan.json"), planned)
     return planned
 

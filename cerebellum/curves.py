@@ -70,6 +70,12 @@ class Score:
     def finite(self) -> bool:
         return bool(np.isfinite(self.nll).all() and np.isfinite(self.kld).all())
 
+    def change(self, base: Score) -> tuple[Interval | None, Interval | None]:
+        """(of the divergence, of the NLL) against the base on the same chunks; None where this collapsed."""
+        if not self.finite:
+            return None, None
+        return superpopulation_interval(self.kld - base.kld), superpopulation_interval(self.nll - base.nll)
+
 
 Scorer = Callable[[Changes], Score]
 
@@ -175,10 +181,14 @@ def _neighbours(at: int, known: Sequence[int] | Any) -> tuple[int, int]:
 def measure_point(tried: Tried, sizes: Sizes, score: Scorer, base: Score) -> Point:
     """One part alone, against the base on the same chunks."""
     part, kind = tried
-    found = score(part.at(kind))
-    kld = superpopulation_interval(found.kld - base.kld) if found.finite else None
-    nll = superpopulation_interval(found.nll - base.nll) if found.finite else None
+    kld, nll = score(part.at(kind)).change(base)
     return Point(part=part, kind=kind, n_bytes=part.n_bytes(kind, sizes), kld=kld, nll=nll)
+
+
+def of_whole_roles(points: Sequence[Point], sizes: Sizes) -> list[Point]:
+    """The points of whole roles, without those of some of their layers."""
+    whole = set(roles(sizes))
+    return [point for point in points if point.part in whole]
 
 
 def unchanged(sizes: Sizes, chunks: int) -> tuple[Point, ...]:

@@ -7,8 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from cerebellum.groups import attention_layers, recurrent_layers
-from cerebellum.memory import Memory, Shape, ask, memory_json, memory_shape, off_the_card, plain_metadata
-from cerebellum.memory import weights_budget as room_for_weights
+from cerebellum.memory import (
+    Memory,
+    Shape,
+    ask,
+    memory_json,
+    memory_shape,
+    off_the_card,
+    plain_metadata,
+    weights_budget,
+)
 from cerebellum.plan import Sizes
 from cerebellum.source import Source
 
@@ -30,7 +38,7 @@ class Card:
     def file_bytes(self) -> int:
         """The largest file that goes on the card; AnswerIsNo where the rest leaves no room for one."""
         elsewhere = self.sizes.total({}) - self._on_card({})
-        return room_for_weights(self.shape, self.memory, self.bytes) + elsewhere + self.sizes.header_bytes()
+        return weights_budget(self.shape, self.memory, self.bytes) + elsewhere + self.sizes.header_bytes()
 
     def plan_json(self, changes: Mapping[str, str]) -> dict[str, Any]:
         """What the base with ``changes`` takes, part by part, in bytes."""

@@ -226,7 +226,7 @@ def _merged(units: Sequence[Unit]) -> dict[str, str]:
 def plan_json(plan: Plan, sizes: Sizes) -> dict[str, Any]:
     """plan.json, as the contract has it."""
     delta = plan.measured.delta if plan.measured else None
-    measured = interval_json(delta) if delta else {"delta_pct": None, "ci_pct": None}
+    measured = interval_json(delta)
     return {
         "mode": "threshold",
         "threshold_pct": plan.threshold.limit_pct,

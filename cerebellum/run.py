@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +190,8 @@ def _write_curves(workspace: Workspace, points: Sequence[Point]) -> dict[str, An
 
 def budget_stage(workspace: Workspace) -> dict[str, Any]:
     """The knapsack's proposals, each measured whole; the best measured one -> plan.json."""
-    points, budget = read_points(workspace), _target(workspace).file_bytes()
+    points, target = read_points(workspace), _target(workspace)
+    budget = target.file_bytes()
     spent, objective = _effort(workspace), workspace.settings.objective
     with _scoring(workspace, spent.chunks) as scoring:
         points = _with_fine_types(workspace, points, budget, scoring, spent.fine)
@@ -200,7 +201,7 @@ def budget_stage(workspace: Workspace) -> dict[str, Any]:
             while True:
                 changes = planning.send((scoring.whole(changes), scoring.whole({})))
         except StopIteration as stop:
-            planned = _budget_json(stop.value, _target(workspace))
+            planned = _budget_json(stop.value, target)
     _write_curves(workspace, points)
     write_json(workspace.path("plan.json"), planned)
     return planned
@@ -236,8 +237,7 @@ def _unmeasured(points: Sequence[Point], target: _Target, objective: str) -> dic
 
 def _budget_json(plan: BudgetPlan, target: _Target) -> dict[str, Any]:
     """plan.json, with the memory it takes where a card was given."""
-    card = target.card()
-    memory = {} if card is None else {"memory": card.plan_json(plan.chosen.changes)}
+    memory = {"memory": target.card.plan_json(plan.chosen.changes)} if target.card else {}
     return budget_json(plan, target.sizes) | memory
 
 
@@ -263,8 +263,8 @@ class _Target:
 
     def file_bytes(self) -> int:
         """The budget as bytes of the file."""
-        if (card := self.card()) is not None:
-            return card.file_bytes()
+        if self.card is not None:
+            return self.card.file_bytes()
         asked = self.settings.budget or self.sizes.base.label
         try:
             return parse_size(asked)
@@ -272,7 +272,9 @@ class _Target:
             preset = preset_base(self.source, asked, self.matrix, has_imatrix=True)
             return replace(self.sizes, base=preset).whole_file_bytes()
 
+    @cached_property
     def card(self) -> Card | None:
+        """llama.cpp is asked once what it would allocate."""
         if self.settings.fit is None:
             return None
         return Card(self.source, self.sizes, _size(self.settings.fit), self.settings.fit_ctx)

@@ -88,12 +88,10 @@ class Measurement:
     def as_json(self, threshold: Threshold) -> dict[str, Any]:
         """A row of measurements.json, the format that ``plan --measurements`` reads."""
         kinds = sorted(set(self.changes.values()))
-        row: dict[str, Any] = {
+        return {
             "groups": sorted(self.changes),
             "type": kinds[0] if len(kinds) == 1 else dict(self.changes),
-            "delta_pct": None,
-            "ci_pct": None,
-            "chunks": None,
+            **interval_json(self.delta),
             "verdict": threshold.verdict(self.delta),
             "near_tie": threshold.near_tie(self.delta),
             "kld_mean": self.kld.mean if self.kld else None,
@@ -101,11 +99,12 @@ class Measurement:
             "top1_agreement": self.top1,
             "trace": [interval_json(look) for look in self.trace],
         }
-        return row | (interval_json(self.delta) if self.delta else {})
 
 
-def interval_json(delta: Interval) -> dict[str, Any]:
-    """A paired change as artifacts hold it; an interval without end is null."""
+def interval_json(delta: Interval | None) -> dict[str, Any]:
+    """A paired change as artifacts hold it; null where nothing was measured or an interval has no end."""
+    if delta is None:
+        return {"delta_pct": None, "ci_pct": None, "chunks": None}
     mean, low, high = delta.percent()
     finite = bool(np.isfinite([low, high]).all())
     return {"delta_pct": mean, "ci_pct": [low, high] if finite else None, "chunks": delta.n}

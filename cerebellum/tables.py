@@ -154,6 +154,13 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     return table
 
 
+def planned_tables(plan: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A plan of either mode, and what it comes to."""
+    if plan["mode"] == "budget":
+        return budget_tables(plan)
+    return plan_table(plan), plan_summary(plan)
+
+
 def budget_tables(plan: Mapping[str, Any]) -> tuple[Any, ...]:
     """The plan in budget mode, what it comes to, and the memory it takes where a card was given."""
     memory = (memory_table(plan["memory"]),) if plan.get("memory") else ()

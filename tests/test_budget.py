@@ -179,6 +179,19 @@ def test_gaining_in_one_measure_at_the_cost_of_the_other_is_said(
         assert "higher perplexity" in budget_json(stop.value, sizes)["tradeoff"]
 
 
+def test_a_rival_of_the_base_itself_is_said_too(points: tuple[Point, ...], sizes: Sizes) -> None:
+    """Every change moves away from the source here and lowers the perplexity: the base ships, with a word."""
+    planning = budget_plan(points, sizes, sizes.whole_file_bytes())
+    try:
+        changes = next(planning)
+        while True:
+            found = score(changes, interaction=1.0)
+            changes = planning.send((replace(found, nll=score({}).nll - 0.03), score({})))
+    except StopIteration as stop:
+        told = budget_json(stop.value, sizes)
+    assert told["bytes_saved"] == 0 and "lower perplexity (-2.96%)" in told["tradeoff"]
+
+
 def test_layers_are_told_apart_only_where_they_differ(zoomed: tuple[Point, ...], by_layer: Sizes) -> None:
     names = [leaf.part.name for leaf in leaves(zoomed, by_layer)]
     assert "ssm_in.0" in names and "ssm_in.1" in names
