@@ -58,6 +58,8 @@ class GroupRow:
     agreement: float | None
     trace: tuple[Look, ...]
     near_tie: bool
+    members: tuple[str, ...]
+    """The groups it stands for: several where a budget gave neighbouring layers the same type."""
 
     @property
     def changed(self) -> bool:
@@ -70,6 +72,8 @@ class CurvePoint:
     (against the base's own), change of perplexity in percent; None where the model broke."""
 
     group: str
+    role: str
+    layers: tuple[int, ...]
     kind: str
     n_bytes: int
     kld: Change | None
@@ -78,7 +82,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A combination that a budget proposed and that was measured whole; KL divergence as above."""
+    """A combination that a budget proposed and that was measured whole; KL divergence as of a point."""
 
     n_bytes: int
     kld: float
@@ -137,6 +141,11 @@ class Evidence:
     benchmarks: tuple[Benchmark, ...]
     problems: tuple[Problem, ...]
     curves: tuple[CurvePoint, ...]
+
+    @property
+    def base_kld(self) -> float:
+        """By budget: KL divergence of the base itself from the source, nats a token."""
+        return float(self.measured["base_kld"])
 
     @property
     def limit(self) -> float | None:
@@ -227,7 +236,7 @@ def _rows(read: Json, measured: Json, points: Sequence[CurvePoint]) -> tuple[Gro
 
 def _with_step(row: GroupRow, points: Sequence[CurvePoint]) -> GroupRow:
     """By budget: what its curve says of the chosen type; of a group that was kept, of one step down."""
-    own = [point for point in points if point.group == row.name]
+    own = together(points, row.members)
     if not own:
         return row
     base = next(point.n_bytes for point in own if point.kind == BASE)
@@ -241,12 +250,42 @@ def _with_step(row: GroupRow, points: Sequence[CurvePoint]) -> GroupRow:
     return replace(row, tried_type=step.kind, bytes_saved=saved, change=step.change, kld=step.kld)
 
 
+def together(points: Sequence[CurvePoint], members: Sequence[str]) -> list[CurvePoint]:
+    """The curve of several groups at one type: bytes and changes add up; types that all of them have.
+
+    A group that has a type as its base has no other point for it.
+    """
+    curves = [{p.kind: p for p in points if p.group == name} for name in members]
+    kinds = [kind for kind in curves[0] if all(kind in curve for curve in curves)] if all(curves) else []
+    return [_added([curve[kind] for curve in curves]) for kind in kinds]
+
+
+def _added(points: Sequence[CurvePoint]) -> CurvePoint:
+    return replace(
+        points[0],
+        layers=tuple(layer for point in points for layer in point.layers),
+        n_bytes=sum(point.n_bytes for point in points),
+        kld=_sum([point.kld for point in points]),
+        change=_sum([point.change for point in points]),
+    )
+
+
+def _sum(changes: Sequence[Change | None]) -> Change | None:
+    known = [change for change in changes if change is not None]
+    if len(known) < len(changes):
+        return None
+    low, mean, high = (sum(getattr(change, part) for change in known) for part in ("low", "mean", "high"))
+    return Change(low=low, mean=mean, high=high)
+
+
 def _points(curves: Json) -> Iterator[CurvePoint]:
-    """Of every part that a plan may treat apart; those of some layers follow from shares (zoom.py)."""
-    for row in curves.get("parts") or curves["points"]:
+    """Of every group that a plan may treat apart, as the fit has it (sensitivity.py)."""
+    for row in curves["points"]:
         kld, nll = row["kld"], row["nll"]
         yield CurvePoint(
             group=row["group"],
+            role=row.get("role", row["group"]),
+            layers=tuple(row.get("layers", ())),
             kind=row["type"],
             n_bytes=row["bytes"],
             kld=Change(mean=kld["mean"], low=kld["low"], high=kld["high"]) if kld else None,
@@ -274,6 +313,7 @@ def _row(row: Json, group: Json, measured: Json, plan: Json) -> GroupRow:
         agreement=measured.get("top1_agreement"),
         trace=tuple(_looks(measured.get("trace") or ())),
         near_tie=bool(row.get("near_tie")),
+        members=tuple(row.get("members") or (row["name"],)),
     )
 
 

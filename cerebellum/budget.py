@@ -1,49 +1,36 @@
-"""Response curves + a budget in bytes -> the best plan that fits. Loads no model; asks for measurements.
+"""Damages + a budget in bytes -> the best plan that fits. Loads no model; asks for measurements.
 
-The knapsack assumes that damages add up. What it proposes is therefore measured whole; from how far
-the sum of the parts was off it learns a factor for demotions and one for promotions, and solves again.
-The best *measured* plan ships, the unchanged base among them where it fits.
+The knapsack assumes that damages add up. What it proposes is therefore measured whole, what the parts got
+wrong is learned (sensitivity.py), and it is solved again; then for damages drawn from what is still not
+known. The best *measured* plan ships, the unchanged base among them where it fits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
-from typing import Any
+from itertools import groupby
+from typing import Any, Protocol
 
 import numpy as np
 
 from cerebellum.allocate import Choice, Option, solve
-from cerebellum.curves import BASE, K_LADDER, KLD, PPL, Point, Score, base_kinds, of_whole_roles
+from cerebellum.curves import BASE, FINE_LADDER, KLD, PPL, Point, Score, base_kinds, part_of
 from cerebellum.errors import AnswerIsNo
 from cerebellum.gguf import parse_type
 from cerebellum.plan import Sizes
+from cerebellum.sensitivity import Sensitivities, Whole
 from cerebellum.stats.paired import Interval, as_percent, superpopulation_interval
 from cerebellum.sweep import Changes, interval_json
-from cerebellum.zoom import refined
 
-_ROUNDS = 3  # proposals from the finest curves, each after learning from the one before
-_PRIOR_SD = 0.5  # of a factor around 1, before anything was measured
-_FACTORS = (0.2, 5.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Factors:
-    """How much of the sum of the parts the whole does: of the demotions, and of the promotions."""
-
-    demotions: float = 1.0
-    promotions: float = 1.0
-
-    def of(self, damage: float) -> float:
-        return damage * (self.demotions if damage > 0 else self.promotions)
+_LEARNED, _DRAWN = 2, 2  # proposals after the first two: having learned, and of damages drawn
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A combination: one point of every part. Damages against the base, in nats of the objective.
+    """A combination: one point of every group. Damages against the base, in nats of the objective.
 
-    ``how`` says which curves proposed it.
+    ``how`` says what proposed it.
     """
 
     how: str
@@ -75,14 +62,60 @@ class BudgetPlan:
     objective: str
     chosen: Candidate
     candidates: tuple[Candidate, ...]
-    factors: Factors
+
+
+class Damages(Protocol):
+    """What every group costs at every type, given the candidates that were measured so far."""
+
+    def points(
+        self, measured: Sequence[Candidate], rng: np.random.Generator | None = None
+    ) -> Sequence[Point]: ...
+
+
+@dataclass(frozen=True)
+class Known:
+    """Points that no measurement changes: from a file, or recorded elsewhere."""
+
+    found: Sequence[Point]
+
+    def points(
+        self, measured: Sequence[Candidate], rng: np.random.Generator | None = None
+    ) -> Sequence[Point]:
+        return self.found
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Sensitivities that learn from whole plans; ``base`` is the base's own damage above the anchor."""
+
+    sensitivities: Sensitivities
+    base: Whole
+
+    def points(
+        self, measured: Sequence[Candidate], rng: np.random.Generator | None = None
+    ) -> Sequence[Point]:
+        wholes = [self.base, *(self._whole(candidate) for candidate in measured)]
+        return self.sensitivities.points(wholes, rng)
+
+    def _whole(self, candidate: Candidate) -> Whole:
+        kld, nll = (
+            None if change is None or base is None else _sum(change, base)
+            for change, base in ((candidate.kld, self.base.kld), (candidate.nll, self.base.nll))
+        )
+        return Whole(changes=candidate.changes, kld=kld, nll=nll)
+
+
+def _sum(a: Interval, b: Interval) -> Interval:
+    """Of independent means, whose squared half-widths add up."""
+    mean, half = a.mean + b.mean, float(np.hypot(a.high - a.mean, b.high - b.mean))
+    return replace(a, mean=mean, low=mean - half, high=mean + half)
 
 
 class Allocation:
     """The knapsack over points; a collapsed type is never an option."""
 
     def __init__(
-        self, points: Sequence[Point], sizes: Sizes, objective: str = KLD, how: str = "all curves"
+        self, points: Sequence[Point], sizes: Sizes, objective: str = KLD, how: str = "the sum of the parts"
     ) -> None:
         self.sizes, self.objective, self.how = sizes, objective, how
         by_part: dict[str, list[Point]] = {}
@@ -92,13 +125,9 @@ class Allocation:
         self.curves = list(by_part.values())
         self.fixed = sizes.fixed_bytes()
 
-    def best(self, budget_bytes: int, factors: Factors | None = None) -> Candidate | None:
+    def best(self, budget_bytes: int) -> Candidate | None:
         """The least predicted damage whose file is within the budget."""
-        factors = factors or Factors()
-        items = [
-            [Option(n_bytes=p.n_bytes, damage=factors.of(self._damage(p))) for p in curve]
-            for curve in self.curves
-        ]
+        items = [[Option(n_bytes=p.n_bytes, damage=self._damage(p)) for p in curve] for curve in self.curves]
         choice = solve(items, budget_bytes - self.fixed)
         return None if choice is None else self.candidate(choice)
 
@@ -112,7 +141,7 @@ class Allocation:
         )
 
     def smallest(self) -> int:
-        """Bytes of the smallest file that the measured types allow."""
+        """Bytes of the smallest file that the known types allow."""
         return self.fixed + sum(min(p.n_bytes for p in curve) for curve in self.curves)
 
     def largest(self) -> int:
@@ -129,26 +158,25 @@ Answer = tuple[Score, Score] | None
 
 
 def budget_plan(
-    points: Sequence[Point], sizes: Sizes, budget_bytes: int, objective: str = KLD
+    damages: Damages, sizes: Sizes, budget_bytes: int, objective: str = KLD, seed: int = 1
 ) -> Generator[Changes, Answer, BudgetPlan]:
     """Yields each combination it wants scored; is sent its ``Answer``.
 
     Raises AnswerIsNo, with the nearest reachable size, where nothing fits or all that fits collapsed.
     """
     measured: list[Candidate] = []
-    factors = Factors()
-    for allocation in _allocations(points, sizes, objective):
-        candidate = allocation.best(budget_bytes, factors)
+    for how, points in _proposals(damages, measured, seed):
+        allocation = Allocation(points, sizes, objective, how)
+        candidate = allocation.best(budget_bytes)
         if candidate is None and not measured:
             raise _unreachable(budget_bytes, allocation)
         if candidate is None or any(candidate.changes == known.changes for known in measured):
             continue
         answer = yield candidate.changes
         if answer is None:
-            return _plan(candidate, (candidate,), budget_bytes, objective, factors)
-        _, base = answer
+            return _plan(candidate, (candidate,), budget_bytes, objective)
+        base = answer[1]
         measured.append(_measured(candidate, answer))
-        factors = learned(measured, objective)
     measured += _base_itself(points, sizes, budget_bytes, measured, base)
     chosen = min(measured, key=lambda candidate: candidate.damage(objective))
     if not np.isfinite(chosen.damage(objective)):
@@ -156,7 +184,24 @@ def budget_plan(
             f"every plan of {budget_bytes:,} bytes that was measured collapsed (no finite logits); "
             "give a larger budget"
         )
-    return _plan(chosen, tuple(measured), budget_bytes, objective, factors)
+    return _plan(chosen, tuple(measured), budget_bytes, objective)
+
+
+def _proposals(
+    damages: Damages, measured: Sequence[Candidate], seed: int
+) -> Iterator[tuple[str, Sequence[Point]]]:
+    """What to put into the knapsack; ``measured`` grows meanwhile.
+
+    K-quants alone are quicker to run, and a check on the IQ types.
+    """
+    points = damages.points(())
+    yield "the sum of the parts", points
+    yield "K-quants alone", [point for point in points if point.kind not in FINE_LADDER]
+    for _ in range(_LEARNED):
+        yield "having learned", damages.points(measured)
+    rng = np.random.default_rng(seed)
+    for _ in range(_DRAWN):
+        yield "damages drawn", damages.points(measured, rng)
 
 
 def _unreachable(budget_bytes: int, allocation: Allocation) -> AnswerIsNo:
@@ -166,23 +211,8 @@ def _unreachable(budget_bytes: int, allocation: Allocation) -> AnswerIsNo:
     )
 
 
-def _plan(
-    chosen: Candidate, candidates: tuple[Candidate, ...], budget: int, objective: str, factors: Factors
-) -> BudgetPlan:
-    return BudgetPlan(
-        budget_bytes=budget, objective=objective, chosen=chosen, candidates=candidates, factors=factors
-    )
-
-
-def _allocations(points: Sequence[Point], sizes: Sizes, objective: str) -> Iterator[Allocation]:
-    """The finest curves; whole roles; whole roles without IQ types; the finest again, having learned."""
-    parts = refined(points, sizes)
-    whole = of_whole_roles(points, sizes)
-    plain = [point for point in whole if point.kind in (BASE, *K_LADDER)]
-    yield Allocation(parts, sizes, objective)
-    yield Allocation(whole, sizes, objective, "whole roles")
-    yield Allocation(plain, sizes, objective, "whole roles, K-quants alone")
-    yield from repeat(Allocation(parts, sizes, objective, "all curves, having learned"), _ROUNDS - 1)
+def _plan(chosen: Candidate, candidates: tuple[Candidate, ...], budget: int, objective: str) -> BudgetPlan:
+    return BudgetPlan(budget_bytes=budget, objective=objective, chosen=chosen, candidates=candidates)
 
 
 def _measured(candidate: Candidate, answer: tuple[Score, Score]) -> Candidate:
@@ -198,29 +228,14 @@ def _base_itself(
     n_bytes = sizes.whole_file_bytes()
     if n_bytes > budget or any(not candidate.changes for candidate in measured):
         return []
-    unchanged = tuple(point for point in of_whole_roles(points, sizes) if point.kind == BASE)
+    unchanged = tuple(point for point in points if point.kind == BASE)
     base = Candidate(how="the base itself", points=unchanged, n_bytes=n_bytes, predicted=0.0)
     return [_measured(base, (score, score))]
 
 
-def learned(measured: Sequence[Candidate], objective: str) -> Factors:
-    """The factors that explain what was measured: least squares, drawn towards 1 by the prior."""
-    rows, seen = [[1 / _PRIOR_SD, 0.0], [0.0, 1 / _PRIOR_SD]], [1 / _PRIOR_SD, 1 / _PRIOR_SD]
-    for candidate in measured:
-        whole = candidate.kld if objective == KLD else candidate.nll
-        if whole is None:
-            continue
-        parts = [d.mean for p in candidate.points if (d := p.damage(objective)) is not None]
-        error = max((whole.high - whole.low) / 4, 1e-9)
-        rows.append([sum(d for d in parts if d > 0) / error, sum(d for d in parts if d < 0) / error])
-        seen.append(whole.mean / error)
-    demotions, promotions = np.clip(np.linalg.lstsq(np.array(rows), np.array(seen))[0], *_FACTORS)
-    return Factors(demotions=float(demotions), promotions=float(promotions))
-
-
 def frontier(points: Sequence[Point], sizes: Sizes, steps: int = 24, objective: str = KLD) -> list[Candidate]:
     """The best predicted plan at ``steps`` sizes from the smallest file to the largest."""
-    allocation = Allocation(refined(points, sizes), sizes, objective)
+    allocation = Allocation(points, sizes, objective)
     sizes_wanted = np.linspace(allocation.smallest(), allocation.largest(), steps)
     found = [allocation.best(int(size)) for size in sizes_wanted]
     return [candidate for candidate in found if candidate is not None]
@@ -255,8 +270,11 @@ def _rival(plan: BudgetPlan) -> str | None:
     return None
 
 
-def budget_json(plan: BudgetPlan, sizes: Sizes) -> dict[str, Any]:
-    """plan.json in budget mode: the contract's keys, and every candidate that was measured."""
+def budget_json(plan: BudgetPlan, sizes: Sizes, base_kld: float | None = None) -> dict[str, Any]:
+    """plan.json in budget mode: the contract's keys, and every candidate that was measured.
+
+    ``base_kld`` is the base's own KL divergence from the source, to which changes are to be added.
+    """
     chosen = plan.chosen
     measured = interval_json(chosen.nll)
     nll = _sum_of_parts(chosen, PPL)
@@ -265,22 +283,53 @@ def budget_json(plan: BudgetPlan, sizes: Sizes) -> dict[str, Any]:
         "budget_bytes": plan.budget_bytes,
         "base": sizes.base.label,
         "objective": plan.objective,
-        "groups": [_row(point, sizes) for point in chosen.points],
+        "groups": [_row(point, sizes) for point in merged(chosen.points, sizes)],
         "predicted_delta_pct": None if nll is None else as_percent(nll),
         "measured_delta_pct": measured["delta_pct"],
         "ci_pct": measured["ci_pct"],
+        "base_kld": base_kld,
         "predicted_kld": _sum_of_parts(chosen, KLD),
         "measured_kld": chosen.kld.mean if chosen.kld else None,
         "kld_ci": [chosen.kld.low, chosen.kld.high] if chosen.kld else None,
         "tradeoff": tradeoff(plan),
-        "joint_factors": {"demotions": plan.factors.demotions, "promotions": plan.factors.promotions},
-        "candidates": [_candidate_json(candidate) for candidate in plan.candidates],
+        "candidates": [_candidate_json(candidate, sizes) for candidate in plan.candidates],
         "file_bytes": chosen.n_bytes,
         "base_tensor_bytes": sizes.total({}),
         "tensor_bytes": sizes.total(chosen.changes),
         "bytes_saved": sizes.bytes_saved(chosen.changes),
         "tensor_types": sizes.tensor_types(chosen.changes),
     }
+
+
+def merged(points: Sequence[Point], sizes: Sizes) -> list[Point]:
+    """Neighbouring layers of a role that go from the same base types to the same type, as one point."""
+
+    def key(point: Point) -> tuple[str, str, tuple[str, ...]]:
+        role = sizes.groups[point.part.groups[0]].role
+        return role, point.kind, tuple(sorted(base_kinds(point.part, sizes)))
+
+    runs = (list(run) for _, run in groupby(points, key))
+    return [_together(run, sizes) if len(run) > 1 else run[0] for run in runs]
+
+
+def _together(run: Sequence[Point], sizes: Sizes) -> Point:
+    names = [name for point in run for name in point.part.groups]
+    return Point(
+        part=part_of(names, sizes),
+        kind=run[0].kind,
+        n_bytes=sum(point.n_bytes for point in run),
+        kld=_total([point.kld for point in run]),
+        nll=_total([point.nll for point in run]),
+    )
+
+
+def _total(intervals: Sequence[Interval | None]) -> Interval | None:
+    """Bounds add up too: layers of a role share much of their uncertainty."""
+    known = [interval for interval in intervals if interval is not None]
+    if len(known) < len(intervals):
+        return None
+    low, mean, high = (sum(getattr(i, bound) for i in known) for bound in ("low", "mean", "high"))
+    return replace(known[0], low=low, mean=mean, high=high)
 
 
 def _sum_of_parts(candidate: Candidate, objective: str) -> float | None:
@@ -290,10 +339,11 @@ def _sum_of_parts(candidate: Candidate, objective: str) -> float | None:
     return sum(known) if len(known) == len(damages) else None
 
 
-def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+def _candidate_json(candidate: Candidate, sizes: Sizes) -> dict[str, Any]:
+    together = merged(candidate.points, sizes)
     return {
         "how": candidate.how,
-        "changes": {p.part.name: p.kind for p in candidate.points if p.kind != BASE},
+        "changes": {point.part.name: point.kind for point in together if point.kind != BASE},
         "variant": dict(candidate.changes),
         "file_bytes": candidate.n_bytes,
         "predicted_kld": _sum_of_parts(candidate, KLD),

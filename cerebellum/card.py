@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from cerebellum import __version__
-from cerebellum.artifacts import BASE, Benchmark, Change, Evidence, GroupRow, read_evidence
+from cerebellum.artifacts import Benchmark, Change, Evidence, GroupRow, read_evidence
 from cerebellum.drawings import drawings
 from cerebellum.files import atomic_write_bytes, atomic_write_text
 from cerebellum.findings import findings, nats, percent, points, rate, unit_of, with_interval, yardstick
@@ -318,12 +318,13 @@ def _by_limit(evidence: Evidence) -> Sentence:
 
 def _by_budget(evidence: Evidence) -> Sentence:
     measured, plan = evidence.measured, evidence.plan
-    tried = sum(point["type"] != BASE for point in evidence.measured["points"])
     return (
-        f"{tried} changes of one group to one type were each measured on {measured['chunks']:,} chunks of "
-        f"{measured['ctx']} tokens of ",
+        f"{len(measured['responses'])} parts of the model were each measured alone at a type, all else at "
+        f"{measured['rounding']['anchor']}, on up to {measured['chunks']:,} chunks of {measured['ctx']} "
+        "tokens of ",
         Code(measured["text"]),
-        ", as KL divergence from the source. A knapsack chose the best sum within "
+        ", as KL divergence from the source. Types and layers between follow from the rounding error that "
+        "each type makes, weighted by the importance matrix. A knapsack chose the best sum within "
         f"{size(plan['budget_bytes'])}; {len(plan['candidates'])} of its proposals were measured whole, "
         "and the best of those was shipped.",
     )

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cerebellum import __version__, tables
-from cerebellum.curves import K_LADDER, KLD, OBJECTIVES
+from cerebellum.curves import ANCHOR, K_LADDER, KLD, OBJECTIVES
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.questions.tasks import LOGLIKELIHOOD, PROTOCOLS, SAMPLES, TASKS
 from cerebellum.sizes import parse_size
@@ -176,6 +176,12 @@ source_options = options(
         default=KLD,
         show_default=True,
         help="With --budget: what is made least, KL divergence from the source or perplexity.",
+    ),
+    click.option(
+        "--anchor",
+        default=ANCHOR,
+        show_default=True,
+        help="With --budget: the type of the rest while a group is measured; smaller saves memory.",
     ),
     click.option("--imatrix", type=PathArgument, help="An importance matrix (GGUF or .dat)."),
     click.option("--imatrix-text", type=PathArgument, help="Text to make one from [default: --select-text]."),
@@ -630,14 +636,15 @@ def _plan_shown(workspace: Workspace, planned: dict[str, Any]) -> tuple[Any, ...
 
 
 def _show_frontier(folder: Path, as_json: bool) -> None:
-    from cerebellum.run import frontier_of
+    from cerebellum.by_budget import frontier_of
 
     curve = frontier_of(Workspace.reopen(folder, ProgressReporter(), planning=True))
     _answer(curve, as_json, tables.frontier_table(curve))
 
 
 def _plan_folder(folder: Path, measurements: Path | None, given: dict[str, Any]) -> dict[str, Any]:
-    from cerebellum.run import rebudget, replan
+    from cerebellum.by_budget import rebudget
+    from cerebellum.run import replan
 
     workspace = Workspace.reopen(folder, ProgressReporter(), planning=True, **given)
     with workspace.locked():

@@ -1,9 +1,10 @@
-"""Response curves: what every role costs at every type it may take, demotions and promotions alike.
+"""Response curves: what every role costs at every type it may take, measured.
 
-Damage at a type is the change, on the same chunks, of the KL divergence from the source (or of the NLL)
-when that part of the model alone leaves its base types. KL divergence varies far less from chunk to
-chunk; both are kept. What is measured is a ``Part``: all groups of one role, or, where it was looked at
-more closely (``zoom.py``), the groups of some of its layers.
+A part of the model is measured at a type while all else is at the *anchor*, a type so fine that it does
+next to no damage (Q8_0). Its damage is then the whole of the KL divergence from the source above the
+anchor's: from a base that is damaged itself, the same change drowns in cross terms with that damage, five
+to ten times as much noise (docs/LOG.md). What is measured is a ``Part``: all groups of one role, or, where
+it was looked at more closely (``zoom.py``), the groups of some of its layers.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cerebellum.errors import BadInput
-from cerebellum.gguf import parse_type
+from cerebellum.gguf import bits_per_weight, parse_type
+from cerebellum.groups import span_name
 from cerebellum.plan import Sizes
-from cerebellum.stats.paired import Interval, superpopulation_interval
+from cerebellum.stats.paired import Interval, ratio_interval, superpopulation_interval
+from cerebellum.stats.sequential import looks
 from cerebellum.sweep import Changes
 
 BASE = "base"
+ANCHOR = "Q8_0"
 K_LADDER = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 FINE_LADDER = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")
 BLOCK32_LADDER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -29,12 +33,16 @@ BLOCK32_LADDER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 KLD, PPL = "kld", "ppl"
 OBJECTIVES = (KLD, PPL)
 
+_FIRST_LOOK, _GROWTH = 4, 2.0
+_PRECISE = 0.1  # half-width of the interval, as a share of the damage, that no decision needs to better
+_SLIGHT = 0.1  # of the role's largest damage: a type surely below it is known well enough
+
 Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Groups that take one type together: a role, or some neighbouring layers of it."""
+    """Groups that are measured at one type together: a role, or some neighbouring layers of it."""
 
     name: str
     groups: tuple[str, ...]
@@ -54,6 +62,20 @@ def roles(sizes: Sizes) -> tuple[Part, ...]:
     for name, group in sizes.groups.items():
         found.setdefault(group.role, []).append(name)
     return tuple(Part(name=role, groups=tuple(names)) for role, names in found.items())
+
+
+def part_of(names: Sequence[str], sizes: Sizes) -> Part:
+    """Groups of one role as a part: the role itself, or named after its layers."""
+    role = sizes.groups[names[0]].role
+    if sum(group.role == role for group in sizes.groups.values()) == len(names):
+        return Part(name=role, groups=tuple(names))
+    layers = sorted(layer for name in names for layer in sizes.groups[name].layers)
+    return Part(name=span_name(role, layers), groups=tuple(names))
+
+
+def anchored(sizes: Sizes, anchor: str) -> Changes:
+    """All groups that can take the anchor at it; what cannot stays at its base types throughout."""
+    return {name: anchor for name in sizes.groups if sizes.legal(name, anchor)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +99,57 @@ class Score:
         return superpopulation_interval(self.kld - base.kld), superpopulation_interval(self.nll - base.nll)
 
 
-Scorer = Callable[[Changes], Score]
+@dataclass(frozen=True, kw_only=True)
+class Yardstick:
+    """The anchor and the base on the same chunks, more than any part gets."""
+
+    anchor: Score
+    base: Score
+
+    def above(self, score: Score) -> tuple[Interval | None, Interval | None]:
+        """(divergence, NLL) of a variant above the anchor; None where it collapsed.
+
+        It may be known of the first chunks only; the base's own damage says how hard those are.
+        """
+        if not score.finite:
+            return None, None
+        n = len(score.kld)
+        damage, base = score.kld - self.anchor.kld[:n], self.base.kld - self.anchor.kld
+        nll = superpopulation_interval(score.nll - self.anchor.nll[: len(score.nll)])
+        return ratio_interval(damage, base[:n], float(base.mean())), nll
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """One part at one type, the rest at the anchor: its damage above the anchor's, nats/token.
+
+    ``kld`` and ``nll`` are None where the variant collapsed.
+    """
+
+    part: Part
+    kind: str
+    kld: Interval | None
+    nll: Interval | None
+
+    def damage(self, objective: str) -> Interval | None:
+        return self.kld if objective == KLD else self.nll
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "part": self.part.name,
+            "members": list(self.part.groups),
+            "type": self.kind,
+            "kld": interval_json(self.kld),
+            "nll": interval_json(self.nll),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One part at one type. ``n_bytes`` in the file, padding included; damages against the base.
+    """One group at one type, as a plan sees it. ``n_bytes`` in the file, padding included.
 
-    ``kld`` and ``nll`` are changes in nats/token; None where the variant collapsed.
+    ``kld`` and ``nll`` are changes against the base in nats/token; None where it is not known, or
+    the type collapsed.
     """
 
     part: Part
@@ -102,28 +167,45 @@ class Point:
             "members": list(self.part.groups),
             "type": self.kind,
             "bytes": self.n_bytes,
-            "kld": _interval_json(self.kld),
-            "nll": _interval_json(self.nll),
+            "kld": interval_json(self.kld),
+            "nll": interval_json(self.nll),
         }
 
 
-def _interval_json(interval: Interval | None) -> dict[str, float] | None:
+def interval_json(interval: Interval | None) -> dict[str, float] | None:
     if interval is None:
         return None
     return {"mean": interval.mean, "low": interval.low, "high": interval.high, "chunks": interval.n}
 
 
+def response_from_json(row: Mapping[str, Any]) -> Response:
+    """The inverse of ``Response.as_json``; BadInput where a field is missing."""
+    try:
+        kld, nll = (interval_from_json(row[key]) for key in (KLD, "nll"))
+        part = Part(name=row["part"], groups=tuple(row["members"]))
+        return Response(part=part, kind=row["type"], kld=kld, nll=nll)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_ours(error) from error
+
+
 def point_from_json(row: Mapping[str, Any]) -> Point:
     """The inverse of ``Point.as_json``; BadInput where a field is missing."""
     try:
-        kld, nll = (_interval_from_json(row[key]) for key in ("kld", "nll"))
+        kld, nll = (interval_from_json(row[key]) for key in ("kld", "nll"))
         part = Part(name=row["group"], groups=tuple(row.get("members", (row["group"],))))
         return Point(part=part, kind=row["type"], n_bytes=int(row["bytes"]), kld=kld, nll=nll)
     except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"curves.json: not a response curve ({type(error).__name__}: {error})") from error
+        raise _not_ours(error) from error
 
 
-def _interval_from_json(value: Mapping[str, Any] | None) -> Interval | None:
+def _not_ours(error: Exception) -> BadInput:
+    return BadInput(
+        f"curves.json: not as this version writes it ({type(error).__name__}: {error}); "
+        "run `cerebellum run --budget` again"
+    )
+
+
+def interval_from_json(value: Mapping[str, Any] | None) -> Interval | None:
     if value is None:
         return None
     n = int(value["chunks"])
@@ -134,14 +216,16 @@ Tried = tuple[Part, str]
 """A part and the type it is tried at."""
 
 
-def candidates(sizes: Sizes, ladder: Sequence[str]) -> list[Tried]:
-    """Every role at every type of the ladder that all its rows can take and that is not its base."""
+def candidates(sizes: Sizes, ladder: Sequence[str], anchor: str) -> list[Tried]:
+    """Every role at every type of the ladder that all its rows can take, the smallest first."""
     wanted = [parse_type(name).name for name in ladder]
     found: list[Tried] = []
     for part in roles(sizes):
+        if not all(sizes.legal(name, anchor) for name in part.groups):
+            continue
         kinds = _legal(part, wanted, sizes) or _legal(part, BLOCK32_LADDER, sizes)
-        base = base_kinds(part, sizes)
-        found += [(part, kind) for kind in kinds if base != {kind}]
+        kinds.sort(key=lambda kind: bits_per_weight(parse_type(kind)))
+        found += [(part, kind) for kind in kinds if kind != anchor]
     return found
 
 
@@ -154,75 +238,27 @@ def base_kinds(part: Part, sizes: Sizes) -> set[str]:
     return {kind.name for name in part.groups for kind in sizes.base_types(name).values()}
 
 
-def fine_candidates(points: Sequence[Point], chosen: Sequence[Point], sizes: Sizes) -> list[Tried]:
-    """The IQ types that lie, in bytes, between the measured types next to one that was chosen.
+def measure_response(
+    tried: Tried, score: Callable[[int], Score], yardstick: Yardstick, most: int, largest: float = 0.0
+) -> Response:
+    """One part at one type, on ``most`` chunks or as many as it takes; ``score`` has its first n.
 
-    They quantize ten times as slowly as K-quants, so they are tried only where the plan could want them,
-    by role, the largest first.
+    It stops where its damage is known to a tenth, or is surely below a tenth of ``largest``, the most
+    that its role did at any type so far: no decision hangs on more.
     """
-    found: dict[tuple[str, str], Tried] = {}
-    for part in sorted(roles(sizes), key=lambda part: -part.n_bytes(BASE, sizes)):
-        own = [point for point in points if point.part == part]
-        bytes_of = {point.kind: point.n_bytes for point in own}
-        fine = [kind for kind in _legal(part, FINE_LADDER, sizes) if kind not in bytes_of]
-        wanted = {point.kind for point in chosen if set(point.part.groups) <= set(part.groups)}
-        for kind in (kind for kind in bytes_of if kind in wanted):
-            low, high = _neighbours(bytes_of[kind], bytes_of.values())
-            between = [k for k in fine if low < part.n_bytes(k, sizes) < high]
-            found |= {(part.name, k): (part, k) for k in between}
-    return list(found.values())
+    for n in looks(min(_FIRST_LOOK, most), _GROWTH, most):
+        kld, nll = yardstick.above(score(n))
+        if kld is None or kld.high < _SLIGHT * largest or kld.high - kld.mean < _PRECISE * kld.mean:
+            break
+    return Response(part=tried[0], kind=tried[1], kld=kld, nll=nll)
 
 
-def _neighbours(at: int, known: Sequence[int] | Any) -> tuple[int, int]:
-    """The next smaller and the next larger of ``known``; ``at`` itself where there is none larger."""
-    return max((n for n in known if n < at), default=0), min((n for n in known if n > at), default=at)
-
-
-def measure_point(tried: Tried, sizes: Sizes, score: Scorer, base: Score) -> Point:
-    """One part alone, against the base on the same chunks."""
-    part, kind = tried
-    kld, nll = score(part.at(kind)).change(base)
-    return Point(part=part, kind=kind, n_bytes=part.n_bytes(kind, sizes), kld=kld, nll=nll)
-
-
-def of_whole_roles(points: Sequence[Point], sizes: Sizes) -> list[Point]:
-    """The points of whole roles, without those of some of their layers."""
-    whole = set(roles(sizes))
-    return [point for point in points if point.part in whole]
-
-
-def unchanged(sizes: Sizes, chunks: int) -> tuple[Point, ...]:
-    """The base of every role, which does no damage by definition."""
-    zero = Interval(mean=0.0, low=0.0, high=0.0, n=chunks, population=chunks)
-    return tuple(
-        Point(part=part, kind=BASE, n_bytes=part.n_bytes(BASE, sizes), kld=zero, nll=zero)
-        for part in roles(sizes)
-    )
-
-
-def measure_curves(sizes: Sizes, tried: Sequence[Tried], score: Scorer) -> tuple[Point, ...]:
-    """Every role at its base and at everything in ``tried``."""
-    base = score({})
-    measured = (measure_point(pair, sizes, score, base) for pair in tried)
-    return (*unchanged(sizes, len(base.kld)), *measured)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effort:
-    """How the chunks of a whole set of curves are spent; ``chunks`` for every variant."""
-
-    chunks: int
-    probes: int
-    fine: int
-
-
-_ROLES_SHARE, _ZOOM_SHARE = 0.6, 0.3  # of the passes; the rest is for IQ types
-_LEAST, _MOST = 8, 24
-
-
-def effort(passes: float, n_variants: int, population: int) -> Effort:
-    """At most ``passes`` over a text of ``population`` chunks in all, where 8 chunks a variant allow it."""
-    chunks = min(max(int(_ROLES_SHARE * passes * population / n_variants), _LEAST), _MOST, population)
-    left = max(int(passes * population / chunks) - n_variants, 0)
-    probes = min(left, int(_ZOOM_SHARE * passes * population / chunks))
-    return Effort(chunks=chunks, probes=probes, fine=left - probes)
+def measure_curves(
+    tried: Sequence[Tried], measure: Callable[[Tried, float], Response]
+) -> tuple[Response, ...]:
+    """All of ``tried``, the smallest type of every role first: it says what is slight for the others."""
+    found: list[Response] = []
+    for pair in tried:
+        own = [r.kld.mean for r in found if r.part == pair[0] and r.kld is not None]
+        found.append(measure(pair, max(own, default=0.0)))
+    return tuple(found)

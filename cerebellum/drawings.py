@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from cerebellum.allocate import Option, solve
 from cerebellum.allocate.knapsack import total_bytes, total_damage
-from cerebellum.artifacts import BASE, Change, CurvePoint, Evidence, GroupRow
+from cerebellum.artifacts import BASE, Change, CurvePoint, Evidence, GroupRow, together
 from cerebellum.findings import percent, rated, unit_of, yardstick
 from cerebellum.html import (
     Cell,
@@ -99,9 +99,13 @@ def _rates(evidence: Evidence) -> Picture | None:
 def _layers(evidence: Evidence) -> Picture | None:
     """Only where a role was measured in more than one span of layers."""
     unit, name = unit_of(evidence)
-    cells = [_cell(row, evidence.curves, unit) for row in _measured(evidence) if row.layers]
-    spans = Counter(cell.role for cell in cells if cell)
-    zoomed = [cell for cell in cells if cell and spans[cell.role] > 1]
+    if evidence.curves:
+        cells = list(_cells(evidence.curves, unit))
+    else:
+        rows = [row for row in _measured(evidence) if row.layers and row.change]
+        cells = [Cell(role=r.role, layers=r.layers, delta=r.change.mean) for r in rows if r.change]
+    spans = Counter(cell.role for cell in cells)
+    zoomed = [cell for cell in cells if spans[cell.role] > 1]
     if not zoomed:
         return None
     if evidence.curves:
@@ -110,43 +114,44 @@ def _layers(evidence: Evidence) -> Picture | None:
     return picture("layers", "Damage by role and layer", lambda width: heat_map(width, zoomed, percent))
 
 
-def _cell(row: GroupRow, points: Sequence[CurvePoint], unit: float) -> Cell | None:
-    """By limit the change of perplexity; by budget the KL divergence of a demotion, by its size."""
-    if not points:
-        return Cell(role=row.role, layers=row.layers, delta=row.change.mean) if row.change else None
-    own = [point for point in points if point.group == row.name and point.kld]
-    base = next((point.n_bytes for point in own if point.kind == BASE), 0)
-    least = min(own, key=lambda point: point.n_bytes, default=None)
-    if least is None or least.kld is None or least.n_bytes >= base:
-        return None
-    return Cell(role=row.role, layers=row.layers, delta=least.kld.mean / (base - least.n_bytes) * unit)
+def _cells(points: Sequence[CurvePoint], unit: float) -> Iterator[Cell]:
+    """Of every group the KL divergence of its smallest type, for each unit of bytes that it saves."""
+    for name in dict.fromkeys(point.group for point in points):
+        own = [point for point in points if point.group == name and point.kld]
+        base = next((point.n_bytes for point in own if point.kind == BASE), 0)
+        least = min(own, key=lambda point: point.n_bytes, default=None)
+        if least and least.kld and least.layers and least.n_bytes < base:
+            saved = (base - least.n_bytes) / unit
+            yield Cell(role=least.role, layers=least.layers, delta=least.kld.mean / saved)
 
 
 def _curves(evidence: Evidence) -> Picture | None:
-    """By budget: each group at every type that was tried."""
+    """By budget: each role at every type that it could take."""
     unit, name = unit_of(evidence)
-    curves = [_curve(row, evidence.curves, unit) for row in evidence.rows]
-    curves = [curve for curve in curves if len(curve.steps) > 1]
+    roles = dict.fromkeys(point.role for point in evidence.curves)
+    curves = [curve for role in roles if len((curve := _curve(role, evidence, unit)).steps) > 1]
     if not curves:
         return None
-    title = "KL divergence of each group at each type, against its size"
+    title = "KL divergence of each role at each type, against its size"
     return picture("curves", title, lambda width: curves_chart(width, curves, name))
 
 
-def _curve(row: GroupRow, points: Sequence[CurvePoint], unit: float) -> Curve:
-    own = sorted((p for p in points if p.group == row.name), key=lambda point: point.n_bytes)
+def _curve(role: str, evidence: Evidence, unit: float) -> Curve:
+    """The whole role at each type; chosen is what some of its layers have in the file."""
+    members = list(dict.fromkeys(point.group for point in evidence.curves if point.role == role))
+    chosen = {row.chosen_type for row in evidence.rows if row.role == role}
     steps = [
         Step(
             size=point.n_bytes / unit,
             damage=point.kld.mean,
             low=point.kld.low,
             high=point.kld.high,
-            chosen=point.kind == row.chosen_type,
+            chosen=point.kind in chosen,
         )
-        for point in own
+        for point in sorted(together(evidence.curves, members), key=lambda point: point.n_bytes)
         if point.kld
     ]
-    return Curve(name=row.name, steps=steps)
+    return Curve(name=role, steps=steps)
 
 
 def _frontier(evidence: Evidence) -> Picture | None:
@@ -154,21 +159,21 @@ def _frontier(evidence: Evidence) -> Picture | None:
     points = [point for point in evidence.curves if point.kld]
     if not points or not evidence.proposals:
         return None
-    unit, name = unit_of(evidence)
+    (unit, name), kld = unit_of(evidence), evidence.base_kld
     base = sum(point.n_bytes for point in points if point.kind == BASE)
     fixed = evidence.plan["file_bytes"] - _chosen_bytes(evidence)
-    best = [((fixed + n_bytes) / unit, damage) for n_bytes, damage in _best(points)]
-    shown = [_measured_point("base", (fixed + base) / unit, 0.0, verdict="")]
+    best = [((fixed + n_bytes) / unit, kld + damage) for n_bytes, damage in _best(points)]
+    shown = [_measured_point("base", (fixed + base) / unit, kld, verdict="")]
     for proposal in evidence.proposals:
         label = "shipped" if proposal.shipped else ""
-        shown.append(_measured_point(label, proposal.n_bytes / unit, proposal.kld, verdict="measured"))
+        shown.append(_measured_point(label, proposal.n_bytes / unit, kld + proposal.kld, verdict="measured"))
     title = "The best file of every size, and what was measured"
     return picture("frontier", title, lambda width: frontier_chart(width, best, shown, name))
 
 
 def _chosen_bytes(evidence: Evidence) -> int:
     """Bytes of the groups as shipped; what is left of the file no plan changes."""
-    chosen = {row.name: row.chosen_type for row in evidence.rows}
+    chosen = {name: row.chosen_type for row in evidence.rows for name in row.members}
     return sum(point.n_bytes for point in evidence.curves if chosen.get(point.group) == point.kind)
 
 

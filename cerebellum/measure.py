@@ -7,7 +7,7 @@ yet. What to ask is decided in ``sweep.py``, without I/O.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from cerebellum.shards import Shards, Variant
 from cerebellum.stats.paired import Interval, superpopulation_interval
 from cerebellum.sweep import Measurement, Sweep, T
 from cerebellum.texts import Corpus
+from cerebellum.workspace import Workspace
 
 Vector = NDArray[np.float64]
 
@@ -194,3 +195,32 @@ def with_divergence(found: Measurement, measurer: Measurer, shards: Shards) -> M
     """The measurement with what the ledger knows of the variant's divergence from the base."""
     known = measurer.divergence(shards.variant(found.changes))
     return found if known is None else found.with_divergence(*known)
+
+
+@contextmanager
+def measuring(workspace: Workspace, reference: Variant, chunks: Sequence[int]) -> Iterator[Measurer]:
+    """A measurer on the selection text; predictions of the reference (the base, or the source) for
+    ``chunks``, as many of them as have room, are kept on disk while it is open."""
+    corpus, settings = workspace.selection, workspace.settings
+    vocab_size = workspace.engine.vocab_size(workspace.source.path)
+    cache = PredictionCache(
+        workspace.path("predictions"),
+        chunks,
+        corpus.scored_per_chunk * vocab_size * 4,
+        settings.kld_cache_bytes,
+    )
+    kept = f"{len(cache.chunks)} chunks, {cache.n_bytes / 1e6:.0f} MB on disk meanwhile"
+    workspace.reporter.note(f"keeping the predictions of the {reference.label}: {kept}")
+    measurer = Measurer(
+        workspace.engine,
+        workspace.ledger,
+        corpus,
+        workspace.reporter,
+        reference=reference,
+        cache=cache,
+    )
+    try:
+        yield measurer
+    finally:
+        measurer.close()
+        cache.remove()

@@ -170,7 +170,7 @@ def budget_tables(plan: Mapping[str, Any]) -> tuple[Any, ...]:
 def budget_table(plan: Mapping[str, Any]) -> Table:
     """The plan in budget mode, a row a group."""
     title = f"Best within {size(plan['budget_bytes'])}, from base {plan['base']}"
-    table = Table("group", "tensors", "base", "chosen", "saves", "KL change", "delta alone", title=title)
+    table = Table("group", "tensors", "base", "chosen", "saves", "KL change", "perplexity", title=title)
     for row in plan["groups"]:
         kld = row["kld_change"]
         style = {"demoted": "green", "promoted": "cyan"}.get(row["decision"], "dim")
@@ -192,8 +192,9 @@ def budget_summary(plan: Mapping[str, Any]) -> str:
     if plan["measured_kld"] is None:
         return text + f"{_predicted(plan)}, not measured" + _stated_model(plan)
     low, high = plan["kld_ci"]
-    text += f"KL divergence from the source against the base's: predicted {plan['predicted_kld']:+.5f}, "
-    text += f"measured {plan['measured_kld']:+.5f} [{low:+.5f}, {high:+.5f}] nats; "
+    base = plan["base_kld"] or 0.0
+    text += f"KL divergence from the source: base {base:.5f}, predicted {base + plan['predicted_kld']:.5f}, "
+    text += f"measured {base + plan['measured_kld']:.5f} [{base + low:.5f}, {base + high:.5f}] nats; "
     text += f"perplexity against the base {percent(plan['measured_delta_pct'], plan['ci_pct'])}"
     return text + (f"\n[yellow]note:[/] {plan['tradeoff']}" if plan.get("tradeoff") else "")
 
@@ -201,7 +202,10 @@ def budget_summary(plan: Mapping[str, Any]) -> str:
 def _predicted(plan: Mapping[str, Any]) -> str:
     if plan["predicted_kld"] is None:
         return f"predicted perplexity against the base {percent(plan['predicted_delta_pct'])}"
-    return f"predicted KL divergence from the source against the base's {plan['predicted_kld']:+.5f} nats"
+    base = plan["base_kld"] or 0.0
+    return (
+        f"KL divergence from the source: base {base:.5f}, predicted {base + plan['predicted_kld']:.5f} nats"
+    )
 
 
 def _stated_model(plan: Mapping[str, Any]) -> str:
@@ -246,9 +250,11 @@ def _cache_words(memory: Mapping[str, Any]) -> str:
 
 def frontier_table(curve: Sequence[Mapping[str, Any]]) -> Table:
     """Size against predicted damage."""
-    table = Table("file", "KL change, predicted", "groups changed", title="Frontier")
+    table = Table("file", "KL divergence from the source, predicted", title="Frontier")
     for row in curve:
-        table.add_row(size(row["file_bytes"]), f"{row['predicted']:+.5f}", str(len(row["changes"])))
+        kld = row["predicted_kld"]
+        told = f"{row['predicted']:+.5f} nats of NLL" if kld is None else f"{kld:.5f}"
+        table.add_row(size(row["file_bytes"]), told)
     return table
 
 

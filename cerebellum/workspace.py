@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from cerebellum import imatrix
 from cerebellum.base import Base, file_base, preset_base
-from cerebellum.curves import K_LADDER, KLD
+from cerebellum.curves import ANCHOR, K_LADDER, KLD
 from cerebellum.errors import BadInput
 from cerebellum.files import atomic_write_text
 from cerebellum.gguf import parse_weight_type
@@ -73,6 +73,7 @@ class Settings:
     fine_types: bool = True
     zoom: bool = True
     objective: str = KLD
+    anchor: str = ANCHOR
     curve_passes: float = 2.0
     seed: int = 1
     allow_requantize: bool = False
@@ -116,7 +117,7 @@ class Workspace:
     ) -> None:
         self.folder, self.settings, self.reporter, self.planning = folder, settings, reporter, planning
         self.engine = LlamaEngine(EngineSettings(threads=settings.threads, gpu_layers=settings.gpu_layers))
-        for kind in (settings.demote, *settings.types):
+        for kind in (settings.demote, settings.anchor, *settings.types):
             parse_weight_type(kind)
         if settings.base_file is None:
             parse_preset(settings.base)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from cerebellum.html.pictures import (
     ACCENT,
@@ -326,16 +326,19 @@ def frontier_chart(
     """The best that the parts promise at each size, and what was measured whole."""
     drawn = figure(width, 300)
     axes = drawn.add_subplot()
-    axes.axhline(0, color=MUTED, linewidth=1)
-    sizes, damages = [size for size, _ in best], [damage for _, damage in best]
-    axes.plot(sizes, damages, color=UNDECIDED, linewidth=1.6, gid="frontier")
+    axes.plot(
+        [s for s, _ in best], [damage for _, damage in best], color=UNDECIDED, linewidth=1.6, gid="frontier"
+    )
     for place, point in enumerate(points):
         axes.plot([point.size], [point.delta], "o", color=ACCENT, markersize=6, gid=f"point-{place}")
         if point.label:
             _point_label(axes, point, points, rise=8)
     axes.set_xlabel(f"file, {unit}")
     axes.set_ylabel("KL divergence, nats a token")
-    axes.yaxis.set_major_formatter(FuncFormatter(_nats_tick))
+    if all(damage > 0 for _, damage in best):
+        axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter("{:.3g}".format))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.tick_params(axis="y", labelcolor=MUTED)
     axes.grid(alpha=0.8)

@@ -85,6 +85,27 @@ def superpopulation_interval(values_N: Floats, confidence: float = CONFIDENCE) -
     return mean_interval(values_N, population=10**12, confidence=confidence)
 
 
+def ratio_interval(
+    values_N: Floats, yardstick_N: Floats, yardstick_mean: float, confidence: float = CONFIDENCE
+) -> Interval:
+    """The mean of ``values_N``, were it over the chunks on which the yardstick has ``yardstick_mean``.
+
+    A few chunks may be harder than the rest; a yardstick known on all of them says by how much. This is
+    the ratio estimator (Cochran, Sampling Techniques, 1977, 6.2) with Student's interval of its
+    residuals. Where the yardstick is not surely positive on these chunks, the plain mean stands.
+    """
+    values, yardstick = np.asarray(values_N, np.float64), np.asarray(yardstick_N, np.float64)
+    own = superpopulation_interval(yardstick, confidence)
+    if not (own.low > 0 and yardstick_mean > 0):
+        return superpopulation_interval(values, confidence)
+    scale, ratio = yardstick_mean / own.mean, float(values.mean()) / own.mean
+    residual = superpopulation_interval(values - ratio * yardstick, confidence)
+    mean, half = float(values.mean()) * scale, (residual.high - residual.mean) * scale
+    return Interval(
+        mean=mean, low=mean - half, high=mean + half, n=residual.n, population=residual.population
+    )
+
+
 def without_nan(value: Any) -> Any:
     """The same JSON value with None for every number that is not finite: JSON has none."""
     if isinstance(value, dict):
