@@ -19,7 +19,7 @@ from cerebellum.frontmatter import checked, front_matter
 from cerebellum.html import Code, Picture, Sentence, render_html, render_markdown
 from cerebellum.html.markdown import Markdown, one_line
 from cerebellum.memory import CARDS_GIB, Shape, contexts, ignores_window, memory_shape
-from cerebellum.tables import count, gib, size
+from cerebellum.tables import card_flags, count, gib, size
 
 CARD, REPORT, CHARTS = "README.md", "report.html", "charts"
 _COLOURED = ("tolerant", "sensitive", "collapsed", "promoted", "demoted")
@@ -268,8 +268,10 @@ def run_commands(evidence: Evidence, repo: str | None) -> list[tuple[str, Markdo
     create = (
         f"printf 'FROM %s\\n' {path} > Modelfile && ollama create {name} -f Modelfile && ollama run {name}"
     )
+    planned = evidence.plan.get("memory")
+    flags = card_flags(planned) if planned else f"-ngl 99 -c {min(4096, full)}"
     commands = [
-        ("llama-server", f"llama-server {model} -ngl 99 -c {min(4096, full)}"),
+        ("llama-server", f"llama-server {model} {flags}"),
         ("llama-cli", f"llama-cli {model} -ngl 99 -c {min(4096, full)}{chat}"),
         ("Ollama", f"ollama run hf.co/{repo}:{label}" if repo else create),
         ("LM Studio", f"lms get https://huggingface.co/{repo}" if repo else f"lms import {path}"),

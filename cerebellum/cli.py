@@ -623,7 +623,7 @@ def _run(workspace: Workspace, as_json: bool, bench_request: dict[str, Any] | No
         *(bench_tables(benched) if benched else ()),
         f"[bold]{path}[/]  {tables.size(path.stat().st_size)}",
         f"card {workspace.path('README.md')}, report {workspace.path('report.html')}",
-        tables.run_instructions(path),
+        tables.run_instructions(path, planned.get("memory")),
     )
     sys.exit(0 if verified["ok"] else 1)
 

@@ -287,9 +287,17 @@ def report_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def run_instructions(path: Path) -> str:
-    """How to use the file, with stock llama.cpp."""
+def run_instructions(path: Path, memory: Mapping[str, Any] | None = None) -> str:
+    """How to use the file, with stock llama.cpp; on a card as it was planned for."""
+    if memory:
+        return f"llama-server -m {path} {card_flags(memory)}"
     return f"llama-server -m {path} -c 4096        # or: llama-cli -m {path} -p 'Once upon a time'"
+
+
+def card_flags(memory: Mapping[str, Any]) -> str:
+    """All layers on the card, the context and the slots that were planned: llama-server takes four slots
+    without ``-np``, each with a recurrent state of its own."""
+    return f"-ngl 99 -c {memory['context']} -np {memory['sequences']}"
 
 
 def comparison_table(found: Mapping[str, Any]) -> Table:

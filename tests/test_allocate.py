@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cerebellum.allocate import Option, solve
+from cerebellum.allocate import Option, knapsack, solve
 from cerebellum.allocate.knapsack import total_bytes, total_damage
 
 options = st.builds(
@@ -18,12 +21,12 @@ options = st.builds(
 problems = st.lists(st.lists(options, min_size=1, max_size=4), min_size=1, max_size=5)
 
 
-def brute_force(items: list[list[Option]], budget: int, excluded: set[tuple[int, ...]]) -> float | None:
+def brute_force(items: list[list[Option]], budget: int) -> float | None:
     """The least damage by trying everything."""
     fitting = [
         total_damage(items, choice)
         for choice in itertools.product(*(range(len(item)) for item in items))
-        if total_bytes(items, choice) <= budget and choice not in excluded
+        if total_bytes(items, choice) <= budget
     ]
     return min(fitting, default=None)
 
@@ -32,30 +35,12 @@ def brute_force(items: list[list[Option]], budget: int, excluded: set[tuple[int,
 @given(items=problems, budget=st.integers(0, 4000))
 def test_as_good_as_brute_force_and_never_over(items: list[list[Option]], budget: int) -> None:
     choice = solve(items, budget)
-    best = brute_force(items, budget, set())
+    best = brute_force(items, budget)
     if choice is None:
         assert best is None
         return
     assert total_bytes(items, choice) <= budget
     assert best is not None and abs(total_damage(items, choice) - best) < 1e-9
-
-
-@settings(max_examples=50, deadline=None)
-@given(items=problems, budget=st.integers(1000, 4000))
-def test_runners_up_come_in_order(items: list[list[Option]], budget: int) -> None:
-    excluded: list[tuple[int, ...]] = []
-    damages = []
-    for _ in range(4):
-        choice = solve(items, budget, excluded)
-        best = brute_force(items, budget, set(excluded))
-        if choice is None:
-            assert best is None
-            break
-        assert choice not in excluded
-        assert best is not None and abs(total_damage(items, choice) - best) < 1e-9
-        damages.append(total_damage(items, choice))
-        excluded.append(choice)
-    assert all(a - b < 1e-9 for a, b in itertools.pairwise(damages))
 
 
 def test_bytes_of_a_large_model_stay_exact() -> None:
@@ -69,3 +54,19 @@ def test_bytes_of_a_large_model_stay_exact() -> None:
     choice = solve(items, whole - 1)
     assert choice is not None and sum(choice) == 1
     assert total_bytes(items, choice) <= whole - 1
+
+
+def test_what_the_solver_prints_goes_nowhere(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HiGHS writes to file descriptor 1 now and then; Python's own output is not touched."""
+    real = knapsack.milp
+
+    def noisy(*args: Any, **kwargs: Any) -> Any:
+        os.write(1, b"a line from HiGHS")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(knapsack, "milp", noisy)
+    assert solve([[Option(n_bytes=32, damage=1.0)]], 32) == (0,)
+    os.write(1, b"ours")
+    assert capfd.readouterr().out == "ours"

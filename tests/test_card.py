@@ -218,6 +218,12 @@ def test_how_to_run_for_four_programs(tmp_path: Path, repo: str | None) -> None:
     assert ("llama-server -hf someone/model-GGUF:Q3_K_M" in card) is (repo is not None)
 
 
+def test_a_plan_for_a_card_is_run_as_planned(tmp_path: Path) -> None:
+    found = by_budget()
+    found["plan"]["memory"] = {"context": 16384, "sequences": 1}
+    assert "-ngl 99 -c 16384 -np 1" in card_of(tmp_path, **found)
+
+
 def test_a_file_name_cannot_run_a_command(tmp_path: Path) -> None:
     changed = manifest()
     changed["result"]["file"] = "x; rm -rf ~ $(id)\n```\n.gguf"

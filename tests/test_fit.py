@@ -8,6 +8,8 @@ import pytest
 from conftest import Cerebellum
 from sparse import write_sparse_granite
 
+from cerebellum import tables
+
 PUBLISHED = Path(__file__).parent.parent / "examples" / "granite-4.0-h-small.json"
 GIB = 1 << 30
 
@@ -32,6 +34,13 @@ def test_the_32b_plan_fills_the_card_and_no_more(header: Path, cerebellum: Cereb
     assert sum(memory[part] for part in parts) == memory["total"] == card * GIB - memory["free"]
     assert 0 <= memory["free"] < 0.05 * card * GIB
     assert plan["file_bytes"] <= plan["budget_bytes"]
+
+
+def test_the_server_is_started_as_it_was_planned_for() -> None:
+    """Without -np llama-server keeps four recurrent states, which the plan did not count."""
+    memory = {"context": 8192, "sequences": 1}
+    assert tables.run_instructions(Path("m.gguf"), memory) == "llama-server -m m.gguf -ngl 99 -c 8192 -np 1"
+    assert "-np" not in tables.run_instructions(Path("m.gguf"))
 
 
 def test_a_longer_context_leaves_less_for_weights(header: Path, cerebellum: Cerebellum) -> None:

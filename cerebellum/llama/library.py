@@ -95,7 +95,15 @@ def library_folder() -> Path:
     return Path(override) if override else Path(llama().__file__).parent / "lib"
 
 
-def _load(name: str) -> ctypes.CDLL:
+def _load(name: str, symbol: str) -> ctypes.CDLL:
+    """A ggml library, as llama.cpp itself loaded it where the system allows to look a symbol up so.
+
+    Wheels hold libggml-base.so and libggml-base.so.0 as two files: opened by name, it would be loaded a
+    second time, with a device registry of its own.
+    """
+    own = ctypes.CDLL(llama()._lib._name)
+    if hasattr(own, symbol):
+        return own
     for suffix in (".so", ".dylib", ".dll"):
         for prefix in ("lib", ""):
             path = library_folder() / f"{prefix}{name}{suffix}"
@@ -108,7 +116,7 @@ def _load(name: str) -> ctypes.CDLL:
 def ggml() -> ctypes.CDLL:
     """``libggml-base`` next to llama.cpp, with the signatures Cerebellum calls."""
     llama()  # loads the dependencies first
-    lib = _load("ggml-base")
+    lib = _load("ggml-base", "ggml_quantize_chunk")
     f32, i64, ptr = ctypes.POINTER(ctypes.c_float), ctypes.c_int64, ctypes.c_void_p
     lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, f32, ptr, i64, i64, i64, f32]
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
@@ -143,7 +151,7 @@ class Device:
 
 @cache
 def _registry() -> ctypes.CDLL:
-    lib = _load("ggml")
+    lib = _load("ggml", "ggml_backend_dev_count")
     ptr, size_p = ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t)
     lib.ggml_backend_dev_count.restype = ctypes.c_size_t
     lib.ggml_backend_dev_get.argtypes, lib.ggml_backend_dev_get.restype = [ctypes.c_size_t], ptr
