@@ -1,15 +1,16 @@
 """The best model that fits, against the presets and two other ways to spend the same bytes.
 
-At the size of each preset, four files from the same source and importance matrix: the preset, Cerebellum's
-plan, an allocation over four depth bands (every tensor of a band gets one type; damages measured like
-ours), and a per-tensor allocation that minimises the squared error weighted by the importance matrix
-(no model is run for it). All are scored on the report text, which had no say in any of them.
+At the size of each preset, files from the same source and importance matrix: the preset, Cerebellum's
+plan, an allocation over four depth bands (every tensor of a band gets one type; damages measured as ours
+are), and a per-tensor allocation that minimises the squared error weighted by the importance matrix (no
+model is run for it). All are scored on the report text, which had no say in any of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import cerebellum, save
 from gguf import GGMLQuantizationType
 from rich.console import Console
@@ -25,23 +25,24 @@ from rich.table import Table
 
 from cerebellum.allocate import Option, solve
 from cerebellum.base import preset_base
-from cerebellum.curves import K_LADDER
+from cerebellum.curves import ANCHOR, FINE_LADDER, K_LADDER
 from cerebellum.gguf import fits, parse_type, tensor_bytes, write_gguf
 from cerebellum.groups import layer_of
 from cerebellum.llama.prediction_cache import PredictionCache
-from cerebellum.llama.quantize import to_float
 from cerebellum.measure import Measurer, file_variant
 from cerebellum.progress import Silent
+from cerebellum.rounding import Sample
 from cerebellum.shards import Variant
-from cerebellum.stats.paired import mean_interval
+from cerebellum.stats.paired import superpopulation_interval
 from cerebellum.sweep import chunk_order
 from cerebellum.texts import Corpus
 from cerebellum.workspace import DEMO_MODEL, Settings, Workspace
 
 Types = Mapping[str, GGMLQuantizationType]
 
+ALL_TYPES = (*K_LADDER, *FINE_LADDER)
 N_BANDS = 4
-KLD_CHUNKS = 64
+BAND_CHUNKS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,56 +64,44 @@ class Bench:
         """The tensors a plan may change."""
         return [name for group in self.workspace.sizes.groups.values() for name in group.tensors]
 
-    def ladder(self, name: str) -> list[GGMLQuantizationType]:
+    def legal(self, name: str, kinds: Sequence[str]) -> list[GGMLQuantizationType]:
         shape = self.workspace.source.tensors[name].shape
-        return [kind for kind in map(parse_type, K_LADDER) if fits(kind, shape)]
-
-    def band_bytes(self, band: Sequence[str], kind: str) -> int:
-        return sum(self.n_bytes(name, parse_type(kind)) for name in band)
+        return [kind for kind in map(parse_type, kinds) if fits(kind, shape)]
 
     def n_bytes(self, name: str, kind: GGMLQuantizationType) -> int:
         return -(-tensor_bytes(kind, self.workspace.source.tensors[name].shape) // 32) * 32
 
 
-def weighted_error(bench: Bench, name: str, kind: GGMLQuantizationType) -> float:
-    """Sum of importance * (w - quantized w)^2 over a tensor."""
-    source = bench.workspace.source.tensors[name]
-    columns = source.shape[0]
-    exact = to_float(bench.workspace.source.read(name), source.type, columns).reshape(-1, columns)
-    raw = np.concatenate([np.asarray(part) for part in bench.workspace.shards.tensor(name, kind).chunks()])
-    error = np.square(exact - to_float(raw, kind, columns).reshape(-1, columns))
-    importance = bench.workspace.matrix.importance(name)
-    weights = np.ones((1, columns), np.float32) if importance is None else importance.reshape(-1, columns)
-    per_expert = error.reshape(len(weights), -1, columns).sum(axis=1)
-    return float((per_expert * weights).sum(dtype=np.float64))
-
-
-def mse_types(bench: Bench, budget: int) -> Types:
-    """Per tensor, the types of least weighted squared error in all, within the budget."""
-    names = bench.free_tensors
-    kinds = [bench.ladder(name) for name in names]
+def mse_types(bench: Bench, budget: int, kinds: Sequence[str]) -> Types:
+    """Per tensor, the types of least squared error by importance in all, within the budget."""
+    workspace, names = bench.workspace, bench.free_tensors
+    legal = [bench.legal(name, kinds) for name in names]
+    samples = [Sample(workspace.source, workspace.matrix, name, workspace.settings.threads) for name in names]
     items = [
-        [Option(n_bytes=bench.n_bytes(n, k), damage=weighted_error(bench, n, k)) for k in ladder]
-        for n, ladder in zip(names, kinds, strict=True)
+        [Option(n_bytes=bench.n_bytes(sample.name, k), damage=sample.error(k)) for k in ladder]
+        for sample, ladder in zip(samples, legal, strict=True)
     ]
-    choice = solve(items, budget - bench.workspace.sizes.fixed_bytes())
-    assert choice is not None, "the budget holds no K-quant at all"
-    chosen = {name: kinds[i][index] for i, (name, index) in enumerate(zip(names, choice, strict=True))}
-    return dict(bench.workspace.base.types) | chosen
+    choice = solve(items, budget - workspace.sizes.fixed_bytes())
+    assert choice is not None, "the budget holds none of these types"
+    chosen = {name: legal[i][index] for i, (name, index) in enumerate(zip(names, choice, strict=True))}
+    return dict(workspace.base.types) | chosen
 
 
 def band_types(bench: Bench, budget: int, damages: Sequence[Mapping[str, float]]) -> Types:
     """One type for all tensors of each depth band, by measured damage, within the budget."""
     bands = depth_bands(bench)
     items = [
-        [Option(n_bytes=bench.band_bytes(band, kind), damage=damage[kind]) for kind in K_LADDER]
+        [
+            Option(n_bytes=sum(bench.n_bytes(name, parse_type(kind)) for name in band), damage=value)
+            for kind, value in damage.items()
+        ]
         for band, damage in zip(bands, damages, strict=True)
     ]
     choice = solve(items, budget - bench.workspace.sizes.fixed_bytes())
-    assert choice is not None, "the budget holds no K-quant at all"
+    assert choice is not None, "the budget holds none of these types"
     types = dict(bench.workspace.base.types)
-    for band, index in zip(bands, choice, strict=True):
-        types |= dict.fromkeys(band, parse_type(K_LADDER[index]))
+    for band, damage, index in zip(bands, damages, choice, strict=True):
+        types |= dict.fromkeys(band, parse_type(list(damage)[index]))
     return types
 
 
@@ -125,17 +114,19 @@ def depth_bands(bench: Bench) -> list[list[str]]:
 
 
 def band_damages(bench: Bench) -> list[dict[str, float]]:
-    """KL divergence from the source, by band and type, on the chunks that our own curves use."""
-    corpus = bench.workspace.selection
-    order = chunk_order(corpus.n_chunks, bench.workspace.settings.seed)[:12]
+    """KL divergence from the source, by band and type, all else at the anchor, as our own curves have it."""
+    workspace = bench.workspace
+    corpus = workspace.selection
+    order = chunk_order(corpus.n_chunks, workspace.settings.seed)[:BAND_CHUNKS]
+    fine = dict(workspace.base.types) | dict.fromkeys(bench.free_tensors, parse_type(ANCHOR))
     with Measuring(bench, corpus, order) as measurer:
         found: list[dict[str, float]] = []
         for number, band in enumerate(depth_bands(bench)):
             found.append({})
-            for kind in K_LADDER:
-                types = dict(bench.workspace.base.types) | dict.fromkeys(band, parse_type(kind))
-                path = bench.write(f"band{number}-{kind}", types)
+            for kind in ALL_TYPES:
+                path = bench.write(f"band{number}-{kind}", fine | dict.fromkeys(band, parse_type(kind)))
                 found[-1][kind] = float(measurer.kld_means(file_variant(path, path.stem), order).mean())
+                path.unlink()
     return found
 
 
@@ -146,7 +137,7 @@ class Measuring:
         workspace = bench.workspace
         vocab = workspace.engine.vocab_size(workspace.source.path)
         chunk_bytes = corpus.scored_per_chunk * vocab * 4
-        self.cache = PredictionCache(bench.folder / "predictions", chunks, chunk_bytes, 4 << 30)
+        self.cache = PredictionCache(bench.folder / "predictions", chunks, chunk_bytes, 8 << 30)
         self.measurer = Measurer(
             workspace.engine,
             workspace.ledger,
@@ -168,29 +159,30 @@ def score(bench: Bench, variants: Mapping[str, Variant], chunks: int) -> dict[st
     """Loss above the source on the report text, KL divergence from it, and the change from the preset."""
     corpus = bench.workspace.report_corpus
     wanted = range(min(chunks or corpus.n_chunks, corpus.n_chunks))
-    few = tuple(wanted)[:KLD_CHUNKS]
-    with Measuring(bench, corpus, few) as measurer:
+    with Measuring(bench, corpus, wanted) as measurer:
         source = measurer.chunk_means(bench.workspace.source_variant, wanted)
-        kld = {name: measurer.kld_means(variant, few) for name, variant in variants.items()}
+        kld = {name: measurer.kld_means(variant, wanted) for name, variant in variants.items()}
         nll = {name: measurer.chunk_means(variant, wanted) for name, variant in variants.items()}
     loss = {name: float((vector - source).mean()) for name, vector in nll.items()}
     rows = {}
     for name in variants:
-        change = mean_interval(nll[name] - nll["preset"], population=10**9)
-        kld_change = mean_interval(kld[name] - kld["preset"], population=10**9)
+        change = superpopulation_interval(nll[name] - nll["preset"])
+        kld_change = superpopulation_interval(kld[name] - kld["preset"])
         rows[name] = {
             "loss_nats": loss[name],
             "less_loss_than_preset_pct": 100 * (1 - loss[name] / loss["preset"]),
             "change_from_preset_nats": [change.mean, change.low, change.high],
             "kld_nats": float(kld[name].mean()),
+            "less_kld_than_preset_pct": 100 * (1 - float(kld[name].mean() / kld["preset"].mean())),
             "kld_change_nats": [kld_change.mean, kld_change.low, kld_change.high],
+            "chunks": len(wanted),
         }
     return rows
 
 
 def show(budget: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
     table = Table(
-        "file", "bytes", "loss, nats", "less loss", "change from the preset, nats", "KL, nats", title=budget
+        "file", "bytes", "loss, nats", "less", "against the preset, nats", "KL, nats", "less", title=budget
     )
     for name, row in rows.items():
         mean, low, high = row["change_from_preset_nats"]
@@ -199,8 +191,9 @@ def show(budget: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
             f"{row['bytes']:,}" if row["bytes"] else "",
             f"{row['loss_nats']:.5f}",
             f"{row['less_loss_than_preset_pct']:.1f}%",
-            f"{mean:+.5f} [{low:+.5f}, {high:+.5f}]",
+            f"{mean:+.5f} [{low:+.5f}, {high:+.5f}]" if name != "preset" else "",
             f"{row['kld_nats']:.5f}",
+            f"{row['less_kld_than_preset_pct']:.1f}%",
         )
     Console(width=110).print(table)
 
@@ -214,25 +207,24 @@ def our_plan(folder: Path, asked: argparse.Namespace, budget: str, *flags: str) 
     return kept | {"file": found["file"], "passes": passes, "seconds": round(seconds, 1)}
 
 
-def our_variants(bench: Bench, plan: Mapping[str, Any]) -> dict[str, Variant]:
-    """The plans that were measured and not shipped, as variants of the run's own shards."""
+def without_iq(bench: Bench, plan: Mapping[str, Any]) -> dict[str, Variant]:
+    """The plan of K-quants alone, where it was measured and not shipped."""
     return {
-        candidate["how"]: bench.workspace.shards.variant(candidate["variant"])
+        "Cerebellum, K-quants": bench.workspace.shards.variant(candidate["variant"])
         for candidate in plan["candidates"]
-        if candidate["variant"]
+        if candidate["how"] == "K-quants alone"
     }
 
 
 KEPT = (
-    *("budget_bytes", "file_bytes", "predicted_kld", "measured_kld", "kld_ci"),
-    *("predicted_delta_pct", "measured_delta_pct", "ci_pct", "tradeoff", "joint_factors"),
-    *("candidates", "groups"),
+    *("budget_bytes", "file_bytes", "base_kld", "predicted_kld", "measured_kld", "kld_ci"),
+    *("predicted_delta_pct", "measured_delta_pct", "ci_pct", "tradeoff", "candidates", "groups"),
 )
 
 
 def run_flags(asked: argparse.Namespace) -> list[str]:
     chunks = ["--imatrix-chunks", str(asked.imatrix_chunks), "--report-chunks", "8"]
-    return [*chunks, "--gpu-layers", str(asked.gpu_layers)]
+    return [*chunks, "--gpu-layers", str(asked.gpu_layers), "--threads", str(asked.threads)]
 
 
 def arguments() -> argparse.Namespace:
@@ -242,7 +234,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--imatrix-chunks", type=int, default=100)
     parser.add_argument("--report-chunks", type=int, default=0, help="0: the whole text")
     parser.add_argument("--gpu-layers", type=int, default=0)
-    parser.add_argument("--name", default="budget", help="of the JSON in results/")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--name", default="budget", help="of the JSON in results/, one for each budget")
     return parser.parse_args()
 
 
@@ -253,18 +246,19 @@ def one_budget(asked: argparse.Namespace, scratch: Path, budget: str) -> dict[st
     shutil.copyfile(by_ppl["file"], scratch / "ppl.gguf")
     ours = our_plan(folder, asked, budget)
     workspace = Workspace(folder, Settings.load(folder / "settings.json"), Silent())
-    bench = Bench(workspace=workspace, folder=scratch)
+    bench, size = Bench(workspace=workspace, folder=scratch), ours["budget_bytes"]
     with workspace.locked():
         preset = preset_base(workspace.source, budget, workspace.matrix)
         files = {
             "preset": bench.write("preset", preset.types),
             "Cerebellum": Path(ours["file"]),
             "by perplexity": scratch / "ppl.gguf",
-            "depth bands": bench.write("bands", band_types(bench, ours["budget_bytes"], band_damages(bench))),
-            "weighted MSE": bench.write("mse", mse_types(bench, ours["budget_bytes"])),
+            "depth bands": bench.write("bands", band_types(bench, size, band_damages(bench))),
+            "weighted MSE": bench.write("mse", mse_types(bench, size, ALL_TYPES)),
+            "weighted MSE, K-quants": bench.write("mse-k", mse_types(bench, size, K_LADDER)),
         }
         variants = {name: file_variant(path, name) for name, path in files.items()}
-        rows = score(bench, variants | our_variants(bench, ours), asked.report_chunks)
+        rows = score(bench, variants | without_iq(bench, ours), asked.report_chunks)
     for name, row in rows.items():
         row["bytes"] = files[name].stat().st_size if name in files else None
     return {"rows": rows, "plan": ours, "plan_by_perplexity": by_ppl}
@@ -272,13 +266,11 @@ def one_budget(asked: argparse.Namespace, scratch: Path, budget: str) -> dict[st
 
 def main() -> None:
     asked = arguments()
-    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for budget in asked.budgets:
-            results[budget] = one_budget(asked, Path(scratch), budget)
-            show(budget, results[budget]["rows"])
-    content = {"model": asked.model.name, "report_chunks": asked.report_chunks, "budgets": results}
-    print(save(asked.name, content))
+            result = one_budget(asked, Path(scratch), budget)
+            show(budget, result["rows"])
+            print(save(f"{asked.name}-{budget}", {"model": asked.model.name, "budget": budget, **result}))
 
 
 if __name__ == "__main__":
