@@ -209,11 +209,8 @@ def our_plan(folder: Path, asked: argparse.Namespace, budget: str, *flags: str) 
 
 def without_iq(bench: Bench, plan: Mapping[str, Any]) -> dict[str, Variant]:
     """The plan of K-quants alone, where it was measured and not shipped."""
-    return {
-        "Cerebellum, K-quants": bench.workspace.shards.variant(candidate["variant"])
-        for candidate in plan["candidates"]
-        if candidate["how"] == "K-quants alone"
-    }
+    plain = [c["variant"] for c in plan["candidates"] if c["how"] == "K-quants alone"]
+    return {"Cerebellum, K-quants": bench.workspace.shards.variant(plain[0])} if plain else {}
 
 
 KEPT = (
