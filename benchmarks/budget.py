@@ -220,7 +220,8 @@ KEPT = (
 
 
 def run_flags(asked: argparse.Namespace) -> list[str]:
-    chunks = ["--imatrix-chunks", str(asked.imatrix_chunks), "--report-chunks", "8"]
+    made = ["--imatrix", str(asked.imatrix)] if asked.imatrix else []
+    chunks = ["--imatrix-chunks", str(asked.imatrix_chunks), "--report-chunks", "8", *made]
     return [*chunks, "--gpu-layers", str(asked.gpu_layers), "--threads", str(asked.threads)]
 
 
@@ -228,6 +229,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--budgets", nargs="+", default=["Q2_K", "Q3_K_M", "Q4_K_M"])
+    parser.add_argument("--imatrix", type=Path, help="one made already")
     parser.add_argument("--imatrix-chunks", type=int, default=100)
     parser.add_argument("--report-chunks", type=int, default=0, help="0: the whole text")
     parser.add_argument("--gpu-layers", type=int, default=0)
