@@ -26,7 +26,7 @@ from rich.table import Table
 from cerebellum.allocate import Option, solve
 from cerebellum.base import preset_base
 from cerebellum.curves import ANCHOR, FINE_LADDER, K_LADDER
-from cerebellum.gguf import fits, parse_type, tensor_bytes, write_gguf
+from cerebellum.gguf import parse_type, tensor_bytes, write_gguf
 from cerebellum.groups import layer_of
 from cerebellum.llama.prediction_cache import PredictionCache
 from cerebellum.measure import Measurer, file_variant
@@ -64,10 +64,6 @@ class Bench:
         """The tensors a plan may change."""
         return [name for group in self.workspace.sizes.groups.values() for name in group.tensors]
 
-    def legal(self, name: str, kinds: Sequence[str]) -> list[GGMLQuantizationType]:
-        shape = self.workspace.source.tensors[name].shape
-        return [kind for kind in map(parse_type, kinds) if fits(kind, shape)]
-
     def n_bytes(self, name: str, kind: GGMLQuantizationType) -> int:
         return -(-tensor_bytes(kind, self.workspace.source.tensors[name].shape) // 32) * 32
 
@@ -75,8 +71,8 @@ class Bench:
 def mse_types(bench: Bench, budget: int, kinds: Sequence[str]) -> Types:
     """Per tensor, the types of least squared error by importance in all, within the budget."""
     workspace, names = bench.workspace, bench.free_tensors
-    legal = [bench.legal(name, kinds) for name in names]
     samples = [Sample(workspace.source, workspace.matrix, name, workspace.settings.threads) for name in names]
+    legal = [[kind for kind in map(parse_type, kinds) if sample.takes(kind)] for sample in samples]
     items = [
         [Option(n_bytes=bench.n_bytes(sample.name, k), damage=sample.error(k)) for k in ladder]
         for sample, ladder in zip(samples, legal, strict=True)
@@ -199,18 +195,19 @@ def show(budget: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def our_plan(folder: Path, asked: argparse.Namespace, budget: str, *flags: str) -> dict[str, Any]:
-    """``cerebellum run --budget``: the plan, what its curves cost in passes over the text, and the time."""
-    command = ["run", asked.model, "-o", folder, "--budget", budget, *flags, *run_flags(asked)]
-    found, seconds = cerebellum(*command)
+    """``cerebellum run --budget``: the plan, and what its curves cost in passes over the text."""
+    found, _ = cerebellum("run", asked.model, "-o", folder, "--budget", budget, *flags, *run_flags(asked))
     passes = json.loads((folder / "curves.json").read_text())["passes"]
     kept = {key: found["plan"][key] for key in KEPT}
-    return kept | {"file": found["file"], "passes": passes, "seconds": round(seconds, 1)}
+    return kept | {"file": found["file"], "passes": passes}
 
 
 def without_iq(bench: Bench, plan: Mapping[str, Any]) -> dict[str, Variant]:
     """The plan of K-quants alone, where it was measured and not shipped."""
-    plain = [c["variant"] for c in plan["candidates"] if c["how"] == "K-quants alone"]
-    return {"Cerebellum, K-quants": bench.workspace.shards.variant(plain[0])} if plain else {}
+    plain = [c for c in plan["candidates"] if c["how"] == "K-quants alone"]
+    if not plain or plain[0]["measured_kld"] == plan["measured_kld"]:
+        return {}
+    return {"Cerebellum, K-quants": bench.workspace.shards.variant(plain[0]["variant"])}
 
 
 KEPT = (

@@ -19,7 +19,7 @@ from rich.table import Table
 from cerebellum.base import preset_base
 from cerebellum.files import atomic_writer
 from cerebellum.gguf import TensorSource, encode_header, gguf_size, parse_type
-from cerebellum.llama.library import devices
+from cerebellum.llama.library import Device, devices
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.source import open_source
 from cerebellum.tables import gib
@@ -40,19 +40,19 @@ def write_planned(header: Path, types: dict[str, str], path: Path) -> None:
         stream.truncate(gguf_size(records, tensors))
 
 
-def free_bytes() -> int:
-    """Of the first device that is no CPU."""
-    return next(device.free for device in devices() if device.name != "CPU")
+def card() -> Device:
+    """The first device that is no CPU, as it is now."""
+    return next(device for device in devices() if device.name != "CPU")
 
 
 def taken(path: Path, context: int) -> dict[str, int]:
     """Bytes that went when the model was loaded, its context made, and a batch decoded."""
     engine = LlamaEngine(EngineSettings(gpu_layers=-1))
-    before = free_bytes()
+    before = card().free
     with engine.open([path], context) as model:
-        opened = free_bytes()
+        opened = card().free
         model.logits(np.arange(context, dtype=np.int32) % 1000)
-        return {"opened": before - opened, "decoded": before - free_bytes()}
+        return {"opened": before - opened, "decoded": before - card().free}
 
 
 def main() -> None:
@@ -65,20 +65,20 @@ def main() -> None:
     table = Table("card", "context", "foretold", "opened", "after a batch", "foretold / taken")
     rows: list[dict[str, Any]] = []
     path = asked.header.with_name("planned.gguf")
-    for card in asked.fit:
+    for size in asked.fit:
         for context in asked.ctx:
-            flags = ("--measurements", asked.measurements, "--fit", card, "--ctx", str(context))
+            flags = ("--measurements", asked.measurements, "--fit", size, "--ctx", str(context))
             plan, _ = cerebellum("plan", asked.header, *flags)
             write_planned(asked.header, plan["tensor_types"], path)
             found, memory = taken(path, context), plan["memory"]
             foretold = memory["total"] - memory["reserve"]
-            rows.append({"card": card, "context": context, "memory": memory, "taken": found})
+            rows.append({"card": size, "context": context, "memory": memory, "taken": found})
             share = f"{foretold / found['decoded']:.3f}"
             shown = (gib(n) for n in (foretold, found["opened"], found["decoded"]))
-            table.add_row(card, f"{context:,}", *shown, share)
+            table.add_row(size, f"{context:,}", *shown, share)
             path.unlink()
     Console(width=110).print(table)
-    print(save("card", {"device": devices()[0].description, "rows": rows}))
+    print(save("card", {"device": card().description, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ def main() -> None:
     asked = parser.parse_args()
     source = open_source(asked.header)
     base = preset_base(source, "Q3_K_M", None, has_imatrix=True)
-    groups = {group.name: group for group in make_groups(source) if not group.protected}
-    sizes = Sizes(tensors=source.tensors, groups=groups, base=base)
+    sizes = Sizes.of(source, make_groups(source), base)
     recorded = read_measurements(asked.measurements)
     threshold = plan_from(recorded, sizes, "Q2_K", Threshold(limit_pct=3.0))
     budget = sizes.whole_file_bytes(threshold.changes)

@@ -9,7 +9,7 @@ from typing import Any
 
 from cerebellum.errors import BadInput
 from cerebellum.stats.paired import as_percent
-from cerebellum.workspace import read_json
+from cerebellum.workspace import read_curves, read_json
 
 BASE = "base"
 
@@ -75,6 +75,7 @@ class CurvePoint:
     role: str
     layers: tuple[int, ...]
     kind: str
+    base_type: str
     n_bytes: int
     kld: Change | None
     change: Change | None
@@ -201,7 +202,7 @@ def read_evidence(folder: Path) -> Evidence:
     read = {name: read_json(folder / f"{name}.json") for name in _NEEDED}
     try:
         by_budget = read["plan"].get("mode") == "budget"
-        measured = read_json(folder / ("curves.json" if by_budget else "measurements.json"))
+        measured = read_curves(folder) if by_budget else read_json(folder / "measurements.json")
         points = tuple(_points(measured)) if by_budget else ()
         path = folder / "bench.json"
         bench = read_json(path) if path.exists() else None
@@ -253,11 +254,18 @@ def _with_step(row: GroupRow, points: Sequence[CurvePoint]) -> GroupRow:
 def together(points: Sequence[CurvePoint], members: Sequence[str]) -> list[CurvePoint]:
     """The curve of several groups at one type: bytes and changes add up; types that all of them have.
 
-    A group that has a type as its base has no other point for it.
+    A group whose base has a type has no other point for it.
     """
     curves = [{p.kind: p for p in points if p.group == name} for name in members]
-    kinds = [kind for kind in curves[0] if all(kind in curve for curve in curves)] if all(curves) else []
-    return [_added([curve[kind] for curve in curves]) for kind in kinds]
+    if not all(curves):
+        return []
+    for curve in curves:
+        curve.setdefault(curve[BASE].base_type, replace(curve[BASE], kind=curve[BASE].base_type))
+    uniform = len({curve[BASE].base_type for curve in curves}) == 1
+    kinds = [kind for kind in dict.fromkeys(kind for curve in curves for kind in curve) if kind]
+    if uniform:
+        kinds = [kind for kind in kinds if kind != curves[0][BASE].base_type]
+    return [_added([curve[k] for curve in curves]) for k in kinds if all(k in curve for curve in curves)]
 
 
 def _added(points: Sequence[CurvePoint]) -> CurvePoint:
@@ -286,6 +294,7 @@ def _points(curves: Json) -> Iterator[CurvePoint]:
             group=row["group"],
             role=row.get("role", row["group"]),
             layers=tuple(row.get("layers", ())),
+            base_type="+".join(row.get("base_types", ())),
             kind=row["type"],
             n_bytes=row["bytes"],
             kld=Change(mean=kld["mean"], low=kld["low"], high=kld["high"]) if kld else None,

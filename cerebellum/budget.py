@@ -169,7 +169,7 @@ def budget_plan(
         allocation = Allocation(points, sizes, objective, how)
         candidate = allocation.best(budget_bytes)
         if candidate is None and not measured:
-            raise _unreachable(budget_bytes, allocation)
+            raise unreachable(budget_bytes, allocation.smallest())
         if candidate is None or any(candidate.changes == known.changes for known in measured):
             continue
         answer = yield candidate.changes
@@ -204,10 +204,11 @@ def _proposals(
         yield "damages drawn", damages.points(measured, rng)
 
 
-def _unreachable(budget_bytes: int, allocation: Allocation) -> AnswerIsNo:
+def unreachable(budget_bytes: int, smallest: int) -> AnswerIsNo:
+    """The answer to a budget under the ``smallest`` file, in bytes."""
     return AnswerIsNo(
-        f"a budget of {budget_bytes:,} bytes cannot be reached: the smallest file that the measured "
-        f"types allow has {allocation.smallest():,} bytes"
+        f"a budget of {budget_bytes:,} bytes cannot be reached: the smallest file that these types allow "
+        f"has {smallest:,} bytes; nothing was written"
     )
 
 

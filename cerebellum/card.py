@@ -327,9 +327,16 @@ def _by_budget(evidence: Evidence) -> Sentence:
         Code(measured["text"]),
         ", as KL divergence from the source. Types and layers between follow from the rounding error that "
         "each type makes, weighted by the importance matrix. A knapsack chose the best sum within "
-        f"{size(plan['budget_bytes'])}; {len(plan['candidates'])} of its proposals were measured whole, "
-        "and the best of those was shipped.",
+        f"{size(plan['budget_bytes'])}; {_proposals(evidence)}",
     )
+
+
+def _proposals(evidence: Evidence) -> str:
+    """How many combinations were measured whole, the base not among them."""
+    n = sum(bool(row.get("changes")) for row in evidence.plan["candidates"] if row.get("measured_kld"))
+    if not n:
+        return "it was shipped as it was foretold, not measured whole on the selection text."
+    return f"{n} of its proposals were measured whole, and the best of those was shipped."
 
 
 def limits(evidence: Evidence) -> list[Sentence]:

@@ -35,7 +35,7 @@ from cerebellum.workspace import (
 
 _PIPE_COLUMNS = 110  # rich assumes 80 where there is no terminal, and tables would wrap
 
-_TITLE_COLUMNS = 40
+_TITLE_COLUMNS = 64
 _SECONDS_BETWEEN_LINES = 10.0
 
 OUT = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
@@ -213,7 +213,7 @@ source_options = options(
         help="Chance that any verdict is wrong.",
     ),
     click.option(
-        "--kld-cache", type=Size(), default="1GiB", show_default=True, help="Disk for the base's logits."
+        "--kld-cache", type=Size(), help="Disk for predictions [default: 1GiB; with --budget 8GiB]."
     ),
     click.option("--report-chunks", type=click.IntRange(0), default=0, help="First N of --report-text."),
     engine_options,
@@ -647,11 +647,12 @@ def _plan_folder(folder: Path, measurements: Path | None, given: dict[str, Any])
     from cerebellum.run import replan
 
     workspace = Workspace.reopen(folder, ProgressReporter(), planning=True, **given)
-    with workspace.locked():
+    with workspace.locked(save=False):  # a plan that fails leaves the folder as it was
         by_budget = given.get("budget") or given.get("fit")
         found = measurements or workspace.path("measurements.json")
         planned = rebudget(workspace) if by_budget else replan(workspace, found)
         write_json(workspace.path("plan.json"), planned)
+        workspace.save_settings()
     return planned
 
 

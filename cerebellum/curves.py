@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cerebellum.errors import BadInput
-from cerebellum.gguf import bits_per_weight, parse_type
+from cerebellum.gguf import bits_per_weight, block_size, parse_type
 from cerebellum.groups import span_name
 from cerebellum.plan import Sizes
 from cerebellum.stats.paired import Interval, ratio_interval, superpopulation_interval
@@ -28,7 +28,6 @@ BASE = "base"
 ANCHOR = "Q8_0"
 K_LADDER = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 FINE_LADDER = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")
-BLOCK32_LADDER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 KLD, PPL = "kld", "ppl"
 OBJECTIVES = (KLD, PPL)
@@ -65,12 +64,18 @@ def roles(sizes: Sizes) -> tuple[Part, ...]:
 
 
 def part_of(names: Sequence[str], sizes: Sizes) -> Part:
-    """Groups of one role as a part: the role itself, or named after its layers."""
+    """Groups of one role as a part: the role itself, or named after its runs of layers."""
     role = sizes.groups[names[0]].role
-    if sum(group.role == role for group in sizes.groups.values()) == len(names):
+    whole = [name for name, group in sizes.groups.items() if group.role == role]
+    if len(whole) == len(names):
         return Part(name=role, groups=tuple(names))
-    layers = sorted(layer for name in names for layer in sizes.groups[name].layers)
-    return Part(name=span_name(role, layers), groups=tuple(names))
+    runs: list[list[str]] = []
+    for name in names:
+        beside = runs and whole.index(name) == whole.index(runs[-1][-1]) + 1
+        runs[-1].append(name) if beside else runs.append([name])
+    layers = ([layer for name in run for layer in sizes.groups[name].layers] for run in runs)
+    spans = "+".join(span_name("", sorted(run)).lstrip(".") for run in layers)
+    return Part(name=f"{role}.{spans}", groups=tuple(names))
 
 
 def anchored(sizes: Sizes, anchor: str) -> Changes:
@@ -101,7 +106,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Yardstick:
-    """The anchor and the base on the same chunks, more than any part gets."""
+    """The anchor and the base on the same chunks: all that any part or plan gets."""
 
     anchor: Score
     base: Score
@@ -139,8 +144,8 @@ class Response:
             "part": self.part.name,
             "members": list(self.part.groups),
             "type": self.kind,
-            "kld": interval_json(self.kld),
-            "nll": interval_json(self.nll),
+            "kld": nats_json(self.kld),
+            "nll": nats_json(self.nll),
         }
 
 
@@ -167,12 +172,12 @@ class Point:
             "members": list(self.part.groups),
             "type": self.kind,
             "bytes": self.n_bytes,
-            "kld": interval_json(self.kld),
-            "nll": interval_json(self.nll),
+            "kld": nats_json(self.kld),
+            "nll": nats_json(self.nll),
         }
 
 
-def interval_json(interval: Interval | None) -> dict[str, float] | None:
+def nats_json(interval: Interval | None) -> dict[str, float] | None:
     if interval is None:
         return None
     return {"mean": interval.mean, "low": interval.low, "high": interval.high, "chunks": interval.n}
@@ -181,7 +186,7 @@ def interval_json(interval: Interval | None) -> dict[str, float] | None:
 def response_from_json(row: Mapping[str, Any]) -> Response:
     """The inverse of ``Response.as_json``; BadInput where a field is missing."""
     try:
-        kld, nll = (interval_from_json(row[key]) for key in (KLD, "nll"))
+        kld, nll = (nats_from_json(row[key]) for key in (KLD, "nll"))
         part = Part(name=row["part"], groups=tuple(row["members"]))
         return Response(part=part, kind=row["type"], kld=kld, nll=nll)
     except (KeyError, TypeError, ValueError) as error:
@@ -191,7 +196,7 @@ def response_from_json(row: Mapping[str, Any]) -> Response:
 def point_from_json(row: Mapping[str, Any]) -> Point:
     """The inverse of ``Point.as_json``; BadInput where a field is missing."""
     try:
-        kld, nll = (interval_from_json(row[key]) for key in ("kld", "nll"))
+        kld, nll = (nats_from_json(row[key]) for key in ("kld", "nll"))
         part = Part(name=row["group"], groups=tuple(row.get("members", (row["group"],))))
         return Point(part=part, kind=row["type"], n_bytes=int(row["bytes"]), kld=kld, nll=nll)
     except (KeyError, TypeError, ValueError) as error:
@@ -205,7 +210,7 @@ def _not_ours(error: Exception) -> BadInput:
     )
 
 
-def interval_from_json(value: Mapping[str, Any] | None) -> Interval | None:
+def nats_from_json(value: Mapping[str, Any] | None) -> Interval | None:
     if value is None:
         return None
     n = int(value["chunks"])
@@ -218,19 +223,23 @@ Tried = tuple[Part, str]
 
 def candidates(sizes: Sizes, ladder: Sequence[str], anchor: str) -> list[Tried]:
     """Every role at every type of the ladder that all its rows can take, the smallest first."""
-    wanted = [parse_type(name).name for name in ladder]
     found: list[Tried] = []
     for part in roles(sizes):
         if not all(sizes.legal(name, anchor) for name in part.groups):
             continue
-        kinds = _legal(part, wanted, sizes) or _legal(part, BLOCK32_LADDER, sizes)
-        kinds.sort(key=lambda kind: bits_per_weight(parse_type(kind)))
-        found += [(part, kind) for kind in kinds if kind != anchor]
+        each = [kinds_for(name, ladder, sizes) for name in part.groups]
+        common = [kind for kind in each[0] if all(kind in kinds for kinds in each) and kind != anchor]
+        found += [(part, kind) for kind in sorted(common, key=lambda kind: bits_per_weight(parse_type(kind)))]
     return found
 
 
-def _legal(part: Part, kinds: Sequence[str], sizes: Sizes) -> list[str]:
-    return [kind for kind in kinds if all(sizes.legal(name, kind) for name in part.groups)]
+def kinds_for(name: str, ladder: Sequence[str], sizes: Sizes) -> list[str]:
+    """The types of the ladder that a group's rows can take; rows that are no multiple of 256 get all
+    types of 32-element blocks, which is what llama.cpp has in their stead."""
+    legal = sizes.groups[name].legal_types
+    if any(block_size(parse_type(kind)) > 32 for kind in legal):
+        return [kind for kind in dict.fromkeys(ladder) if kind in legal]
+    return list(legal)
 
 
 def base_kinds(part: Part, sizes: Sizes) -> set[str]:

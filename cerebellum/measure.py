@@ -41,7 +41,7 @@ class Measurer:
 
     With ``reference`` and ``cache``, chunks in the cache are also compared with its predictions: those of
     the base, or of the source.
-    ``measured`` and ``reused`` count chunks of this session.
+    ``measured`` and ``reused`` count chunks of this session; ``doing`` stands before the titles of tasks.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Measurer:
         self.reporter: Reporter = reporter or Silent()
         self.reference, self.cache = reference, cache
         self.measured = self.reused = 0
+        self.doing = ""
         self._stack, self._open_digest = ExitStack(), ""
         self._model: Model | None = None
         if reference is not None and cache is not None:
@@ -93,7 +94,7 @@ class Measurer:
             return
         series = self._series(variant)
         self._refill_cache(variant, chunks)
-        with self.reporter.task(variant.label, len(chunks)) as tick:
+        with self.reporter.task(self.doing + variant.label, len(chunks)) as tick:
             for scored in self._score(variant, chunks):
                 if scored.chunk not in known:
                     self.ledger.record(series, scored.chunk, scored.nll, scored.divergence)
@@ -207,9 +208,11 @@ def measuring(workspace: Workspace, reference: Variant, chunks: Sequence[int]) -
         workspace.path("predictions"),
         chunks,
         corpus.scored_per_chunk * vocab_size * 4,
-        settings.kld_cache_bytes,
+        settings.prediction_bytes,
     )
     kept = f"{len(cache.chunks)} chunks, {cache.n_bytes / 1e6:.0f} MB on disk meanwhile"
+    if len(cache.chunks) < len(chunks):
+        kept += f" ({len(chunks)} wanted; --kld-cache bounds it)"
     workspace.reporter.note(f"keeping the predictions of the {reference.label}: {kept}")
     measurer = Measurer(
         workspace.engine,

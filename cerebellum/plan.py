@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from cerebellum.base import Base
 from cerebellum.errors import BadInput
 from cerebellum.gguf import TensorInfo, fits, gguf_size, parse_type, tensor_bytes
 from cerebellum.groups import Group
+from cerebellum.source import Source
 from cerebellum.stats.paired import Interval, as_nats, as_percent
 from cerebellum.sweep import COLLAPSED, SENSITIVE, TOLERANT, Measurement, Threshold, interval_json
 
@@ -59,6 +60,12 @@ class Sizes:
     tensors: Mapping[str, TensorInfo]
     groups: Mapping[str, Group]
     base: Base
+
+    @classmethod
+    def of(cls, source: Source, groups: Iterable[Group], base: Base) -> Sizes:
+        """Of the groups of a model that may be changed."""
+        free = {group.name: group for group in groups if not group.protected}
+        return cls(tensors=source.tensors, groups=free, base=base)
 
     def base_types(self, name: str) -> dict[str, GGMLQuantizationType]:
         return {tensor: self.base.types[tensor] for tensor in self.groups[name].tensors}

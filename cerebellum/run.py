@@ -41,8 +41,7 @@ def run_all(workspace: Workspace, bench: Request | None = None) -> dict[str, Any
     with workspace.locked():
         workspace.check_texts()
         if workspace.settings.by_budget:
-            by_budget.curves_stage(workspace)
-            by_budget.budget_stage(workspace)
+            by_budget.run(workspace)
         else:
             measure_stage(workspace)
             plan_stage(workspace)
@@ -140,8 +139,7 @@ def plan_header(settings: Settings, measurements: Path) -> dict[str, Any]:
     """A plan for a GGUF of which only the header is looked at, from measurements made elsewhere."""
     source = open_source(settings.source, allow_requantize=True)
     base = preset_base(source, settings.base, None, has_imatrix=True)
-    groups = {group.name: group for group in make_groups(source) if not group.protected}
-    sizes = Sizes(tensors=source.tensors, groups=groups, base=base)
+    sizes = Sizes.of(source, make_groups(source), base)
     found = read_measurements(measurements)
     if settings.by_budget:
         return by_budget.plan_header(settings, found, source, sizes)

@@ -21,7 +21,7 @@ from scipy.optimize import nnls
 from cerebellum.curves import BASE, KLD, PPL, Part, Point, Response, base_kinds, roles
 from cerebellum.plan import Sizes
 from cerebellum.rounding import RoundingErrors
-from cerebellum.stats.paired import Interval
+from cerebellum.stats.paired import NORMAL_95, Interval
 from cerebellum.sweep import Changes
 
 _LAYERS_SD = 0.5  # of a group's sensitivity around its role's, before it was measured
@@ -30,8 +30,8 @@ _WHOLE_SD = 0.03  # of the damage of a whole plan, beyond what types and roles e
 _LESSON_SD = 0.15  # of what a type, or a role, does in a whole plan around what it did alone
 _OBJECTIVES_SD = 0.5  # of a sensitivity of the NLL around that of the divergence
 _CROSS_SHARE = 0.05  # of the anchor's own damage: an error of every damage measured above it
-_FLOOR = 0.05  # of its prior, below which no sensitivity is believed
-_NORMAL_95 = 1.96
+_FLOOR = 0.05  # of its prior, below which no sensitivity is believed; of a factor, too
+_LEAST_DAMAGE = 1e-7  # nats/token: parts that do nothing are worth next to nothing, not nothing
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
@@ -63,9 +63,11 @@ class Fit:
     lessons: Mapping[str, float] = field(default_factory=dict)
 
     def drawn(self, rng: np.random.Generator) -> Fit:
-        """Another fit that the measurements allow."""
-        heights = rng.multivariate_normal(self.heights, self.covariance, method="eigh")
-        return replace(self, heights=np.maximum(heights, _FLOOR * self.heights))
+        """Another fit that the measurements allow, drawn in units of each height's own spread."""
+        sd = np.sqrt(np.diag(self.covariance))
+        correlation = self.covariance / np.outer(sd, sd)
+        drawn = self.heights + sd * rng.multivariate_normal(np.zeros(len(sd)), correlation, method="eigh")
+        return replace(self, heights=np.maximum(drawn, _FLOOR * self.heights))
 
 
 class Sensitivities:
@@ -83,8 +85,8 @@ class Sensitivities:
         self.responses = [r for r in responses if r.kld is not None]
         self._collapsed = [r for r in responses if r.kld is None]
         self._blur = _CROSS_SHARE * anchor_kld
-        measured = {response.part for response in self.responses}
-        self._roles = {part.name: part for part in roles(sizes) if part in measured}
+        heard = {r.part for r in self.responses if self._rounds(r)}
+        self._roles = {part.name: part for part in roles(sizes) if part in heard}
         self.groups = [name for name in errors.of if sizes.groups[name].role in self._roles]
         self._number = {name: number for number, name in enumerate(self.groups)}
 
@@ -93,7 +95,7 @@ class Sensitivities:
 
         With ``rng``, of a fit drawn from what the measurements allow, for plans that differ.
         """
-        fits = {objective: self._fit(objective, wholes) for objective in (KLD, PPL)}
+        fits = {objective: self._fit(objective, wholes) for objective in (KLD, PPL)} if self.groups else {}
         if rng is not None:
             fits = {objective: fit.drawn(rng) for objective, fit in fits.items()}
         return [
@@ -102,11 +104,16 @@ class Sensitivities:
             for point in (self._curve(name, fits) if name in self._number else [self._kept(name)])
         ]
 
+    def _rounds(self, response: Response) -> bool:
+        """Whether the type rounds the part at all: weights that are all zero say nothing."""
+        return sum(self.errors.above(name, response.kind) for name in response.part.groups) != 0
+
     # --- the fit
 
     def _fit(self, objective: str, wholes: Sequence[Whole]) -> Fit:
         prior, spread = self._prior(objective)
-        fit = _least_squares(prior, spread, [self._row(r, objective) for r in self.responses])
+        known = [r for r in self.responses if set(r.part.groups) <= self._number.keys()]
+        fit = _least_squares(prior, spread, [self._row(r, objective) for r in known])
         if objective == KLD:  # the NLL is too noisy to tell types apart
             fit = replace(fit, departures=self._departures(fit.heights))
         return replace(fit, lessons=self._lessons(fit, wholes, objective))
@@ -130,8 +137,8 @@ class Sensitivities:
         error = np.array([row.coefficients.sum() for row in rows])
         damage, sd = np.array([row.value for row in rows]), np.array([row.sd for row in rows])
         height = float((error * damage / sd**2).sum() / (error**2 / sd**2).sum())
-        smallest = float(np.abs(damage).max() / np.abs(error).max())
-        return max(height, _FLOOR * smallest, np.finfo(float).tiny)
+        largest, blur = float(np.abs(damage).max()), max(self._blur, _LEAST_DAMAGE)
+        return max(height, max(_FLOOR * largest, blur * _FLOOR) / float(np.abs(error).max()))
 
     def _row(self, response: Response, objective: str) -> _Row:
         damage = response.damage(objective)
@@ -147,7 +154,8 @@ class Sensitivities:
         Of the largest part that was measured at it: the whole role, as a rule.
         """
         largest: dict[tuple[str, str], Response] = {}
-        for response in sorted(self.responses, key=lambda r: len(r.part.groups)):
+        known = [r for r in self.responses if set(r.part.groups) <= self._number.keys() and self._rounds(r)]
+        for response in sorted(known, key=lambda r: len(r.part.groups)):
             largest[self.sizes.groups[response.part.groups[0]].role, response.kind] = response
         found = {}
         for key, response in largest.items():
@@ -155,7 +163,8 @@ class Sensitivities:
             modelled = float(row.coefficients @ heights)
             error = max(row.noise / abs(modelled), 1e-6)
             weights = np.array([1 / _MODEL_SD**2, 1 / error**2])
-            found[key] = float(weights @ np.array([1.0, row.value / modelled]) / weights.sum())
+            ratio = float(weights @ np.array([1.0, row.value / modelled]) / weights.sum())
+            found[key] = max(ratio, _FLOOR)
         return found
 
     def _lessons(self, fit: Fit, wholes: Sequence[Whole], objective: str) -> dict[str, float]:
@@ -163,7 +172,8 @@ class Sensitivities:
 
         Ridge regression: each may have done some ``_LESSON_SD`` more or less than alone.
         """
-        names = [*self._roles, *self.errors.offered]
+        base = {kind for name in self.groups for kind in self._kinds(name, BASE)}
+        names = [*self._roles, *dict.fromkeys((*self.errors.all_kinds, *sorted(base)))]
         rows, seen = [], []
         for whole in wholes:
             damage = whole.damage(objective)
@@ -177,7 +187,7 @@ class Sensitivities:
             return {}
         design = np.vstack([rows, np.eye(len(names))])
         found = np.linalg.lstsq(design, np.append(seen, np.zeros(len(names))))[0] * _LESSON_SD
-        return dict(zip(names, np.maximum(found, -0.5).tolist(), strict=True))
+        return dict(zip(names, found.tolist(), strict=True))
 
     def _shares(self, fit: Fit, changes: Changes) -> tuple[dict[str, float], float]:
         """The damage of a plan by role and by type, and in all."""
@@ -193,15 +203,16 @@ class Sensitivities:
 
     # --- what it says
 
-    def _kinds(self, name: str, kind: str) -> set[str]:
-        return base_kinds(Part(name=name, groups=(name,)), self.sizes) if kind == BASE else {kind}
+    def _kinds(self, name: str, kind: str) -> list[str]:
+        part = Part(name=name, groups=(name,))
+        return sorted(base_kinds(part, self.sizes)) if kind == BASE else [kind]
 
     def _error(self, name: str, kind: str, fit: Fit) -> float:
         """Rounding error of a group above the anchor, times what was measured beside it."""
         role = self.sizes.groups[name].role
+        lessons = fit.lessons.get(role, 0.0)
         factors = [
-            fit.departures.get((role, each), 1.0)
-            * (1 + fit.lessons.get(role, 0.0) + fit.lessons.get(each, 0.0))
+            fit.departures.get((role, each), 1.0) * max(1 + lessons + fit.lessons.get(each, 0.0), _FLOOR)
             for each in self._kinds(name, kind)
         ]
         return self.errors.above(name, kind) * float(np.mean(factors))
@@ -226,7 +237,7 @@ class Sensitivities:
         error = self._error(name, kind, fit) - self._error(name, BASE, fit)
         mean = float(fit.heights[number] * error)
         sd = np.hypot(error * np.sqrt(fit.covariance[number, number]), _MODEL_SD * mean)
-        half = _NORMAL_95 * float(sd)
+        half = NORMAL_95 * float(sd)
         n = max((r.kld.n for r in self.responses if r.kld and name in r.part.groups), default=0)
         return Interval(mean=mean, low=mean - half, high=mean + half, n=n, population=n)
 
@@ -250,7 +261,7 @@ class _Row:
 
     @classmethod
     def of(cls, coefficients: Vector, damage: Interval, model_sd: float, blur: float) -> _Row:
-        noise = float(np.hypot((damage.high - damage.low) / 2 / _NORMAL_95, blur))
+        noise = float(np.hypot((damage.high - damage.low) / 2 / NORMAL_95, blur))
         sd = max(float(np.hypot(noise, model_sd * damage.mean)), 1e-12)
         return cls(coefficients=coefficients, value=damage.mean, sd=sd, noise=noise)
 

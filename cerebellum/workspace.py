@@ -37,6 +37,7 @@ DEMO_MODEL = DATA / "cerebellum-demo.F16.gguf"
 SELECTION_TEXT = DATA / "selection.txt"
 REPORT_TEXT = DATA / "report.txt"
 
+_GIB = 1 << 30
 _SPANS = 8  # of layers that a budget may treat apart: finer ones cost measurements and files, and gain little
 
 
@@ -62,7 +63,7 @@ class Settings:
     ctx: int = 512
     chunks: int = 0
     max_chunks: int = 0
-    kld_cache_bytes: int = 1 << 30
+    kld_cache_bytes: int | None = None
     report_chunks: int = 0
     threads: int = os.cpu_count() or 1
     gpu_layers: int = 0
@@ -82,6 +83,13 @@ class Settings:
     def by_budget(self) -> bool:
         """Whether bytes are given, as a file's size or a card's, rather than a limit on damage."""
         return self.budget is not None or self.fit is not None
+
+    @property
+    def prediction_bytes(self) -> int:
+        """Disk for predictions: a budget compares every part with them, a limit the first block of chunks."""
+        if self.kld_cache_bytes is not None:
+            return self.kld_cache_bytes
+        return _GIB * (8 if self.by_budget else 1)
 
     @property
     def threshold(self) -> Threshold:
@@ -115,10 +123,14 @@ class Workspace:
     def __init__(
         self, folder: Path, settings: Settings, reporter: Reporter, *, planning: bool = False
     ) -> None:
+        settings = replace(
+            settings,
+            demote=parse_weight_type(settings.demote).name,
+            anchor=_named("--anchor", settings.anchor),
+            types=tuple(_named("--types", kind) for kind in settings.types),
+        )
         self.folder, self.settings, self.reporter, self.planning = folder, settings, reporter, planning
         self.engine = LlamaEngine(EngineSettings(threads=settings.threads, gpu_layers=settings.gpu_layers))
-        for kind in (settings.demote, settings.anchor, *settings.types):
-            parse_weight_type(kind)
         if settings.base_file is None:
             parse_preset(settings.base)
 
@@ -134,8 +146,8 @@ class Workspace:
         return self.folder / name
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the folder for this process; makes it and saves the settings."""
+    def locked(self, *, save: bool = True) -> Iterator[None]:
+        """Holds the folder for this process; makes it and, unless told otherwise, saves the settings."""
         lock = FileLock(self.path(".lock"), timeout=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -148,12 +160,16 @@ class Workspace:
             ) from error
         try:
             self._refuse_another_source()
-            self.settings.save(self.path("settings.json"))
+            if save:
+                self.save_settings()
             yield
         finally:
             if "ledger" in self.__dict__:
                 self.__dict__.pop("ledger").close()
             lock.release()
+
+    def save_settings(self) -> None:
+        self.settings.save(self.path("settings.json"))
 
     def check_texts(self) -> None:
         """BadInput before any work where a text cannot be used."""
@@ -227,8 +243,7 @@ class Workspace:
 
     @cached_property
     def sizes(self) -> Sizes:
-        groups = {group.name: group for group in self.groups if not group.protected}
-        return Sizes(tensors=self.source.tensors, groups=groups, base=self.base)
+        return Sizes.of(self.source, self.groups, self.base)
 
     @cached_property
     def shards(self) -> Shards:
@@ -276,7 +291,8 @@ class Workspace:
         changed = sum(self.sizes.bytes_at(name, kind) for changes in tried for name, kind in changes.items())
         shards = self.path("shards")
         present = sum(p.stat().st_size for p in shards.glob("*.gguf")) if shards.exists() else 0
-        needed = 2 * self.sizes.total({}) + changed - present
+        wholes = 2 + (self.settings.by_budget and self.settings.fine_types)  # base, result, IQ types of plans
+        needed = wholes * self.sizes.total({}) + changed - present
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise BadInput(
@@ -286,9 +302,30 @@ class Workspace:
             )
 
 
+def _named(flag: str, kind: str) -> str:
+    try:
+        return parse_weight_type(kind).name
+    except BadInput as error:
+        raise BadInput(f"{flag}: {error}") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all; floats that are not finite are refused rather than written as NaN."""
     atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+CURVES_FORMAT = 2
+"""Of curves.json. 1: changes against the base, of roles and of some layers; 2: damages above an anchor,
+rounding errors, and points of every group."""
+
+
+def read_curves(folder: Path) -> Any:
+    """curves.json of this version; BadInput where another made it."""
+    path = folder / "curves.json"
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("format") != CURVES_FORMAT:
+        raise BadInput(f"{path}: an earlier version's; run `cerebellum run --budget` again in this folder")
+    return found
 
 
 def read_json(path: Path) -> Any:

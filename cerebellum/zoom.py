@@ -14,9 +14,9 @@ import numpy as np
 from cerebellum.curves import Part, Response, Tried, part_of
 from cerebellum.plan import Sizes
 from cerebellum.rounding import RoundingErrors
+from cerebellum.stats.paired import NORMAL_95, Interval
 
 _APART = 2.0  # standard errors between the halves' sensitivities
-_NORMAL_95 = 1.96
 
 Probe = Callable[[Tried], Response]
 
@@ -63,13 +63,14 @@ def _differ(a: Response, b: Response, errors: RoundingErrors) -> bool:
     """Whether two halves are surely not equally sensitive; a collapse differs from anything else."""
     if a.kld is None or b.kld is None:
         return a.kld is not b.kld
-    (first, error_a), (second, error_b) = (_sensitivity(half, errors) for half in (a, b))
+    first, error_a = _sensitivity(a.kld, a, errors)
+    second, error_b = _sensitivity(b.kld, b, errors)
     return bool(abs(first - second) > _APART * np.hypot(error_a, error_b))
 
 
-def _sensitivity(response: Response, errors: RoundingErrors) -> tuple[float, float]:
-    """Damage for each unit of rounding error, and its standard error."""
-    assert response.kld is not None
+def _sensitivity(damage: Interval, response: Response, errors: RoundingErrors) -> tuple[float, float]:
+    """Damage for each unit of rounding error, and its standard error; without error nothing is known."""
     error = sum(errors.above(name, response.kind) for name in response.part.groups)
-    half_width = response.kld.high - response.kld.mean
-    return response.kld.mean / error, half_width / _NORMAL_95 / error
+    if error <= 0:
+        return 0.0, np.inf
+    return damage.mean / error, (damage.high - damage.mean) / NORMAL_95 / error

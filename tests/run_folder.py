@@ -326,7 +326,7 @@ def by_budget() -> dict[str, Any]:
     )
     del planned["threshold_pct"], planned["demote"]
     text = {"text": "selection.txt", "text_sha256": "c" * 64, "ctx": 512, "seed": 1, "chunks": 24}
-    measured = {"base_kld": 0.09, "rounding": {"anchor": "Q8_0"}, "responses": [{}] * 18}
+    measured = {"format": 2, "base_kld": 0.09, "rounding": {"anchor": "Q8_0"}, "responses": [{}] * 18}
     curves = text | measured | {"base": "Q3_K_M", "tokens_scored": 1, "passes": 1.5, "points": points}
     return {"plan": planned, "curves": curves, "measurements": None}
 

@@ -62,8 +62,9 @@ class Truth:
 
     def __init__(self, sizes: Sizes, noise: float = 0.05) -> None:
         self.sizes, self.noise = sizes, noise
+        of = {name: self._errors(name) for name in sizes.groups}
         self.errors = RoundingErrors(
-            of={name: self._errors(name) for name in sizes.groups}, anchor=ANCHOR, offered=KINDS
+            anchor=ANCHOR, at_anchor={name: errors[ANCHOR] for name, errors in of.items()}, of=of
         )
 
     def _errors(self, name: str) -> dict[str, float]:

@@ -117,3 +117,67 @@ def test_the_file_can_be_made_again_bit_for_bit(
     manifest = budgeted.folder / "manifest.json"
     ran = cerebellum("reproduce", manifest, "--source", embedded, "-o", tmp_path, "--json")
     assert ran.code == 0 and ran.json["ok"], ran.out
+
+
+@pytest.mark.parametrize("n_bytes", [500, 2500])
+def test_short_texts_cost_more_passes_and_break_nothing(
+    embedded: Path, report_text: Path, cerebellum: Cerebellum, tmp_path: Path, n_bytes: int
+) -> None:
+    text = tmp_path / "select.txt"
+    text.write_text(SELECTION_TEXT.read_text(encoding="utf-8")[:n_bytes], encoding="utf-8")
+    flags = "--ctx 64 --imatrix-chunks 2 --report-chunks 2 --threads 2 --budget Q3_K_M --types Q2_K,q4_k --no-fine-types"
+    texts = ("--select-text", text, "--report-text", report_text, "--anchor", "q8_0")
+    ran = cerebellum("run", embedded, "-o", tmp_path / "run", *flags.split(), "--no-zoom", *texts, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["plan"]["file_bytes"] <= ran.json["plan"]["budget_bytes"]
+
+
+def test_a_text_of_one_chunk_is_refused(
+    embedded: Path, report_text: Path, cerebellum: Cerebellum, tmp_path: Path
+) -> None:
+    text = tmp_path / "select.txt"
+    text.write_text(SELECTION_TEXT.read_text(encoding="utf-8")[:300], encoding="utf-8")
+    texts = ("--select-text", text, "--report-text", report_text, "--imatrix-chunks", 1)
+    ran = cerebellum("run", embedded, "-o", tmp_path / "run", "--ctx", 64, "--budget", "Q3_K_M", *texts)
+    assert ran.code == 2 and "--select-text" in ran.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--budget", "12XB"), "neither a size"),
+        (("--budget", "Q3_K_M", "--anchor", "F16"), "--anchor"),
+        (("--budget", "Q3_K_M", "--types", "Q2_K,Q9"), "--types"),
+        (("--budget", "Q3_K_M", "--types", "Q8_0", "--no-fine-types"), "--types"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_in_a_line(
+    embedded: Path, cerebellum: Cerebellum, tmp_path: Path, flags: tuple[str, ...], told: str
+) -> None:
+    ran = cerebellum("run", embedded, "-o", tmp_path / "run", "--imatrix-chunks", 1, *flags)
+    assert ran.code == 2 and told in ran.err.splitlines()[-1], ran.err
+
+
+def test_curves_of_an_earlier_version_are_refused(
+    budgeted: Budgeted, cerebellum: Cerebellum, tmp_path: Path
+) -> None:
+    for name in ("settings.json", "source.json", "imatrix.gguf"):
+        (tmp_path / name).write_bytes((budgeted.folder / name).read_bytes())
+    (tmp_path / "curves.json").write_text('{"points": []}')
+    for flags in (("--budget", "7MB"), ("--frontier",)):
+        ran = cerebellum("plan", tmp_path, *flags)
+        assert ran.code == 2 and "earlier version" in ran.err and len(ran.err.splitlines()) == 1
+
+
+def test_a_plan_that_fails_leaves_the_folder_as_it_was(budgeted: Budgeted, cerebellum: Cerebellum) -> None:
+    before = (budgeted.folder / "settings.json").read_bytes()
+    assert cerebellum("plan", budgeted.folder, "--budget", "1MB").code == 1
+    assert (budgeted.folder / "settings.json").read_bytes() == before
+
+
+def test_a_budget_no_type_can_reach_is_refused_before_any_work(
+    embedded: Path, cerebellum: Cerebellum, tmp_path: Path
+) -> None:
+    ran = cerebellum("run", embedded, "-o", tmp_path / "run", "--budget", "3MB")
+    assert ran.code == 1 and "the smallest file" in ran.err and len(ran.err.splitlines()) == 1
+    assert not list((tmp_path / "run").glob("*.gguf")) and not (tmp_path / "run" / "curves.json").exists()

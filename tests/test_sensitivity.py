@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from headers import Model, write_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import ANCHOR, CHUNKS, Truth, by_layer, by_role
 
+from cerebellum.base import file_base, preset_base
 from cerebellum.curves import (
     FINE_LADDER,
     K_LADDER,
@@ -20,15 +22,17 @@ from cerebellum.curves import (
     Score,
     Yardstick,
     candidates,
+    kinds_for,
     measure_response,
     part_of,
     response_from_json,
     roles,
 )
 from cerebellum.errors import BadInput
-from cerebellum.gguf import parse_type
+from cerebellum.gguf import TensorSource, parse_type, write_gguf
+from cerebellum.groups import make_groups
 from cerebellum.imatrix import Entry, ImportanceMatrix
-from cerebellum.llama.quantize import to_float
+from cerebellum.llama.quantize import QuantizeJob, quantize, to_float
 from cerebellum.plan import Sizes
 from cerebellum.progress import Silent
 from cerebellum.rounding import RoundingErrors, rounding_errors
@@ -74,7 +78,6 @@ def errors_of(source: Source, sizes: Sizes, kinds: tuple[str, ...]) -> RoundingE
 
 def test_sampled_errors_are_those_of_whole_tensors(source: Source, tmp_path: Path) -> None:
     """Every row quantized and read back, weighted by hand, against the sample."""
-    from cerebellum.groups import make_groups
     from cerebellum.ledger import Ledger
 
     sizes, name = by_layer(), "blk.3.ffn_gate_exps.weight"
@@ -113,11 +116,55 @@ def test_errors_fall_with_bits_and_the_base_is_its_types(source: Source) -> None
             assert found.of[name]["base"] == pytest.approx(found.of[name][base])
 
 
+def test_the_error_of_a_base_file_is_that_of_its_bytes(source: Source, tmp_path: Path) -> None:
+    """A base made without a matrix is not what we would make of its types with one."""
+    name = "blk.3.ffn_gate_exps.weight"
+    sizes = by_layer()
+    group = next(g for g in sizes.groups.values() if name in g.tensors)
+    tensors = [
+        TensorSource(
+            name=t.name,
+            shape=t.shape,
+            type=sizes.base.types[t.name],
+            chunks=lambda t=t: quantize(
+                QuantizeJob(
+                    name=t.name,
+                    raw=source.read(t.name),
+                    shape=t.shape,
+                    from_type=t.type,
+                    to_type=sizes.base.types[t.name],
+                ),
+                2,
+            ),
+        )
+        for t in source.tensors.values()
+    ]
+    path = tmp_path / "base.gguf"
+    write_gguf(path, sizes.base.records, tensors)
+    matrix = matrix_of(source, name, tmp_path / "imatrix")
+    given = replace(sizes, groups={group.name: group}, base=file_base(source, path))
+    found = rounding_errors(source, matrix, given, ("Q3_K",), ANCHOR, 2, Silent())
+    assert found.of[group.name]["base"] > 1.02 * found.of[group.name]["Q3_K"]
+
+
 def test_types_that_need_a_matrix_are_not_offered_without_one(source: Source) -> None:
     sizes = by_role()
     found = errors_of(source, replace(sizes, groups={"attn_q": sizes.groups["attn_q"]}), FINE_LADDER)
     assert found.kinds("attn_q") == ["IQ3_S", "IQ4_XS"]
     assert RoundingErrors.from_json(found.as_json()) == found
+
+
+def test_rows_of_no_multiple_of_256_get_the_types_of_32_element_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "narrow.gguf"
+    write_header(path, Model(architecture="llama", width=576, inner=1536, heads=9, heads_kv=3))
+    narrow = open_source(path)
+    groups = {group.name: group for group in make_groups(narrow) if not group.protected}
+    base = preset_base(narrow, "Q3_K_M", None, has_imatrix=True)
+    sizes = Sizes(tensors=narrow.tensors, groups=groups, base=base)
+    tried = {part.name: kind for part, kind in reversed(candidates(sizes, K_LADDER, ANCHOR))}
+    assert tried["attn_q"] == "Q4_0" and tried["ffn_down"] == "Q2_K", "the smallest of each"
+    assert "Q5_1" in kinds_for("attn_q", (*K_LADDER, *FINE_LADDER), sizes)
+    assert kinds_for("ffn_down", ("Q2_K", "Q4_K"), sizes) == ["Q2_K", "Q4_K"]
 
 
 # --- probes
@@ -182,6 +229,12 @@ def test_halves_hold_every_layer_once() -> None:
         first, second = halves(part, sizes)
         assert first.groups + second.groups == part.groups
         assert part_of(part.groups, sizes) == part
+
+
+def test_parts_are_named_after_their_runs_of_layers() -> None:
+    sizes = by_layer()
+    assert part_of(["ffn_up_exps.0", "ffn_up_exps.1", "ffn_up_exps.4"], sizes).name == "ffn_up_exps.0-1+4"
+    assert part_of(["ssm_in.1", "ssm_in.3"], sizes).name == "ssm_in.1-3", "neighbours in their role"
 
 
 def test_layers_are_looked_at_where_they_differ(truth: Truth) -> None:
@@ -260,6 +313,26 @@ def test_a_role_that_was_never_measured_stays_at_its_base(truth: Truth) -> None:
     points = Sensitivities(responses, truth.errors, truth.sizes).points()
     assert {p.kind for p in points if p.part.name.startswith("attn_q")} == {"base"}
     assert {p.part.name for p in points} == set(truth.sizes.groups)
+
+
+def test_parts_that_do_nothing_and_weights_that_are_zero_break_nothing(truth: Truth) -> None:
+    """Layers that llama.cpp never evaluates have no damage; weights of zeros have no rounding error."""
+    zero = Interval(mean=0.0, low=0.0, high=0.0, n=4, population=4)
+    responses = [replace(r, kld=zero) if r.part.name.startswith("attn_q") else r for r in truth.responses()]
+    errors = replace(truth.errors, of={**truth.errors.of}, at_anchor={**truth.errors.at_anchor})
+    for name in ("attn_v.2", "attn_v.5"):
+        errors.of[name] = dict.fromkeys(errors.of[name], 0.0)
+        errors.at_anchor[name] = 0.0
+    points = Sensitivities(responses, errors, truth.sizes).points()
+    assert {p.kind for p in points if p.part.name == "attn_v.2"} == {"base"}
+    assert 0 <= above_anchor(points, "attn_q.2", "Q2_K") < 1e-6
+    assert np.isfinite([p.kld.mean for p in points if p.kld]).all()
+
+
+def test_nothing_is_left_where_everything_collapsed(truth: Truth) -> None:
+    broken = [replace(r, kld=None, nll=None) for r in truth.responses(probes=0)]
+    points = Sensitivities(broken, truth.errors, truth.sizes).points()
+    assert {p.kind for p in points} == {"base"} and len(points) == len(truth.sizes.groups)
 
 
 def test_small_damages_do_not_drown_large_ones(truth: Truth) -> None:

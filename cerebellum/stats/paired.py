@@ -17,6 +17,8 @@ from scipy.stats import t as student_t
 Floats = NDArray[np.floating]
 
 CONFIDENCE = 0.95
+NORMAL_95 = 1.96
+"""Half-width to standard error. Student's intervals are wider, so of few chunks it gives too much."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,118 @@
+"""The whole curve: llama.cpp's presets, and the plans that the same curves give at the same sizes.
+
+One `cerebellum run --budget` measures the response curves; every plan here is what they propose at a
+preset's size, nothing else measured for it. Presets and plans are then scored on the report text, as KL
+divergence from the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import budget as rivals
+import matplotlib
+from common import save
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from cerebellum.base import preset_base
+from cerebellum.budget import Allocation, frontier
+from cerebellum.by_budget import read_points
+from cerebellum.measure import file_variant
+from cerebellum.progress import Silent
+from cerebellum.workspace import Settings, Workspace, read_json
+
+PRESETS = (
+    *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_XS", "Q3_K_S", "IQ3_M"),
+    *("Q3_K_M", "Q3_K_L", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
+)
+PICTURE = Path(__file__).parent.parent / "docs" / "frontier.png"
+
+
+def measure(bench: rivals.Bench, presets: list[str], chunks: int) -> list[dict[str, Any]]:
+    """Size and KL divergence of every preset and of the plan of its size."""
+    workspace = bench.workspace
+    allocation = Allocation(read_points(workspace), workspace.sizes)
+    order = range(chunks)
+    rows = []
+    with rivals.Measuring(bench, workspace.report_corpus, order) as measurer:
+        for name in presets:
+            types = preset_base(workspace.source, name, workspace.matrix).types
+            path = bench.write("preset", types)
+            n_bytes = path.stat().st_size
+            preset = float(measurer.kld_means(file_variant(path, name), order).mean())
+            row: dict[str, Any] = {"preset": name, "bytes": n_bytes, "preset_kld": preset}
+            plan = allocation.best(n_bytes)
+            if plan is not None:
+                variant = workspace.shards.variant(plan.changes)
+                row |= {
+                    "plan_bytes": plan.n_bytes,
+                    "plan_kld": float(measurer.kld_means(variant, order).mean()),
+                    "plan_predicted": read_json(workspace.path("curves.json"))["base_kld"] + plan.predicted,
+                }
+            rows.append(row)
+    return rows
+
+
+def picture(rows: list[dict[str, Any]], predicted: list[tuple[int, float]]) -> Figure:
+    matplotlib.rcParams["svg.hashsalt"] = "cerebellum"
+    drawn = Figure(figsize=(9, 4.6), dpi=110, layout="constrained")
+    axes = drawn.add_subplot()
+    presets = [(row["bytes"] / 1e6, row["preset_kld"]) for row in rows]
+    plans = [(row["plan_bytes"] / 1e6, row["plan_kld"]) for row in rows if "plan_kld" in row]
+    axes.plot(*zip(*presets, strict=True), "o", color="#b4532a", label="llama.cpp's presets, measured")
+    axes.plot(*zip(*plans, strict=True), "o", color="#1f6f8b", label="Cerebellum at the same size, measured")
+    line = [(n_bytes / 1e6, kld) for n_bytes, kld in predicted]
+    axes.plot(
+        *zip(*line, strict=True), color="#1f6f8b", linewidth=1, alpha=0.6, label="foretold by the curves"
+    )
+    for row in rows:
+        at = (row["bytes"] / 1e6, row["preset_kld"])
+        axes.annotate(row["preset"], at, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set_yscale("log")
+    axes.set_xlim(min(x for x, _ in presets) - 0.3, max(x for x, _ in presets) + 0.6)
+    axes.set_xlabel("file, MB")
+    axes.set_ylabel("KL divergence from the F16 source, nats a token")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    return drawn
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table("preset", "bytes", "KL, nats", "plan of its size", "less", "foretold")
+    for row in rows:
+        plan = row.get("plan_kld")
+        less = "" if plan is None else f"{100 * (1 - plan / row['preset_kld']):.0f}%"
+        told = ("", "") if plan is None else (f"{plan:.5f}", f"{row['plan_predicted']:.5f}")
+        table.add_row(row["preset"], f"{row['bytes']:,}", f"{row['preset_kld']:.5f}", told[0], less, told[1])
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS))
+    parser.add_argument("--chunks", type=int, default=64, help="of the report text")
+    parser.add_argument("--folder", type=Path, help="a run folder with curves, instead of a run of its own")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = asked.folder or Path(scratch) / "run"
+        if not asked.folder:
+            flags = ["--budget", "Q3_K_M", "--imatrix-chunks", "100", "--report-chunks", "8"]
+            rivals.cerebellum("run", rivals.DEMO_MODEL, "-o", folder, *flags)
+        workspace = Workspace(folder, Settings.load(folder / "settings.json"), Silent())
+        with workspace.locked():
+            bench = rivals.Bench(workspace=workspace, folder=Path(scratch))
+            rows = measure(bench, asked.presets, asked.chunks)
+            base = read_json(workspace.path("curves.json"))["base_kld"]
+            best = frontier(read_points(workspace), workspace.sizes, steps=60)
+    show(rows)
+    picture(rows, [(c.n_bytes, base + c.predicted) for c in best]).savefig(PICTURE)
+    print(PICTURE, save("frontier", {"chunks": asked.chunks, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
