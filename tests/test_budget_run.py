@@ -125,9 +125,10 @@ def test_short_texts_cost_more_passes_and_break_nothing(
 ) -> None:
     text = tmp_path / "select.txt"
     text.write_text(SELECTION_TEXT.read_text(encoding="utf-8")[:n_bytes], encoding="utf-8")
-    flags = "--ctx 64 --imatrix-chunks 2 --report-chunks 2 --threads 2 --budget Q3_K_M --types Q2_K,q4_k --no-fine-types"
+    flags = "--ctx 64 --imatrix-chunks 2 --report-chunks 2 --threads 2 --budget Q3_K_M --types Q2_K,q4_k"
     texts = ("--select-text", text, "--report-text", report_text, "--anchor", "q8_0")
-    ran = cerebellum("run", embedded, "-o", tmp_path / "run", *flags.split(), "--no-zoom", *texts, "--json")
+    plain = ("--no-zoom", "--no-fine-types")
+    ran = cerebellum("run", embedded, "-o", tmp_path / "run", *flags.split(), *texts, *plain, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["plan"]["file_bytes"] <= ran.json["plan"]["budget_bytes"]
 
