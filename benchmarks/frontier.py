@@ -70,11 +70,15 @@ def picture(rows: list[dict[str, Any]], predicted: list[tuple[int, float]]) -> F
     axes.plot(
         *zip(*line, strict=True), color="#1f6f8b", linewidth=1, alpha=0.6, label="foretold by the curves"
     )
+    names: dict[int, list[str]] = {}
     for row in rows:
-        at = (row["bytes"] / 1e6, row["preset_kld"])
-        axes.annotate(row["preset"], at, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        names.setdefault(row["bytes"], []).append(row["preset"])
+    for (x, y), row in zip(presets, rows, strict=True):
+        label = ", ".join(names.pop(row["bytes"], []))
+        axes.annotate(label, (x, y), xytext=(2, 6), textcoords="offset points", fontsize=8, rotation=40)
     axes.set_yscale("log")
     axes.set_xlim(min(x for x, _ in presets) - 0.3, max(x for x, _ in presets) + 0.6)
+    axes.set_ylim(top=2.2 * max(y for _, y in presets))
     axes.set_xlabel("file, MB")
     axes.set_ylabel("KL divergence from the F16 source, nats a token")
     axes.grid(alpha=0.3, which="both")

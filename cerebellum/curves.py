@@ -125,41 +125,11 @@ class Yardstick:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Response:
-    """One part at one type, the rest at the anchor: its damage above the anchor's, nats/token.
-
-    ``kld`` and ``nll`` are None where the variant collapsed.
-    """
+class Damage:
+    """A part at a type, and what that does: ``kld`` and ``nll`` in nats/token, None where not known."""
 
     part: Part
     kind: str
-    kld: Interval | None
-    nll: Interval | None
-
-    def damage(self, objective: str) -> Interval | None:
-        return self.kld if objective == KLD else self.nll
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "part": self.part.name,
-            "members": list(self.part.groups),
-            "type": self.kind,
-            "kld": nats_json(self.kld),
-            "nll": nats_json(self.nll),
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One group at one type, as a plan sees it. ``n_bytes`` in the file, padding included.
-
-    ``kld`` and ``nll`` are changes against the base in nats/token; None where it is not known, or
-    the type collapsed.
-    """
-
-    part: Part
-    kind: str
-    n_bytes: int
     kld: Interval | None
     nll: Interval | None
 
@@ -171,10 +141,29 @@ class Point:
             "group": self.part.name,
             "members": list(self.part.groups),
             "type": self.kind,
-            "bytes": self.n_bytes,
             "kld": nats_json(self.kld),
             "nll": nats_json(self.nll),
         }
+
+
+class Response(Damage):
+    """Measured: a part at a type with the rest at the anchor, its damage above the anchor's.
+
+    None where the variant collapsed.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point(Damage):
+    """Foretold: a group at a type as a plan sees it, its change against the base.
+
+    ``n_bytes`` in the file, padding included.
+    """
+
+    n_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {**super().as_json(), "bytes": self.n_bytes}
 
 
 def nats_json(interval: Interval | None) -> dict[str, float] | None:
@@ -185,29 +174,26 @@ def nats_json(interval: Interval | None) -> dict[str, float] | None:
 
 def response_from_json(row: Mapping[str, Any]) -> Response:
     """The inverse of ``Response.as_json``; BadInput where a field is missing."""
-    try:
-        kld, nll = (nats_from_json(row[key]) for key in (KLD, "nll"))
-        part = Part(name=row["part"], groups=tuple(row["members"]))
-        return Response(part=part, kind=row["type"], kld=kld, nll=nll)
-    except (KeyError, TypeError, ValueError) as error:
-        raise _not_ours(error) from error
+    return Response(**_damage_from_json(row))
 
 
 def point_from_json(row: Mapping[str, Any]) -> Point:
     """The inverse of ``Point.as_json``; BadInput where a field is missing."""
+    return Point(**_damage_from_json(row, n_bytes="bytes"))
+
+
+def _damage_from_json(row: Mapping[str, Any], **beside: str) -> dict[str, Any]:
+    """The fields of a ``Damage``, and those ``beside`` it by their keys."""
     try:
         kld, nll = (nats_from_json(row[key]) for key in ("kld", "nll"))
         part = Part(name=row["group"], groups=tuple(row.get("members", (row["group"],))))
-        return Point(part=part, kind=row["type"], n_bytes=int(row["bytes"]), kld=kld, nll=nll)
+        more = {field: row[key] for field, key in beside.items()}
+        return {"part": part, "kind": row["type"], "kld": kld, "nll": nll, **more}
     except (KeyError, TypeError, ValueError) as error:
-        raise _not_ours(error) from error
-
-
-def _not_ours(error: Exception) -> BadInput:
-    return BadInput(
-        f"curves.json: not as this version writes it ({type(error).__name__}: {error}); "
-        "run `cerebellum run --budget` again"
-    )
+        raise BadInput(
+            f"curves.json: not as this version writes it ({type(error).__name__}: {error}); "
+            "run `cerebellum run --budget` again"
+        ) from error
 
 
 def nats_from_json(value: Mapping[str, Any] | None) -> Interval | None:
