@@ -193,7 +193,8 @@ def budget_summary(plan: Mapping[str, Any]) -> str:
         return text + f"{_predicted(plan)}, not measured" + _stated_model(plan)
     low, high = plan["kld_ci"]
     base = plan["base_kld"] or 0.0
-    text += f"KL divergence from the source: base {base:.5f}, predicted {base + plan['predicted_kld']:.5f}, "
+    predicted = base + plan["predicted_kld"]
+    text += f"KL divergence from the source: base {base:z.5f}, predicted {predicted:z.5f}, "
     text += f"measured {base + plan['measured_kld']:.5f} [{base + low:.5f}, {base + high:.5f}] nats; "
     text += f"perplexity against the base {percent(plan['measured_delta_pct'], plan['ci_pct'])}"
     return text + (f"\n[yellow]note:[/] {plan['tradeoff']}" if plan.get("tradeoff") else "")
@@ -204,7 +205,7 @@ def _predicted(plan: Mapping[str, Any]) -> str:
         return f"predicted perplexity against the base {percent(plan['predicted_delta_pct'])}"
     base = plan["base_kld"] or 0.0
     return (
-        f"KL divergence from the source: base {base:.5f}, predicted {base + plan['predicted_kld']:.5f} nats"
+        f"KL divergence from the source: base {base:z.5f}, predicted {base + plan['predicted_kld']:z.5f} nats"
     )
 
 
