@@ -42,6 +42,7 @@ from cerebellum.gguf import (
     tensor_bytes,
     write_gguf,
 )
+from cerebellum.gguf.reader import decode_record
 
 T, V = GGMLQuantizationType, GGUFValueType
 
@@ -167,6 +168,16 @@ def tensor_sources(draw: st.DrawFn) -> list[TensorSource]:
 
 def equal(read: Any, given_value: Any) -> bool:
     return list(read) == list(given_value) if isinstance(read, np.ndarray) else read == given_value
+
+
+def test_whole_numbers_on_both_sides_of_two_to_the_63_stay_exact() -> None:
+    """numpy makes a list of them floats, which hold neither."""
+    kinds = (GGUFValueType.ARRAY, GGUFValueType.UINT64)
+    values = [0, 2**63, 2**64 - 1]
+    assert list(decode_record(encode_kv("key", values, *kinds))) == values
+    for wrong in ([0, 2**64], [0, 2**63, -1], [0, 2**63, 0.5], [None, 1]):
+        with pytest.raises(BadInput):
+            encode_kv("key", wrong, *kinds)
 
 
 @IN_ONE_FOLDER

@@ -242,7 +242,9 @@ def _numbers(values: Any, kind: GGUFValueType) -> np.ndarray[Any, Any]:
     given = np.asarray(values)
     if given.size == 0:
         return np.zeros(0, dtype)
-    if given.dtype.kind not in "biuf" or (dtype.kind != "f" and given.dtype.kind == "f"):
+    if given.dtype.kind == "f" and all(isinstance(value, int) for value in values):
+        given = np.asarray(values, dtype=object)  # on both sides of 2**63, numpy makes them floats
+    if given.dtype.kind not in "biufO" or (dtype.kind != "f" and given.dtype.kind == "f"):
         raise ValueError(f"{given.dtype} values are not {kind.name}")
     if dtype.kind != "f":
         bounds = np.iinfo(dtype)
