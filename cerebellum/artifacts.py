@@ -259,13 +259,12 @@ def together(points: Sequence[CurvePoint], members: Sequence[str]) -> list[Curve
     curves = [{p.kind: p for p in points if p.group == name} for name in members]
     if not all(curves):
         return []
-    for curve in curves:
-        curve.setdefault(curve[BASE].base_type, replace(curve[BASE], kind=curve[BASE].base_type))
-    uniform = len({curve[BASE].base_type for curve in curves}) == 1
-    kinds = [kind for kind in dict.fromkeys(kind for curve in curves for kind in curve) if kind]
-    if uniform:
-        kinds = [kind for kind in kinds if kind != curves[0][BASE].base_type]
-    return [_added([curve[k] for curve in curves]) for k in kinds if all(k in curve for curve in curves)]
+    if len({curve[BASE].base_type for curve in curves}) > 1:
+        for curve in curves:
+            own = curve[BASE].base_type
+            curve.setdefault(own, replace(curve[BASE], kind=own))
+    common = [kind for kind in curves[0] if all(kind in curve for curve in curves)]
+    return [_added([curve[kind] for curve in curves]) for kind in common]
 
 
 def _added(points: Sequence[CurvePoint]) -> CurvePoint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,9 +41,10 @@ from cerebellum.curves import (
 from cerebellum.errors import BadInput
 from cerebellum.fit import Card
 from cerebellum.imatrix import ImportanceMatrix
+from cerebellum.llama.library import build_id
 from cerebellum.llama.presets import parse_preset
 from cerebellum.plan import Sizes
-from cerebellum.probing import LEAST_CHUNKS, Probes, Session, open_session
+from cerebellum.probing import Probes, Session, open_session
 from cerebellum.recorded import MODEL, recorded_points
 from cerebellum.rounding import RoundingErrors, rounding_errors
 from cerebellum.sensitivity import Sensitivities, Whole
@@ -55,7 +56,7 @@ from cerebellum.zoom import zoom
 
 ROUNDING_FORMAT = 1  # of rounding.json
 _ROLES_SHARE, _FINE_SHARE = 0.5, 0.1  # of the passes; the rest tells layers apart
-_MOST = 24  # chunks of one part at one type
+_LEAST, _MOST = 4, 24  # chunks of one part at one type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ def curves_stage(workspace: Workspace, session: Session) -> dict[str, Any]:
         workspace.reporter.note(note)
     workspace.check_space([anchored(sizes, settings.anchor), *(part.at(kind) for part, kind in tried)])
     errors, yardstick, purse = _rounding(workspace), session.yardstick, session.purse
-    most = max(LEAST_CHUNKS, min(_MOST, int(_ROLES_SHARE * purse.left / len(tried))))
+    most = max(_LEAST, min(_MOST, int(_ROLES_SHARE * purse.left / len(tried))))
     probes = Probes(session=session, most=min(most, len(session.few)))
     found = measure_curves(tried, probes.measure)
     reserve = int(_FINE_SHARE * purse.limit)
@@ -160,16 +161,16 @@ def _offered(settings: Settings) -> tuple[str, ...]:
 def _rounding(workspace: Workspace) -> RoundingErrors:
     """From rounding.json if it was made from just this; IQ types take minutes on a large model."""
     settings, path = workspace.settings, workspace.path("rounding.json")
-    matrix = workspace.matrix.sha256
-    kinds, base = list(_offered(settings)), workspace.sizes.tensor_types({})
+    kinds, base = list(_offered(settings)), workspace.base
     recipe = [
         ROUNDING_FORMAT,
+        build_id(),
         workspace.source_sha256,
-        matrix,
+        workspace.matrix.sha256,
+        base.file.sha256() if base.file else workspace.sizes.tensor_types({}),
+        list(workspace.sizes.groups),
         kinds,
         settings.anchor,
-        base,
-        len(workspace.groups),
     ]
     if path.exists() and (kept := read_json(path)).get("made_from") == recipe:
         return RoundingErrors.from_json(kept)
@@ -242,7 +243,6 @@ def _with_fine_types(curves: Curves, budget: int, session: Session) -> Curves:
     """
     workspace = session.workspace
     sizes, settings = workspace.sizes, workspace.settings
-    session.pay_again(curves.responses)
     first = Allocation(curves.damages(sizes).points(()), sizes, settings.objective).best(budget)
     wanted: dict[tuple[str, str], list[str]] = {}
     for point in first.points if first else ():
@@ -262,8 +262,8 @@ def _with_fine_types(curves: Curves, budget: int, session: Session) -> Curves:
 
 def rebudget(workspace: Workspace) -> dict[str, Any]:
     """A plan for another budget from curves.json alone: no model is loaded, nothing is measured."""
-    base_kld, objective = read_curves(workspace.folder)["base_kld"], workspace.settings.objective
-    return _unmeasured(read_points(workspace), _target(workspace), objective, base_kld)
+    found, objective = read_curves(workspace.folder), workspace.settings.objective
+    return _unmeasured(_points(found), _target(workspace), objective, found["base_kld"])
 
 
 def plan_header(
@@ -295,13 +295,13 @@ def _budget_json(plan: BudgetPlan, target: _Target, base_kld: float | None) -> d
 
 def frontier_of(workspace: Workspace) -> list[dict[str, Any]]:
     """Size and predicted damage of the best plans, from the smallest file to the largest."""
-    base_kld = read_curves(workspace.folder)["base_kld"]
-    found = frontier(read_points(workspace), workspace.sizes, objective=workspace.settings.objective)
+    curves, objective = read_curves(workspace.folder), workspace.settings.objective
+    found = frontier(_points(curves), workspace.sizes, objective=objective)
     return [
         {
             "file_bytes": candidate.n_bytes,
             "predicted": candidate.predicted,
-            "predicted_kld": base_kld + candidate.predicted if workspace.settings.objective == KLD else None,
+            "predicted_kld": curves["base_kld"] + candidate.predicted if objective == KLD else None,
             "changes": {
                 point.part.name: point.kind
                 for point in merged(candidate.points, workspace.sizes)
@@ -314,7 +314,11 @@ def frontier_of(workspace: Workspace) -> list[dict[str, Any]]:
 
 def read_points(workspace: Workspace) -> tuple[Point, ...]:
     """What every group costs at every type, as the last plan of the folder left it."""
-    return tuple(point_from_json(row) for row in read_curves(workspace.folder)["points"])
+    return _points(read_curves(workspace.folder))
+
+
+def _points(curves: Mapping[str, Any]) -> tuple[Point, ...]:
+    return tuple(point_from_json(row) for row in curves["points"])
 
 
 @dataclass(frozen=True)

@@ -125,16 +125,22 @@ class Yardstick:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Damage:
-    """A part at a type, and what that does: ``kld`` and ``nll`` in nats/token, None where not known."""
+class Effect:
+    """What a change does to the divergence from the source and to the NLL, nats/token; None: not known."""
 
-    part: Part
-    kind: str
     kld: Interval | None
     nll: Interval | None
 
     def damage(self, objective: str) -> Interval | None:
         return self.kld if objective == KLD else self.nll
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage(Effect):
+    """The effect of a part at a type."""
+
+    part: Part
+    kind: str
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -7,7 +7,7 @@ few, and get more chunks: what ships deserves more than its parts.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +22,6 @@ from cerebellum.workspace import Workspace
 
 _WHOLE_KLD_CHUNKS, _WHOLE_NLL_CHUNKS = 48, 96
 _YARDSTICK_SHARE = 0.2  # of the passes at most, for the source, the anchor and the base
-LEAST_CHUNKS = 4  # of one part at one type
 
 
 @dataclass
@@ -91,13 +90,6 @@ class Session:
                     f"{settings.source}: its logits are not finite at {kind}; give another --{flag}"
                 )
         return Yardstick(anchor=anchor, base=base)
-
-    def pay_again(self, responses: Sequence[Response]) -> None:
-        """What an earlier stage measured."""
-        settings, sizes = self.workspace.settings, self.workspace.sizes
-        for response in responses:
-            changes = {**anchored(sizes, settings.anchor), **response.part.at(response.kind)}
-            self.purse.pay(changes, response.kld.n if response.kld else LEAST_CHUNKS)
 
     def _score(
         self, changes: Changes, for_nll: tuple[int, ...], for_kld: tuple[int, ...], label: str = ""

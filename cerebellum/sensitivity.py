@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from cerebellum.curves import BASE, KLD, PPL, Part, Point, Response, base_kinds, roles
+from cerebellum.curves import BASE, KLD, PPL, Effect, Part, Point, Response, base_kinds, roles
 from cerebellum.plan import Sizes
 from cerebellum.rounding import RoundingErrors
 from cerebellum.stats.paired import NORMAL_95, Interval
@@ -38,15 +38,10 @@ Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
+class Whole(Effect):
     """A whole plan that was measured: its changes from the base, and its damage above the anchor."""
 
     changes: Changes
-    kld: Interval | None
-    nll: Interval | None
-
-    def damage(self, objective: str) -> Interval | None:
-        return self.kld if objective == KLD else self.nll
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,25 +106,28 @@ class Sensitivities:
     # --- the fit
 
     def _fit(self, objective: str, wholes: Sequence[Whole]) -> Fit:
-        prior, spread = self._prior(objective)
-        known = [r for r in self.responses if set(r.part.groups) <= self._number.keys()]
-        fit = _least_squares(prior, spread, [self._row(r, objective) for r in known])
-        if objective == KLD:  # the NLL is too noisy to tell types apart
-            fit = replace(fit, departures=self._departures(fit.heights))
+        fit = self._of_divergence if objective == KLD else self._of_nll
         return replace(fit, lessons=self._lessons(fit, wholes, objective))
-
-    def _prior(self, objective: str) -> tuple[Vector, Vector]:
-        """What a group's sensitivity is taken to be before its layers were looked at, and its spread."""
-        if objective == PPL:  # of a calibrated model, the divergence is the expected change of the NLL
-            heights = self._of_divergence.heights
-            return heights, _OBJECTIVES_SD * heights
-        role_heights = {name: self._role_height(part) for name, part in self._roles.items()}
-        heights = np.array([role_heights[self.sizes.groups[name].role] for name in self.groups])
-        return heights, _LAYERS_SD * heights
 
     @cached_property
     def _of_divergence(self) -> Fit:
-        return self._fit(KLD, ())
+        """To the parts alone; layers are like their role until they were looked at."""
+        role_heights = {name: self._role_height(part) for name, part in self._roles.items()}
+        prior = np.array([role_heights[self.sizes.groups[name].role] for name in self.groups])
+        fit = _least_squares(prior, _LAYERS_SD * prior, [self._row(r, KLD) for r in self._known])
+        return replace(fit, departures=self._departures(fit.heights))
+
+    @cached_property
+    def _of_nll(self) -> Fit:
+        """To the parts alone. Of a calibrated model the divergence is the expected change of the NLL, which
+        is too noisy to tell types apart."""
+        prior = self._of_divergence.heights
+        return _least_squares(prior, _OBJECTIVES_SD * prior, [self._row(r, PPL) for r in self._known])
+
+    @cached_property
+    def _known(self) -> list[Response]:
+        """Of groups that have a sensitivity."""
+        return [r for r in self.responses if set(r.part.groups) <= self._number.keys()]
 
     def _role_height(self, part: Part) -> float:
         """Weighted least squares through the origin over the types of a whole role."""
@@ -154,8 +152,7 @@ class Sensitivities:
         Of the largest part that was measured at it: the whole role, as a rule.
         """
         largest: dict[tuple[str, str], Response] = {}
-        known = [r for r in self.responses if set(r.part.groups) <= self._number.keys() and self._rounds(r)]
-        for response in sorted(known, key=lambda r: len(r.part.groups)):
+        for response in sorted(filter(self._rounds, self._known), key=lambda r: len(r.part.groups)):
             largest[self.sizes.groups[response.part.groups[0]].role, response.kind] = response
         found = {}
         for key, response in largest.items():

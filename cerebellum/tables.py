@@ -193,8 +193,7 @@ def budget_summary(plan: Mapping[str, Any]) -> str:
         return text + f"{_predicted(plan)}, not measured" + _stated_model(plan)
     low, high = plan["kld_ci"]
     base = plan["base_kld"] or 0.0
-    predicted = base + plan["predicted_kld"]
-    text += f"KL divergence from the source: base {base:z.5f}, predicted {predicted:z.5f}, "
+    text += f"{_predicted_kld(plan)}, "
     text += f"measured {base + plan['measured_kld']:.5f} [{base + low:.5f}, {base + high:.5f}] nats; "
     text += f"perplexity against the base {percent(plan['measured_delta_pct'], plan['ci_pct'])}"
     return text + (f"\n[yellow]note:[/] {plan['tradeoff']}" if plan.get("tradeoff") else "")
@@ -203,10 +202,13 @@ def budget_summary(plan: Mapping[str, Any]) -> str:
 def _predicted(plan: Mapping[str, Any]) -> str:
     if plan["predicted_kld"] is None:
         return f"predicted perplexity against the base {percent(plan['predicted_delta_pct'])}"
+    return f"{_predicted_kld(plan)} nats"
+
+
+def _predicted_kld(plan: Mapping[str, Any]) -> str:
     base = plan["base_kld"] or 0.0
-    return (
-        f"KL divergence from the source: base {base:z.5f}, predicted {base + plan['predicted_kld']:z.5f} nats"
-    )
+    predicted = base + plan["predicted_kld"]
+    return f"KL divergence from the source: base {base:z.5f}, predicted {predicted:z.5f}"
 
 
 def _stated_model(plan: Mapping[str, Any]) -> str:
