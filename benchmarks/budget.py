@@ -23,18 +23,18 @@ from gguf import GGMLQuantizationType
 from rich.console import Console
 from rich.table import Table
 
-from cerebellum.allocate import Option, solve
 from cerebellum.base import preset_base
-from cerebellum.curves import ANCHOR, FINE_LADDER, K_LADDER
+from cerebellum.engine.predictions import PredictionCache
 from cerebellum.gguf import parse_type, tensor_bytes, write_gguf
 from cerebellum.groups import layer_of
-from cerebellum.llama.prediction_cache import PredictionCache
-from cerebellum.measure import Measurer, file_variant
+from cerebellum.measure.curves import ANCHOR, FINE_LADDER, K_LADDER
+from cerebellum.measure.measurer import Measurer, file_variant
+from cerebellum.measure.race import chunk_order
+from cerebellum.measure.rounding import Sample
+from cerebellum.plan.knapsack import Option, solve
 from cerebellum.progress import Silent
-from cerebellum.rounding import Sample
 from cerebellum.shards import Variant
 from cerebellum.stats.paired import superpopulation_interval
-from cerebellum.sweep import chunk_order
 from cerebellum.texts import Corpus
 from cerebellum.workspace import DEMO_MODEL, Settings, Workspace
 

@@ -22,7 +22,7 @@ from cerebellum.gguf import TensorSource, encode_header, gguf_size, parse_type
 from cerebellum.llama.library import Device, devices
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.source import open_source
-from cerebellum.tables import gib
+from cerebellum.units import gib
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "granite-4.0-h-small.json"
 

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cerebellum.base import preset_base
-from cerebellum.budget import Allocation, frontier
-from cerebellum.by_budget import read_points
-from cerebellum.measure import file_variant
+from cerebellum.measure.measurer import file_variant
+from cerebellum.plan.budget import Allocation, frontier
+from cerebellum.plan.by_budget import read_points
 from cerebellum.progress import Silent
 from cerebellum.workspace import Settings, Workspace, read_json
 

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cerebellum.base import preset_base
-from cerebellum.budget import Allocation
-from cerebellum.curves import BASE, PPL, base_kinds
 from cerebellum.groups import make_groups
-from cerebellum.plan import Sizes, plan_from, read_measurements
-from cerebellum.recorded import MODEL, recorded_points
+from cerebellum.measure.curves import BASE, PPL, base_kinds
+from cerebellum.measure.race import Threshold
+from cerebellum.plan.budget import Allocation
+from cerebellum.plan.limit import Sizes, plan_from, read_measurements
+from cerebellum.plan.recorded import MODEL, recorded_points
 from cerebellum.source import open_source
 from cerebellum.stats.paired import as_percent
-from cerebellum.sweep import Threshold
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "granite-4.0-h-small.json"
 

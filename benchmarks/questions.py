@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from cerebellum.llama.asking import Ask
+from cerebellum.bench.answers import Exam, answers, prepare
+from cerebellum.bench.tasks import LOGLIKELIHOOD, TASKS, Question, choose, load_questions
+from cerebellum.engine.asking import Ask
+from cerebellum.llama.asker import Room, Sequences, open_asker
 from cerebellum.llama.native import EngineSettings, LlamaEngine
-from cerebellum.llama.sequences import Room, Sequences, open_asker
-from cerebellum.questions.answers import Exam, answers, prepare
-from cerebellum.questions.tasks import LOGLIKELIHOOD, TASKS, Question, choose, load_questions
 
 ROOM = re.compile(r"(\d+)x(\d+)")  # cells of the context x tokens of a decode
 STOCK = {

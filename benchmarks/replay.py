@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from cerebellum.measure.race import SENSITIVE, TOLERANT, UNDECIDED, Measurement, RaceSettings, Threshold, race
 from cerebellum.stats.paired import as_nats, as_percent
 from cerebellum.stats.sequential import StoppingRule, union_share
-from cerebellum.sweep import SENSITIVE, TOLERANT, UNDECIDED, Measurement, RaceSettings, Threshold, race
 from cerebellum.workspace import DEMO_MODEL, SELECTION_TEXT, Workspace
 
 FAMILIES = (("Q3_K_M", "Q2_K"), ("Q4_K_M", "Q3_K"))
@@ -45,7 +45,7 @@ def record(asked: argparse.Namespace) -> None:
 
 def read_vectors(folder: Path, kind: str) -> Family:
     """Paired differences out of the ledger of a run folder."""
-    from cerebellum.measure import Measurer
+    from cerebellum.measure.measurer import Measurer
     from cerebellum.progress import Silent
 
     workspace = Workspace.reopen(folder, Silent())

@@ -1,6 +1,6 @@
 """``python -m cerebellum``."""
 
-from cerebellum.cli import main
+from cerebellum.cli.commands import main
 
 if __name__ == "__main__":
     main()

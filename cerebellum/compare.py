@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cerebellum.engine.protocols import Engine, Logits, Tokens
+from cerebellum.engine.scoring import divergence, normalize, overlapped, predict, token_nll
 from cerebellum.errors import BadInput
-from cerebellum.llama.engine import Engine, Logits, Tokens
-from cerebellum.llama.scoring import divergence, normalize, overlapped, predict, token_nll
+from cerebellum.measure.race import chunk_order
 from cerebellum.progress import Reporter
 from cerebellum.source import Source, open_source
 from cerebellum.stats.paired import Interval, as_nats, perplexity, superpopulation_interval
 from cerebellum.stats.sequential import StoppingRule
-from cerebellum.sweep import chunk_order
 from cerebellum.texts import Corpus, load_corpus
 
 _VOCABULARY_KEYS = (

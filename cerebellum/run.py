@@ -7,15 +7,25 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from cerebellum import by_budget
 from cerebellum.base import preset_base
-from cerebellum.bench import Request, bench, candidate_from, llama_opener
+from cerebellum.bench.scores import Candidate
+from cerebellum.bench.stage import Request, bench, candidate_from, llama_opener
 from cerebellum.build import build, output_path
 from cerebellum.errors import BadInput
 from cerebellum.groups import make_groups
 from cerebellum.manifest import make_manifest
-from cerebellum.measure import Measurer, drive, measuring, with_divergence
-from cerebellum.plan import (
+from cerebellum.measure.measurer import Measurer, drive, measuring, with_divergence
+from cerebellum.measure.race import (
+    Changes,
+    Measurement,
+    RaceSettings,
+    Sweep,
+    chunk_order,
+    measure_fixed,
+    race,
+)
+from cerebellum.plan import by_budget
+from cerebellum.plan.limit import (
     Plan,
     Sizes,
     demotable,
@@ -25,10 +35,8 @@ from cerebellum.plan import (
     read_measurements,
     threshold_plan,
 )
-from cerebellum.questions.scores import Candidate
 from cerebellum.source import open_source
 from cerebellum.stats.sequential import StoppingRule, union_share
-from cerebellum.sweep import Changes, Measurement, RaceSettings, Sweep, chunk_order, measure_fixed, race
 from cerebellum.verify import check_file, report, verify_json
 from cerebellum.workspace import Settings, Workspace, read_json, write_json
 
@@ -200,7 +208,7 @@ def manifest_stage(workspace: Workspace) -> dict[str, Any]:
 
 def card_stage(folder: Path, repo: str | None = None) -> tuple[Path, ...]:
     """The artifacts -> README.md, report.html and charts."""
-    from cerebellum.card import make_card  # matplotlib takes a second to load, and only this needs it
+    from cerebellum.card.stage import make_card  # matplotlib takes a second to load, and only this needs it
 
     return make_card(folder, repo)
 

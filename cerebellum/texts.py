@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from cerebellum.engine.protocols import Engine, Tokens, scored_tokens
 from cerebellum.errors import BadInput
-from cerebellum.llama.engine import Engine, Tokens, scored_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

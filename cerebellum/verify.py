@@ -15,7 +15,7 @@ import numpy as np
 
 from cerebellum.base import Base
 from cerebellum.gguf import GgufFile, read_gguf
-from cerebellum.measure import Measurer, file_variant
+from cerebellum.measure.measurer import Measurer, file_variant
 from cerebellum.shards import Shards, Variant, shard_tensors
 from cerebellum.stats.paired import Perplexity, mean_interval, perplexity, without_nan
 

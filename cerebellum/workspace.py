@@ -16,7 +16,6 @@ from filelock import FileLock, Timeout
 
 from cerebellum import imatrix
 from cerebellum.base import Base, file_base, preset_base
-from cerebellum.curves import ANCHOR, K_LADDER, KLD
 from cerebellum.errors import BadInput
 from cerebellum.files import atomic_write_text
 from cerebellum.gguf import parse_weight_type
@@ -24,12 +23,13 @@ from cerebellum.groups import Group, describe, make_groups
 from cerebellum.ledger import Ledger
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.llama.presets import parse_preset
-from cerebellum.memory import plain_metadata
-from cerebellum.plan import Sizes
+from cerebellum.measure.curves import ANCHOR, K_LADDER, KLD
+from cerebellum.measure.race import Changes, Threshold
+from cerebellum.memory.shape import plain_metadata
+from cerebellum.plan.limit import Sizes
 from cerebellum.progress import Reporter
 from cerebellum.shards import Recipe, Shards, Variant
 from cerebellum.source import Source, open_source
-from cerebellum.sweep import Changes, Threshold
 from cerebellum.texts import Corpus, load_corpus
 
 DATA = Path(__file__).parent / "data"

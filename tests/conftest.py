@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from tiny import Bench, Ran, make_bench, run_process, tiny_run, write_hybrid
 
-from cerebellum import cli
-from cerebellum.llama.fake import FakeEngine
+from cerebellum.cli import commands as cli
+from cerebellum.engine.fake import FakeEngine
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.workspace import DEMO_MODEL, REPORT_TEXT, SELECTION_TEXT
 

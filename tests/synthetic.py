@@ -9,7 +9,9 @@ from functools import cache
 import numpy as np
 
 from cerebellum.base import preset_base
-from cerebellum.curves import (
+from cerebellum.gguf import bits_per_weight, parse_type
+from cerebellum.groups import make_groups
+from cerebellum.measure.curves import (
     BASE,
     FINE_LADDER,
     K_LADDER,
@@ -22,15 +24,13 @@ from cerebellum.curves import (
     measure_curves,
     measure_response,
 )
-from cerebellum.gguf import bits_per_weight, parse_type
-from cerebellum.groups import make_groups
-from cerebellum.plan import Sizes
-from cerebellum.rounding import RoundingErrors
-from cerebellum.sensitivity import Sensitivities, Whole
+from cerebellum.measure.race import Changes
+from cerebellum.measure.rounding import RoundingErrors
+from cerebellum.measure.zoom import zoom
+from cerebellum.plan.damage import Sensitivities, Whole
+from cerebellum.plan.limit import Sizes
 from cerebellum.source import open_source
-from cerebellum.sweep import Changes
 from cerebellum.workspace import DEMO_MODEL
-from cerebellum.zoom import zoom
 
 ANCHOR = "Q8_0"
 KINDS = (*K_LADDER, *FINE_LADDER)

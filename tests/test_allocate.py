@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cerebellum.allocate import Option, knapsack, solve
-from cerebellum.allocate.knapsack import total_bytes, total_damage
+from cerebellum.plan import knapsack
+from cerebellum.plan.knapsack import Option, solve, total_bytes, total_damage
 
 options = st.builds(
     Option,

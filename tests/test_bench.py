@@ -14,19 +14,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cerebellum import cli
-from cerebellum.bench import Request, bench, distinct
-from cerebellum.errors import BadInput
-from cerebellum.llama.asking import Vocabulary
-from cerebellum.llama.fake_asker import PLAIN, FakeAsker, arbitrary
-from cerebellum.progress import Silent
-from cerebellum.questions.answers import encode_pair
-from cerebellum.questions.audit import audit, is_mojibake
-from cerebellum.questions.chat import render_chat
-from cerebellum.questions.evidence import held
-from cerebellum.questions.scores import Candidate
-from cerebellum.questions.tables import bench_tables
-from cerebellum.questions.tasks import (
+from cerebellum.bench.answers import encode_pair
+from cerebellum.bench.audit import audit, is_mojibake
+from cerebellum.bench.chat import render_chat
+from cerebellum.bench.evidence import held
+from cerebellum.bench.scores import Candidate
+from cerebellum.bench.stage import Request, bench, distinct
+from cerebellum.bench.tasks import (
     SAMPLES,
     TASKS,
     choose,
@@ -35,6 +29,12 @@ from cerebellum.questions.tasks import (
     read_letter,
     rotated,
 )
+from cerebellum.cli import commands as cli
+from cerebellum.cli.bench_tables import bench_tables
+from cerebellum.engine.asking import Vocabulary
+from cerebellum.engine.fake_asker import PLAIN, FakeAsker, arbitrary
+from cerebellum.errors import BadInput
+from cerebellum.progress import Silent
 
 REQUEST = Request(data=SAMPLES)
 GOOD = Candidate(name="good", paths=(Path("good.gguf"),), sha256="a" * 64)

@@ -11,15 +11,24 @@ import numpy as np
 import pytest
 from synthetic import BITS, Truth, by_layer, by_role
 
-from cerebellum.budget import BudgetPlan, Damages, Known, Learning, budget_json, budget_plan, frontier, merged
-from cerebellum.curves import BASE, FINE_LADDER, PPL, Point, Score, point_from_json, roles
 from cerebellum.errors import AnswerIsNo
 from cerebellum.groups import make_groups
 from cerebellum.ledger import Ledger
-from cerebellum.plan import Sizes
+from cerebellum.measure.curves import BASE, FINE_LADDER, PPL, Point, Score, point_from_json, roles
+from cerebellum.measure.race import Changes
+from cerebellum.plan.budget import (
+    BudgetPlan,
+    Damages,
+    Known,
+    Learning,
+    budget_json,
+    budget_plan,
+    frontier,
+    merged,
+)
+from cerebellum.plan.limit import Sizes
 from cerebellum.shards import Recipe, Shards
 from cerebellum.source import open_source
-from cerebellum.sweep import Changes
 from cerebellum.workspace import DEMO_MODEL
 
 

@@ -28,13 +28,13 @@ from run_folder import (
     write_run_folder,
 )
 
-from cerebellum.artifacts import read_evidence
-from cerebellum.card import card_context, make_card, render_card, spans
-from cerebellum.drawings import drawings
+from cerebellum.card.drawings import drawings
+from cerebellum.card.evidence import read_evidence
+from cerebellum.card.findings import findings, percent
+from cerebellum.card.frontmatter import base_model
+from cerebellum.card.stage import card_context, make_card, render_card, spans
 from cerebellum.errors import BadInput
-from cerebellum.findings import findings, percent
-from cerebellum.frontmatter import base_model
-from cerebellum.html import Code, code_span, escape_text, render_html
+from cerebellum.page import Code, code_span, escape_text, render_html
 
 GOLD = Path(__file__).parent.parent / "docs" / "demo"
 

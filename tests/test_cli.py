@@ -454,7 +454,7 @@ def test_settings_are_kept_for_the_stages_that_follow(finished: Finished) -> Non
 def test_what_c_libraries_print_stays_off_stdout() -> None:
     """A line written to file descriptor 1 from under Python, as HiGHS does, must not spoil the JSON."""
     program = (
-        "import os, sys; from cerebellum import cli, doctor; real = doctor.examine\n"
+        "import os, sys; from cerebellum import doctor; from cerebellum.cli import commands as cli; real = doctor.examine\n"
         "def noisy(folder):\n    os.write(1, b'a line from C\\n'); return real(folder)\n"
         "doctor.examine = noisy; sys.argv = ['cerebellum', 'doctor', '--json']; cli.main()"
     )

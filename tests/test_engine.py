@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny import split_by_hand, write_hybrid
 
+from cerebellum.engine.fake import FakeEngine
+from cerebellum.engine.protocols import Engine, Tokens, scored_tokens
 from cerebellum.errors import BadInput
 from cerebellum.gguf import GGUFValueType, encode_kv, write_gguf
-from cerebellum.llama.engine import Engine, Tokens, scored_tokens
-from cerebellum.llama.fake import FakeEngine
 from cerebellum.llama.native import LlamaEngine
 
 CTX = 64

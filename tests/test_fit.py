@@ -8,7 +8,7 @@ import pytest
 from conftest import Cerebellum
 from sparse import write_sparse_granite
 
-from cerebellum import tables
+from cerebellum.cli import tables
 
 PUBLISHED = Path(__file__).parent.parent / "examples" / "granite-4.0-h-small.json"
 GIB = 1 << 30

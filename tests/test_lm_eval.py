@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from cerebellum.bench import Request, bench_files
-from cerebellum.llama.asking import Ask
+from cerebellum.bench.stage import Request, bench_files
+from cerebellum.bench.tasks import SAMPLES, TASKS, load_questions
+from cerebellum.engine.asking import Ask
+from cerebellum.llama.asker import open_asker
 from cerebellum.llama.native import EngineSettings, LlamaEngine
-from cerebellum.llama.sequences import open_asker
 from cerebellum.progress import Silent
-from cerebellum.questions.tasks import SAMPLES, TASKS, load_questions
 from cerebellum.workspace import DEMO_MODEL
 
 pytestmark = [
@@ -83,7 +83,7 @@ def _evaluate(folder: Path) -> dict[str, Any]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    import cerebellum.lm_eval_model  # noqa: F401 - registers the class
+    import cerebellum.bench.lm_eval  # noqa: F401 - registers the class
 
     found = lm_eval.simple_evaluate(
         model="cerebellum",
@@ -136,8 +136,8 @@ def test_generation_is_ours_up_to_the_stop(harness: dict[str, Any]) -> None:
 def test_sampling_is_refused_and_a_wrong_path_is_one_line() -> None:
     from types import SimpleNamespace
 
+    from cerebellum.bench.lm_eval import CerebellumLM, _by_settings, _fitted
     from cerebellum.errors import BadInput
-    from cerebellum.lm_eval_model import CerebellumLM, _by_settings, _fitted
 
     with pytest.raises(BadInput, match="generates greedily"):
         _by_settings([SimpleNamespace(args=("x", {"do_sample": True, "temperature": 0.7}))])

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from tiny import MATRIX_Q3, Bench, make_bench, measured
 
-from cerebellum.llama.engine import Logits, Tokens
-from cerebellum.llama.fake import FakeEngine, FakeModel
-from cerebellum.llama.prediction_cache import PredictionCache
-from cerebellum.measure import Measurer, drive, file_variant
-from cerebellum.sweep import (
+from cerebellum.engine.fake import FakeEngine, FakeModel
+from cerebellum.engine.predictions import PredictionCache
+from cerebellum.engine.protocols import Logits, Tokens
+from cerebellum.measure.measurer import Measurer, drive, file_variant
+from cerebellum.measure.race import (
     COLLAPSED,
     SENSITIVE,
     TOLERANT,

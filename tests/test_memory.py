@@ -16,11 +16,12 @@ from rich.console import Console
 from run_folder import source
 from sparse import ATTENTION_LAYERS, N_LAYERS, write_sparse_granite
 
+from cerebellum.cli.tables import memory_table
 from cerebellum.errors import AnswerIsNo, BadInput
 from cerebellum.gguf import GgufFile, read_gguf
+from cerebellum.llama.allocation import Allocation, memory_report
 from cerebellum.llama.library import LOG, llama
-from cerebellum.llama.memory import Allocation, memory_report
-from cerebellum.memory import (
+from cerebellum.memory.shape import (
     RESERVE_BYTES,
     SERVER_SEQUENCES,
     Memory,
@@ -35,7 +36,6 @@ from cerebellum.memory import (
     plain_metadata,
     weights_budget,
 )
-from cerebellum.tables import memory_table
 from cerebellum.workspace import DEMO_MODEL
 
 GIB = 1 << 30

@@ -15,8 +15,9 @@ from tiny import MATRIX_Q2, MATRIX_Q3, Bench, T, hybrid_base, hybrid_shapes, mea
 
 from cerebellum.errors import BadInput
 from cerebellum.groups import make_groups
-from cerebellum.measure import drive
-from cerebellum.plan import (
+from cerebellum.measure.measurer import drive
+from cerebellum.measure.race import Measurement, Threshold, measure_fixed
+from cerebellum.plan.limit import (
     Plan,
     Sizes,
     Unit,
@@ -29,7 +30,6 @@ from cerebellum.plan import (
 )
 from cerebellum.source import open_source
 from cerebellum.stats.paired import as_nats, as_percent
-from cerebellum.sweep import Measurement, Threshold, measure_fixed
 
 LIMIT_PCT = 3.0
 THRESHOLD = Threshold(limit_pct=LIMIT_PCT)

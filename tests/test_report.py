@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from run_folder import GROUPS, manifest, measurements, plan, source, write_run_folder
 
-from cerebellum.artifacts import read_evidence
-from cerebellum.card import make_card
-from cerebellum.drawings import drawings
+from cerebellum.card.drawings import drawings
+from cerebellum.card.evidence import read_evidence
+from cerebellum.card.stage import make_card
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MARKS = {

@@ -14,7 +14,7 @@ import pytest
 from run_folder import verify
 
 from cerebellum import imatrix
-from cerebellum.cli import main
+from cerebellum.cli.commands import main
 from cerebellum.errors import BadInput
 from cerebellum.imatrix import Entry
 from cerebellum.manifest import make_manifest

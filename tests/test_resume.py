@@ -16,8 +16,8 @@ import pytest
 from conftest import Finished
 from tiny import command, ledger_rows, run_process, tiny_run
 
+from cerebellum.bench.tasks import SAMPLES
 from cerebellum.llama.native import LlamaEngine
-from cerebellum.questions.tasks import SAMPLES
 from cerebellum.texts import load_corpus
 
 CHUNKS, REPORT_CHUNKS = 6, 8

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.special import logsumexp
 
-from cerebellum.llama.scoring import divergence, normalize, overlapped, predict, token_nll
+from cerebellum.engine.scoring import divergence, normalize, overlapped, predict, token_nll
 
 LOGITS = hnp.arrays(
     np.float32,

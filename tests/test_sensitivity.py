@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from synthetic import ANCHOR, CHUNKS, Truth, by_layer, by_role
 
 from cerebellum.base import file_base, preset_base
-from cerebellum.curves import (
+from cerebellum.errors import BadInput
+from cerebellum.gguf import TensorSource, parse_type, write_gguf
+from cerebellum.groups import make_groups
+from cerebellum.imatrix import Entry, ImportanceMatrix
+from cerebellum.llama.quantize import QuantizeJob, quantize, to_float
+from cerebellum.measure.curves import (
     FINE_LADDER,
     K_LADDER,
     KLD,
@@ -28,20 +33,15 @@ from cerebellum.curves import (
     response_from_json,
     roles,
 )
-from cerebellum.errors import BadInput
-from cerebellum.gguf import TensorSource, parse_type, write_gguf
-from cerebellum.groups import make_groups
-from cerebellum.imatrix import Entry, ImportanceMatrix
-from cerebellum.llama.quantize import QuantizeJob, quantize, to_float
-from cerebellum.plan import Sizes
+from cerebellum.measure.rounding import RoundingErrors, rounding_errors
+from cerebellum.measure.zoom import halves
+from cerebellum.plan.damage import Sensitivities, Whole
+from cerebellum.plan.limit import Sizes
 from cerebellum.progress import Silent
-from cerebellum.rounding import RoundingErrors, rounding_errors
-from cerebellum.sensitivity import Sensitivities, Whole
 from cerebellum.shards import Recipe, Shards
 from cerebellum.source import Source, open_source
 from cerebellum.stats.paired import Interval, ratio_interval, superpopulation_interval
 from cerebellum.workspace import DEMO_MODEL
-from cerebellum.zoom import halves
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cerebellum.llama.asking import Ask, Reply, TokenIds, cut_at_stop, shared_prefix
-from cerebellum.llama.engine import Tokens
+from cerebellum.engine.asking import Ask, Reply, TokenIds, cut_at_stop, shared_prefix
+from cerebellum.engine.batching import Run, cut_runs
+from cerebellum.engine.protocols import Tokens
+from cerebellum.engine.scoring import token_nll
+from cerebellum.llama.asker import Room, Sequences, open_asker
 from cerebellum.llama.native import EngineSettings, LlamaEngine
-from cerebellum.llama.scoring import token_nll
-from cerebellum.llama.sequences import Room, Sequences, open_asker
-from cerebellum.llama.waves import Run, cut_runs
 from cerebellum.workspace import DEMO_MODEL, REPORT_TEXT
 
 # nats, on average and at most. llama.cpp sums a batch of another shape in another order: one plain

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cerebellum.base import Base
+from cerebellum.engine.fake import FakeEngine
 from cerebellum.gguf import (
     GGMLQuantizationType,
     GGUFValueType,
@@ -26,13 +27,12 @@ from cerebellum.gguf import (
 )
 from cerebellum.groups import make_groups, role_of
 from cerebellum.ledger import Ledger
-from cerebellum.llama.fake import FakeEngine
-from cerebellum.measure import Measurer
-from cerebellum.plan import Sizes
+from cerebellum.measure.measurer import Measurer
+from cerebellum.measure.race import Measurement
+from cerebellum.plan.limit import Sizes
 from cerebellum.shards import Recipe, Shards
 from cerebellum.source import Source, open_source
 from cerebellum.stats.paired import Interval
-from cerebellum.sweep import Measurement
 from cerebellum.texts import Corpus, load_corpus
 from cerebellum.workspace import DEMO_MODEL
 

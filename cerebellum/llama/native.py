@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from cerebellum.engine.protocols import Logits, Tokenized, Tokens
 from cerebellum.errors import BadInput, CerebellumError
-from cerebellum.llama.engine import Logits, Tokenized, Tokens
 from cerebellum.llama.library import LOG, build_id, llama
 
 _MAX_UBATCH = 512  # llama.cpp's default; a larger one changes compute buffers, not results

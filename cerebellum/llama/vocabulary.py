@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+from cerebellum.engine.asking import TokenIds, Vocabulary
 from cerebellum.errors import CerebellumError
-from cerebellum.llama.asking import TokenIds, Vocabulary
 
 
 def tokens_of(lib: Any, vocab: Any, text: str, *, add_special: bool, parse_special: bool) -> TokenIds:

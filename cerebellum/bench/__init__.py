@@ -1,0 +1,1 @@
+"""Asks the finished file and its base the same benchmark questions and pairs the answers."""

@@ -1,0 +1,230 @@
+"""One benchmark for one model: questions -> prompts -> asks -> replies -> one record a question."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from cerebellum.bench.audit import is_mojibake
+from cerebellum.bench.evidence import Record
+from cerebellum.bench.tasks import LETTER, ORIGINAL, Question, Task, letter_prompt, letters, read_letter
+from cerebellum.engine.asking import Ask, Asker, Reply, TokenIds, shared_prefix
+from cerebellum.errors import BadInput
+
+_BLOCK = 512  # questions prepared and, where asked for, generated together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """One benchmark in one protocol, with the questions chosen."""
+
+    task: Task
+    protocol: str
+    questions: tuple[Question, ...]
+    rotations: int = 1
+    generate: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.name}.{self.protocol}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A question as the model gets it: one ask for each rotation or, by loglikelihood, a single one."""
+
+    question: Question
+    prompt_sha256: str
+    asks: tuple[Ask, ...]
+    truncated: bool
+    mojibake: bool
+    letter_endings: tuple[tuple[int, ...], ...] = ()
+    """For each letter, which endings of an ask spell it (with and without a space)."""
+
+
+def answers(asker: Asker, exam: Exam, prepared: Sequence[Prepared]) -> Iterator[Record]:
+    """A record for every question, in the order in which they are done."""
+    for start in range(0, len(prepared), _BLOCK):
+        block = prepared[start : start + _BLOCK]
+        raw = _generated(asker, exam, block)
+        asks = [(number, ask) for number, p in enumerate(block) for ask in p.asks]
+        first = np.cumsum([0] + [len(p.asks) for p in block])
+        replies: dict[int, dict[int, Reply]] = defaultdict(dict)
+        for index, reply in asker.score([ask for _, ask in asks]):
+            number = asks[index][0]
+            replies[number][index - int(first[number])] = reply
+            if len(replies[number]) == len(block[number].asks):
+                in_order = [reply for _, reply in sorted(replies.pop(number).items())]
+                yield record_of(asker, exam, block[number], in_order, raw.get(number))
+
+
+def _generated(asker: Asker, exam: Exam, block: Sequence[Prepared]) -> dict[int, str]:
+    if not exam.generate:
+        return {}
+    return dict(asker.generate([p.asks[0].prompt for p in block], exam.generate))
+
+
+def prepare(asker: Asker, exam: Exam, question: Question) -> Prepared:
+    if exam.protocol == LETTER:
+        return _prepare_letter(asker, exam, question)
+    return _prepare_loglikelihood(asker, question)
+
+
+def _prepare_letter(asker: Asker, exam: Exam, question: Question) -> Prepared:
+    by_letter = letter_tokens(asker, letters(question))
+    flat = [token for tokens in by_letter for token in tokens]
+    places = np.cumsum([0] + [len(tokens) for tokens in by_letter])
+    turns = range(min(exam.rotations, len(question.options)))
+    texts = [letter_prompt(exam.task, question, asker.vocabulary, turn) for turn in turns]
+    chat = asker.vocabulary.chat_template is not None
+    prompts = [asker.tokenize(text, parse_special=chat) for text in texts]
+    asks = [
+        Ask(prompt=prompt[-asker.context_length :], endings=tuple((token,) for token in flat))
+        for prompt in prompts
+    ]
+    return Prepared(
+        question=question,
+        prompt_sha256=_sha256(texts),
+        asks=tuple(asks),
+        truncated=any(len(prompt) > asker.context_length for prompt in prompts),
+        mojibake=any(map(is_mojibake, texts)),
+        letter_endings=tuple(tuple(range(int(a), int(b))) for a, b in pairwise(places)),
+    )
+
+
+def letter_tokens(asker: Asker, allowed: str) -> list[tuple[int, ...]]:
+    """For each letter the single tokens that spell it: alone, after a space, after a line break."""
+    found = []
+    for letter in allowed:
+        last = {asker.tokenize(before + letter, add_special=False)[-1] for before in ("", " ", "\n")}
+        found.append(tuple(sorted(token for token in last if asker.text((token,)).strip() == letter)))
+        if not found[-1]:
+            raise BadInput(
+                f"the vocabulary has no token for the letter {letter}; use --protocol loglikelihood"
+            )
+    return found
+
+
+def _prepare_loglikelihood(asker: Asker, question: Question) -> Prepared:
+    pairs = [encode_pair(asker, question.context, f" {option}") for option in question.options]
+    prompt, longest = pairs[0][0], max(len(ending) for _, ending in pairs)
+    room = max(1, asker.context_length - longest + 1)
+    ask = Ask(prompt=prompt[-room:], endings=tuple(ending for _, ending in pairs))
+    text = [question.context, *question.options]
+    return Prepared(
+        question=question,
+        prompt_sha256=_sha256(text),
+        asks=(ask,),
+        truncated=len(prompt) > room,
+        mojibake=any(map(is_mojibake, text)),
+    )
+
+
+def encode_pair(
+    asker: Asker, context: str, continuation: str, *, parse_special: bool = False
+) -> tuple[TokenIds, TokenIds]:
+    """Tokens of a context and of what follows it, as lm-evaluation-harness cuts them.
+
+    Both are tokenized together, so that a merge over the seam is the model's own; spaces at the end
+    of the context go with the continuation.
+    """
+    kept = context.rstrip()
+    whole = asker.tokenize(context + continuation, parse_special=parse_special)
+    prompt = asker.tokenize(kept, parse_special=parse_special)
+    return prompt, whole[len(prompt) :] or asker.tokenize(continuation, add_special=False)
+
+
+def record_of(
+    asker: Asker, exam: Exam, prepared: Prepared, replies: Sequence[Reply], raw: str | None
+) -> Record:
+    """One line of evidence."""
+    question = prepared.question
+    record: dict[str, Any] = {
+        "id": question.id,
+        "subject": question.subject,
+        "prompt_sha256": prepared.prompt_sha256,
+        "prompt_tokens": len(prepared.asks[0].prompt),
+        "truncated": prepared.truncated,
+        "mojibake": prepared.mojibake,
+        "options": list(question.options),
+        "golds": dict(question.golds),
+    }
+    if exam.protocol == LETTER:
+        record |= _letter_fields(asker, exam, prepared, replies, raw)
+    else:
+        record |= _loglikelihood_fields(question, prepared.asks[0], replies[0])
+    gold = question.golds[ORIGINAL]
+    record["correct"] = {metric: answer == gold for metric, answer in record["answers"].items()}
+    return record
+
+
+def _letter_fields(
+    asker: Asker, exam: Exam, prepared: Prepared, replies: Sequence[Reply], raw: str | None
+) -> dict[str, Any]:
+    """Log-probabilities are by letter as shown; answers are places in the original order."""
+    rows = np.array([_letter_log_probs(prepared, reply) for reply in replies])
+    by_option = np.array([np.roll(row, turn) for turn, row in enumerate(rows)])
+    finite = bool(np.isfinite(rows).all())
+    found: dict[str, int | None] = {"letter": _best(by_option[0])}
+    if exam.rotations > 1:
+        found["letter_rotated"] = _best(np.exp(by_option).mean(axis=0))
+    if exam.generate:
+        letter = read_letter(raw or "", letters(prepared.question))
+        found["generated"] = None if letter is None else letters(prepared.question).index(letter)
+    return {
+        "letters": letters(prepared.question),
+        "letter_log_probs": _rounded(rows) if finite else [],
+        "top_tokens": [asker.text((reply.top_token,)) for reply in replies],
+        "raw": raw,
+        "finite": finite,
+        "answers": found,
+    }
+
+
+def _letter_log_probs(prepared: Prepared, reply: Reply) -> list[float]:
+    """Log of the summed probability of the tokens that spell each letter."""
+    totals = [scored.total for scored in reply.endings]
+    return [
+        float(np.logaddexp.reduce([totals[ending] for ending in endings]))
+        for endings in prepared.letter_endings
+    ]
+
+
+def _loglikelihood_fields(question: Question, ask: Ask, reply: Reply) -> dict[str, Any]:
+    """acc: highest total; acc_norm: per character (lm-evaluation-harness); acc_token: per token.
+
+    acc_token leaves out the tokens that all options begin with, as llama-perplexity --hellaswag and
+    --multiple-choice do.
+    """
+    shared = shared_prefix(ask.endings)
+    totals = np.array([scored.total for scored in reply.endings])
+    per_character = totals / [max(1, len(option)) for option in question.options]
+    own = [scored.log_probs[shared:] or scored.log_probs for scored in reply.endings]
+    per_token = np.array([np.mean(log_probs) for log_probs in own])
+    finite = bool(np.isfinite(totals).all())
+    return {
+        "token_log_probs": _rounded([scored.log_probs for scored in reply.endings]) if finite else [],
+        "shared_tokens": shared,
+        "finite": finite,
+        "answers": {"acc": _best(totals), "acc_norm": _best(per_character), "acc_token": _best(per_token)},
+    }
+
+
+def _best(values: Any) -> int | None:
+    """The place of the largest; the first of equals, as everywhere; None where one is not a number."""
+    values = np.asarray(values)
+    return None if np.isnan(values).any() or not np.isfinite(values).any() else int(values.argmax())
+
+
+def _rounded(rows: Any) -> list[list[float]]:
+    return [[round(float(x), 6) for x in row] for row in rows]
+
+
+def _sha256(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()

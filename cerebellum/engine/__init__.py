@@ -1,0 +1,1 @@
+"""What Cerebellum needs of an engine that runs models, without knowing llama.cpp."""

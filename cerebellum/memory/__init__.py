@@ -1,0 +1,1 @@
+"""Tells how much memory a model takes on a graphics card."""

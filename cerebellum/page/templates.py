@@ -1,0 +1,54 @@
+"""The two environments. Templates are Cerebellum's own files; a model's template is never one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from cerebellum.page.markdown import Code, Markdown, Sentence, code_span, finalize, sentence
+
+
+def render_markdown(template: str, context: Mapping[str, Any]) -> str:
+    """A Markdown template in which every value is escaped that is not ``Markdown``."""
+    return _markdown().get_template(template).render(context)
+
+
+def render_html(template: str, context: Mapping[str, Any]) -> str:
+    """An HTML template, autoescaped."""
+    return _html().get_template(template).render(context)
+
+
+@cache
+def _markdown() -> Environment:
+    environment = Environment(**_options(), autoescape=False, finalize=finalize)
+    environment.filters |= {"code": code_span, "sentence": sentence, "raw": Markdown}
+    return environment
+
+
+@cache
+def _html() -> Environment:
+    environment = Environment(**_options(), autoescape=True)
+    environment.filters |= {"code": _code, "sentence": _sentence}
+    return environment
+
+
+def _options() -> dict[str, Any]:
+    return {
+        "loader": PackageLoader("cerebellum", "card"),
+        "undefined": StrictUndefined,
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+        "keep_trailing_newline": True,
+    }
+
+
+def _code(text: object) -> Markup:
+    return Markup("<code>{}</code>").format(text)
+
+
+def _sentence(parts: Sentence) -> Markup:
+    return Markup("").join(_code(part.text) if isinstance(part, Code) else escape(part) for part in parts)

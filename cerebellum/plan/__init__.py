@@ -1,0 +1,1 @@
+"""Decides, from measurements and exact bytes, which group gets which type."""

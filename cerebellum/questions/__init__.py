@@ -1,1 +1,0 @@
-"""Question benchmarks: where questions come from, how they are asked, what the answers say. No stage."""
