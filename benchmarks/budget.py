@@ -3,13 +3,14 @@
 At the size of each preset, files from the same source and importance matrix: the preset, Cerebellum's
 plan, an allocation over four depth bands (every tensor of a band gets one type; damages measured as ours
 are), and a per-tensor allocation that minimises the squared error weighted by the importance matrix (no
-model is run for it). All are scored on the report text, which had no say in any of them.
+model is run for it). All are scored on the report text, which chose nothing within these runs; the default
+objective was settled on it, once (docs/LOG.md).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import shutil
 import tempfile
@@ -23,20 +24,22 @@ from gguf import GGMLQuantizationType
 from rich.console import Console
 from rich.table import Table
 
+from cerebellum import open_run
 from cerebellum.base import preset_base
-from cerebellum.engine.predictions import PredictionCache
 from cerebellum.gguf import parse_type, tensor_bytes, write_gguf
 from cerebellum.groups import layer_of
-from cerebellum.measure.curves import ANCHOR, FINE_LADDER, K_LADDER
-from cerebellum.measure.measurer import Measurer, file_variant
+from cerebellum.llama.native import EngineSettings, LlamaEngine
+from cerebellum.measure.measurer import file_variant, measuring
+from cerebellum.measure.method import Method
 from cerebellum.measure.race import chunk_order
 from cerebellum.measure.rounding import Sample
+from cerebellum.plan.artifacts import BudgetPlan
 from cerebellum.plan.knapsack import Option, solve
 from cerebellum.progress import Silent
+from cerebellum.settings import DEMO_MODEL, FINE_LADDER, K_LADDER, Budget, Settings
 from cerebellum.shards import Variant
-from cerebellum.stats.paired import superpopulation_interval
-from cerebellum.texts import Corpus
-from cerebellum.workspace import DEMO_MODEL, Settings, Workspace
+from cerebellum.stats.estimate import Estimate
+from cerebellum.workspace import Workspace
 
 Types = Mapping[str, GGMLQuantizationType]
 
@@ -53,47 +56,59 @@ class Bench:
     folder: Path
 
     def write(self, name: str, types: Types) -> Path:
-        """The source at these types as a GGUF, metadata as the base has it."""
+        """Writes the source at these types as a GGUF, with the base's metadata."""
         path = self.folder / f"{name}.gguf"
-        tensors = [self.workspace.shards.tensor(tensor, kind) for tensor, kind in types.items()]
+        tensors = [self.workspace.shards.tensor(tensor, type_) for tensor, type_ in types.items()]
         write_gguf(path, self.workspace.base.records, tensors, self.workspace.base.alignment)
         return path
 
     @property
     def free_tensors(self) -> list[str]:
         """The tensors a plan may change."""
-        return [name for group in self.workspace.sizes.groups.values() for name in group.tensors]
+        return [name for group in self.workspace.layout.groups.values() for name in group.tensors]
 
-    def n_bytes(self, name: str, kind: GGMLQuantizationType) -> int:
-        return -(-tensor_bytes(kind, self.workspace.source.tensors[name].shape) // 32) * 32
+    def n_bytes(self, name: str, type_: GGMLQuantizationType) -> int:
+        """Returns what a tensor takes in the file, padded to the alignment."""
+        return math.ceil(tensor_bytes(type_, self.workspace.source.tensors[name].shape) / 32) * 32
 
 
-def mse_types(bench: Bench, budget: int, kinds: Sequence[str]) -> Types:
-    """Per tensor, the types of least squared error by importance in all, within the budget."""
-    workspace, names = bench.workspace, bench.free_tensors
-    samples = [Sample(workspace.source, workspace.matrix, name, workspace.settings.threads) for name in names]
-    legal = [[kind for kind in map(parse_type, kinds) if sample.takes(kind)] for sample in samples]
+def mse_types(bench: Bench, budget: int, qtypes: Sequence[str]) -> Types:
+    """Returns, tensor by tensor, the types of least squared error by importance in all, within the budget."""
+    workspace = bench.workspace
+    names = bench.free_tensors
+    samples = [
+        Sample(
+            workspace.engine,
+            workspace.source,
+            workspace.matrix,
+            name,
+            Method(),
+            workspace.settings.threads,
+        )
+        for name in names
+    ]
+    legal = [[qtype for qtype in map(parse_type, qtypes) if sample.takes(qtype)] for sample in samples]
     items = [
         [Option(n_bytes=bench.n_bytes(sample.name, k), damage=sample.error(k)) for k in ladder]
         for sample, ladder in zip(samples, legal, strict=True)
     ]
-    choice = solve(items, budget - workspace.sizes.fixed_bytes())
+    choice = solve(items, budget - workspace.layout.fixed_bytes())
     assert choice is not None, "the budget holds none of these types"
     chosen = {name: legal[i][index] for i, (name, index) in enumerate(zip(names, choice, strict=True))}
     return dict(workspace.base.types) | chosen
 
 
 def band_types(bench: Bench, budget: int, damages: Sequence[Mapping[str, float]]) -> Types:
-    """One type for all tensors of each depth band, by measured damage, within the budget."""
+    """Returns one type for all tensors of each depth band, by measured damage, within the budget."""
     bands = depth_bands(bench)
     items = [
         [
-            Option(n_bytes=sum(bench.n_bytes(name, parse_type(kind)) for name in band), damage=value)
-            for kind, value in damage.items()
+            Option(n_bytes=sum(bench.n_bytes(name, parse_type(qtype)) for name in band), damage=value)
+            for qtype, value in damage.items()
         ]
         for band, damage in zip(bands, damages, strict=True)
     ]
-    choice = solve(items, budget - bench.workspace.sizes.fixed_bytes())
+    choice = solve(items, budget - bench.workspace.layout.fixed_bytes())
     assert choice is not None, "the budget holds none of these types"
     types = dict(bench.workspace.base.types)
     for band, damage, index in zip(bands, damages, choice, strict=True):
@@ -102,6 +117,7 @@ def band_types(bench: Bench, budget: int, damages: Sequence[Mapping[str, float]]
 
 
 def depth_bands(bench: Bench) -> list[list[str]]:
+    """Returns the tensors that a plan may change, by the quarter of the depth that they lie in."""
     n_layers = int(bench.workspace.source.arch_value("block_count"))
     bands: list[list[str]] = [[] for _ in range(N_BANDS)]
     for name in bench.free_tensors:
@@ -110,60 +126,37 @@ def depth_bands(bench: Bench) -> list[list[str]]:
 
 
 def band_damages(bench: Bench) -> list[dict[str, float]]:
-    """KL divergence from the source, by band and type, all else at the anchor, as our own curves have it."""
+    """Measures KL divergence from the source by band and type, all else at the anchor, as our own curves do."""
     workspace = bench.workspace
-    corpus = workspace.selection
-    order = chunk_order(corpus.n_chunks, workspace.settings.seed)[:BAND_CHUNKS]
-    fine = dict(workspace.base.types) | dict.fromkeys(bench.free_tensors, parse_type(ANCHOR))
-    with Measuring(bench, corpus, order) as measurer:
+    goal = workspace.settings.goal
+    assert isinstance(goal, Budget)
+    order = chunk_order(workspace.selection.n_chunks, workspace.settings.seed)[:BAND_CHUNKS]
+    fine = dict(workspace.base.types) | dict.fromkeys(bench.free_tensors, parse_type(goal.anchor))
+    with measuring(workspace, workspace.source_variant, order) as measurer:
         found: list[dict[str, float]] = []
         for number, band in enumerate(depth_bands(bench)):
             found.append({})
-            for kind in ALL_TYPES:
-                path = bench.write(f"band{number}-{kind}", fine | dict.fromkeys(band, parse_type(kind)))
-                found[-1][kind] = float(measurer.kld_means(file_variant(path, path.stem), order).mean())
+            for qtype in ALL_TYPES:
+                path = bench.write(f"band{number}-{qtype}", fine | dict.fromkeys(band, parse_type(qtype)))
+                found[-1][qtype] = float(measurer.kld_means(file_variant(path, path.stem), order).mean())
                 path.unlink()
     return found
 
 
-class Measuring:
-    """A measurer against the source's predictions on ``chunks`` of ``corpus``."""
-
-    def __init__(self, bench: Bench, corpus: Corpus, chunks: Sequence[int]) -> None:
-        workspace = bench.workspace
-        vocab = workspace.engine.vocab_size(workspace.source.path)
-        chunk_bytes = corpus.scored_per_chunk * vocab * 4
-        self.cache = PredictionCache(bench.folder / "predictions", chunks, chunk_bytes, 8 << 30)
-        self.measurer = Measurer(
-            workspace.engine,
-            workspace.ledger,
-            corpus,
-            reference=workspace.source_variant,
-            cache=self.cache,
-        )
-        self.measurer.nll(workspace.source_variant, chunks)
-
-    def __enter__(self) -> Measurer:
-        return self.measurer
-
-    def __exit__(self, *_: object) -> None:
-        self.measurer.close()
-        self.cache.remove()
-
-
 def score(bench: Bench, variants: Mapping[str, Variant], chunks: int) -> dict[str, dict[str, Any]]:
-    """Loss above the source on the report text, KL divergence from it, and the change from the preset."""
+    """Measures loss above the source on the report text, KL divergence from it, and the change from the preset."""
+    source_variant = bench.workspace.source_variant
     corpus = bench.workspace.report_corpus
     wanted = range(min(chunks or corpus.n_chunks, corpus.n_chunks))
-    with Measuring(bench, corpus, wanted) as measurer:
-        source = measurer.chunk_means(bench.workspace.source_variant, wanted)
+    with measuring(bench.workspace, source_variant, wanted, corpus) as measurer:
+        source = measurer.chunk_means(source_variant, wanted)
         kld = {name: measurer.kld_means(variant, wanted) for name, variant in variants.items()}
         nll = {name: measurer.chunk_means(variant, wanted) for name, variant in variants.items()}
     loss = {name: float((vector - source).mean()) for name, vector in nll.items()}
     rows = {}
     for name in variants:
-        change = superpopulation_interval(nll[name] - nll["preset"])
-        kld_change = superpopulation_interval(kld[name] - kld["preset"])
+        change = Estimate.of(nll[name] - nll["preset"]).interval()
+        kld_change = Estimate.of(kld[name] - kld["preset"]).interval()
         rows[name] = {
             "loss_nats": loss[name],
             "less_loss_than_preset_pct": 100 * (1 - loss[name] / loss["preset"]),
@@ -195,25 +188,29 @@ def show(budget: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def our_plan(folder: Path, asked: argparse.Namespace, budget: str, *flags: str) -> dict[str, Any]:
-    """``cerebellum run --budget``: the plan, and what its curves cost in passes over the text."""
+    """Runs ``cerebellum run --budget``; returns the plan and what its curves cost in passes over the text."""
     found, _ = cerebellum("run", asked.model, "-o", folder, "--budget", budget, *flags, *run_flags(asked))
-    passes = json.loads((folder / "curves.json").read_text())["passes"]
     kept = {key: found["plan"][key] for key in KEPT}
-    return kept | {"file": found["file"], "passes": passes}
+    return kept | {"file": found["file"], "passes": open_run(folder).curves().passes}
 
 
-def without_iq(bench: Bench, plan: Mapping[str, Any]) -> dict[str, Variant]:
-    """The plan of K-quants alone, where it was measured and not shipped."""
-    plain = [c for c in plan["candidates"] if c["how"] == "K-quants alone"]
-    if not plain or plain[0]["measured_kld"] == plan["measured_kld"]:
+def without_iq(workspace: Workspace, plan: BudgetPlan) -> dict[str, Variant]:
+    """Returns the plan of K-quants alone, where it was measured and not shipped."""
+    plain = [each for each in plan.candidates if each.how == "K-quants alone"]
+    if not plain or plain[0].measured_kld == plan.measured_kld:
         return {}
-    return {"Cerebellum, K-quants": bench.workspace.shards.variant(plain[0]["variant"])}
+    return {"Cerebellum, K-quants": workspace.shards.variant(plain[0].changes)}
 
 
 KEPT = (
     *("budget_bytes", "file_bytes", "base_kld", "predicted_kld", "measured_kld", "kld_ci"),
     *("predicted_delta_pct", "measured_delta_pct", "ci_pct", "tradeoff", "candidates", "groups"),
 )
+
+
+def engine_for(settings: Settings) -> LlamaEngine:
+    """Returns the engine that the run was made with."""
+    return LlamaEngine(EngineSettings(threads=settings.threads, gpu_layers=settings.gpu_layers))
 
 
 def run_flags(asked: argparse.Namespace) -> list[str]:
@@ -236,15 +233,18 @@ def arguments() -> argparse.Namespace:
 
 
 def one_budget(asked: argparse.Namespace, scratch: Path, budget: str) -> dict[str, Any]:
-    """All rivals at one size, on the report text."""
+    """Measures all rivals at one size on the report text."""
     folder = scratch / "run"
     by_ppl = our_plan(folder, asked, budget, "--objective", "ppl")
     shutil.copyfile(by_ppl["file"], scratch / "ppl.gguf")
     ours = our_plan(folder, asked, budget)
-    workspace = Workspace(folder, Settings.load(folder / "settings.json"), Silent())
-    bench, size = Bench(workspace=workspace, folder=scratch), ours["budget_bytes"]
+    workspace = Workspace.reopen(folder, engine_for, Silent())
+    plan = open_run(folder).plan()
+    assert isinstance(plan, BudgetPlan)
+    bench = Bench(workspace=workspace, folder=scratch)
+    size = plan.budget_bytes
     with workspace.locked():
-        preset = preset_base(workspace.source, budget, workspace.matrix)
+        preset = preset_base(workspace.engine, workspace.source, budget, workspace.matrix)
         files = {
             "preset": bench.write("preset", preset.types),
             "Cerebellum": Path(ours["file"]),
@@ -254,7 +254,7 @@ def one_budget(asked: argparse.Namespace, scratch: Path, budget: str) -> dict[st
             "weighted MSE, K-quants": bench.write("mse-k", mse_types(bench, size, K_LADDER)),
         }
         variants = {name: file_variant(path, name) for name, path in files.items()}
-        rows = score(bench, variants | without_iq(bench, ours), asked.report_chunks)
+        rows = score(bench, variants | without_iq(workspace, plan), asked.report_chunks)
     for name, row in rows.items():
         row["bytes"] = files[name].stat().st_size if name in files else None
     return {"rows": rows, "plan": ours, "plan_by_perplexity": by_ppl}

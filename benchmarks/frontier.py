@@ -1,4 +1,4 @@
-"""The whole curve: llama.cpp's presets, and the plans that the same curves give at the same sizes.
+"""The whole curve: llama.cpp's presets, and the plans that the same curves give at the same layout.
 
 One `cerebellum run --budget` measures the response curves; every plan here is what they propose at a
 preset's size, nothing else measured for it. Presets and plans are then scored on the report text, as KL
@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import budget as rivals
 import matplotlib
-from common import save
+from common import cerebellum, save
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from cerebellum import open_run
 from cerebellum.base import preset_base
-from cerebellum.measure.measurer import file_variant
-from cerebellum.plan.budget import Allocation, frontier
-from cerebellum.plan.by_budget import read_points
+from cerebellum.errors import AnswerIsNo
+from cerebellum.measure.artifacts import Curves
+from cerebellum.measure.measurer import file_variant, measuring
+from cerebellum.plan.artifacts import FrontierRow
+from cerebellum.plan.budget import frontier, plan_unmeasured
+from cerebellum.plan.target import Target
 from cerebellum.progress import Silent
-from cerebellum.workspace import Settings, Workspace, read_json
+from cerebellum.settings import DEMO_MODEL, KLD
+from cerebellum.workspace import Workspace
 
 PRESETS = (
     *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_XS", "Q3_K_S", "IQ3_M"),
@@ -33,32 +40,32 @@ PRESETS = (
 PICTURE = Path(__file__).parent.parent / "docs" / "frontier.png"
 
 
-def measure(bench: rivals.Bench, presets: list[str], chunks: int) -> list[dict[str, Any]]:
-    """Size and KL divergence of every preset and of the plan of its size."""
+def measure(bench: rivals.Bench, curves: Curves, presets: list[str], chunks: int) -> list[dict[str, Any]]:
+    """Measures size and KL divergence of every preset and of the plan of its size, on the report text."""
     workspace = bench.workspace
-    allocation = Allocation(read_points(workspace), workspace.sizes)
     order = range(chunks)
     rows = []
-    with rivals.Measuring(bench, workspace.report_corpus, order) as measurer:
+    with measuring(workspace, workspace.source_variant, order, workspace.report_corpus) as measurer:
         for name in presets:
-            types = preset_base(workspace.source, name, workspace.matrix).types
+            types = preset_base(workspace.engine, workspace.source, name, workspace.matrix).types
             path = bench.write("preset", types)
             n_bytes = path.stat().st_size
             preset = float(measurer.kld_means(file_variant(path, name), order).mean())
             row: dict[str, Any] = {"preset": name, "bytes": n_bytes, "preset_kld": preset}
-            plan = allocation.best(n_bytes)
-            if plan is not None:
+            with suppress(AnswerIsNo):  # smaller than the types of the curves allow
+                plan = plan_unmeasured(curves, workspace.layout, Target(file_bytes=n_bytes), KLD)
                 variant = workspace.shards.variant(plan.changes)
                 row |= {
-                    "plan_bytes": plan.n_bytes,
+                    "plan_bytes": plan.file_bytes,
                     "plan_kld": float(measurer.kld_means(variant, order).mean()),
-                    "plan_predicted": read_json(workspace.path("curves.json"))["base_kld"] + plan.predicted,
+                    "plan_predicted": curves.base_kld + (plan.predicted_kld or 0.0),
                 }
             rows.append(row)
     return rows
 
 
-def picture(rows: list[dict[str, Any]], predicted: list[tuple[int, float]]) -> Figure:
+def picture(rows: list[dict[str, Any]], predicted: Sequence[FrontierRow]) -> Figure:
+    """Draws presets and plans as measured, and what the curves foretell of every size between."""
     matplotlib.rcParams["svg.hashsalt"] = "cerebellum"
     drawn = Figure(figsize=(9, 4.6), dpi=110, layout="constrained")
     axes = drawn.add_subplot()
@@ -66,7 +73,7 @@ def picture(rows: list[dict[str, Any]], predicted: list[tuple[int, float]]) -> F
     plans = [(row["plan_bytes"] / 1e6, row["plan_kld"]) for row in rows if "plan_kld" in row]
     axes.plot(*zip(*presets, strict=True), "o", color="#b4532a", label="llama.cpp's presets, measured")
     axes.plot(*zip(*plans, strict=True), "o", color="#1f6f8b", label="Cerebellum at the same size, measured")
-    line = [(n_bytes / 1e6, kld) for n_bytes, kld in predicted]
+    line = [(row.file_bytes / 1e6, row.predicted_kld) for row in predicted]
     axes.plot(
         *zip(*line, strict=True), color="#1f6f8b", linewidth=1, alpha=0.6, label="foretold by the curves"
     )
@@ -106,15 +113,15 @@ def main() -> None:
         folder = asked.folder or Path(scratch) / "run"
         if not asked.folder:
             flags = ["--budget", "Q3_K_M", "--imatrix-chunks", "100", "--report-chunks", "8"]
-            rivals.cerebellum("run", rivals.DEMO_MODEL, "-o", folder, *flags)
-        workspace = Workspace(folder, Settings.load(folder / "settings.json"), Silent())
+            cerebellum("run", DEMO_MODEL, "-o", folder, *flags)
+        workspace = Workspace.reopen(folder, rivals.engine_for, Silent())
+        curves = open_run(folder).curves()
         with workspace.locked():
             bench = rivals.Bench(workspace=workspace, folder=Path(scratch))
-            rows = measure(bench, asked.presets, asked.chunks)
-            base = read_json(workspace.path("curves.json"))["base_kld"]
-            best = frontier(read_points(workspace), workspace.sizes, steps=60)
+            rows = measure(bench, curves, asked.presets, asked.chunks)
+            foretold = frontier(curves, workspace.layout, KLD)
     show(rows)
-    picture(rows, [(c.n_bytes, base + c.predicted) for c in best]).savefig(PICTURE)
+    picture(rows, foretold).savefig(PICTURE)
     print(PICTURE, save("frontier", {"chunks": asked.chunks, "rows": rows}))
 
 

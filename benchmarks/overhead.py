@@ -18,7 +18,8 @@ from cerebellum.llama import native
 from cerebellum.llama.library import llama
 from cerebellum.progress import Silent
 from cerebellum.run import measure_stage
-from cerebellum.workspace import DEMO_MODEL, Settings, Workspace
+from cerebellum.settings import DEMO_MODEL, Settings
+from cerebellum.workspace import Workspace
 
 
 class Clock:

@@ -1,7 +1,7 @@
 """The published 32B table, spent by budget instead of by threshold, at the same size.
 
 Only the demotions were ever measured. What a promotion would gain follows from the model that
-`cerebellum plan HEADER --measurements F --budget SIZE` states (cerebellum/recorded.py). The point is not the
+`cerebellum plan HEADER --measurements F --budget SIZE` states (cerebellum/plan/recorded.py). The point is not the
 number it predicts but where the bytes go.
 """
 
@@ -16,13 +16,17 @@ from rich.table import Table
 
 from cerebellum.base import preset_base
 from cerebellum.groups import make_groups
-from cerebellum.measure.curves import BASE, PPL, base_kinds
-from cerebellum.measure.race import Threshold
-from cerebellum.plan.budget import Allocation
-from cerebellum.plan.limit import Sizes, plan_from, read_measurements
-from cerebellum.plan.recorded import MODEL, recorded_points
+from cerebellum.layout import Layout
+from cerebellum.llama.native import LlamaEngine
+from cerebellum.measure.artifacts import read_recorded
+from cerebellum.plan.artifacts import BudgetPlan
+from cerebellum.plan.limit import plan_from
+from cerebellum.plan.recorded import plan_recorded
+from cerebellum.plan.target import Target
+from cerebellum.settings import Limit
 from cerebellum.source import open_source
-from cerebellum.stats.paired import as_percent
+from cerebellum.stats.paired import as_nats, as_percent
+from cerebellum.verdicts import Changes
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "granite-4.0-h-small.json"
 
@@ -33,46 +37,50 @@ def main() -> None:
     parser.add_argument("--measurements", type=Path, default=EXAMPLE)
     asked = parser.parse_args()
     source = open_source(asked.header)
-    base = preset_base(source, "Q3_K_M", None, has_imatrix=True)
-    sizes = Sizes.of(source, make_groups(source), base)
-    recorded = read_measurements(asked.measurements)
-    threshold = plan_from(recorded, sizes, "Q2_K", Threshold(limit_pct=3.0))
-    budget = sizes.whole_file_bytes(threshold.changes)
-    plan = Allocation(recorded_points(recorded, sizes), sizes, PPL).best(budget)
-    assert plan is not None
-    table = Table(
-        "group", "base", "threshold plan", "budget plan", "bytes against the base", "change", "% per GB"
-    )
-    for point in plan.points:
-        name, kind = point.part.name, point.kind
-        assert point.nll is not None
-        moved = point.n_bytes - sizes.file_bytes(name, BASE)
-        change = as_percent(point.nll.mean)
-        table.add_row(
-            name,
-            "+".join(sorted(base_kinds(point.part, sizes))),
-            threshold.changes.get(name, "-"),
-            kind if kind != BASE else "-",
-            f"{moved:+,}",
-            f"{change:+.2f}%",
-            f"{abs(change / moved * 1e9):.1f}" if moved else "",
-        )
-    Console(width=110).print(table)
-    saved = sizes.bytes_saved(threshold.changes)
-    at_threshold = threshold.predicted_nats
+    base = preset_base(LlamaEngine(), source, "Q3_K_M", None)
+    layout = Layout.of(source, make_groups(source), base)
+    recorded = read_recorded(asked.measurements)
+    threshold = plan_from(recorded, layout, Limit(max_increase_pct=3.0))
+    budget = layout.file_bytes(threshold.changes)
+    plan = plan_recorded(recorded, layout, Target(file_bytes=budget))
+    assert plan.predicted_delta_pct is not None
+    show(plan, threshold.changes)
+    saved = layout.bytes_saved(threshold.changes)
     print(f"both files within {budget:,} bytes, {saved / 1e9:.3f} GB under the preset")
-    recorded, modelled = as_percent(at_threshold), as_percent(plan.predicted)
-    print(f"threshold plan {recorded:+.2f}% (recorded), budget plan {modelled:+.2f}% (modelled)")
+    at_threshold = as_percent(threshold.predicted_nats)
+    print(
+        f"threshold plan {at_threshold:+.2f}% (recorded), budget plan {plan.predicted_delta_pct:+.2f}% (modelled)"
+    )
     save(
         "published_budget",
         {
             "budget_bytes": budget,
-            "threshold_nats": at_threshold,
-            "budget_nats": plan.predicted,
+            "threshold_nats": threshold.predicted_nats,
+            "budget_nats": as_nats(plan.predicted_delta_pct),
             "changes": dict(plan.changes),
-            "model": MODEL,
+            "model": plan.model,
         },
     )
+
+
+def show(plan: BudgetPlan, threshold: Changes) -> None:
+    """Prints where the bytes of both plans go, and what each group gains for them."""
+    table = Table(
+        "group", "base", "threshold plan", "budget plan", "bytes against the base", "change", "% per GB"
+    )
+    for row in plan.groups:
+        assert row.delta_pct is not None
+        added = -row.bytes_saved
+        table.add_row(
+            row.name,
+            row.base_type,
+            threshold.get(row.name, "-"),
+            row.chosen_type if row.changed else "-",
+            f"{added:+,}",
+            f"{row.delta_pct:+.2f}%",
+            f"{abs(row.delta_pct / added * 1e9):.1f}" if added else "",
+        )
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from cerebellum.bench.answers import Exam, answers, prepare
+from cerebellum.bench.artifacts import LoglikelihoodAnswer
 from cerebellum.bench.tasks import LOGLIKELIHOOD, TASKS, Question, choose, load_questions
 from cerebellum.engine.asking import Ask
 from cerebellum.llama.asker import Room, Sequences, open_asker
@@ -107,7 +108,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-Records = dict[str, dict[str, Any]]
+Records = dict[str, LoglikelihoodAnswer]
 
 
 def every_run(args: argparse.Namespace, exam: Exam) -> Iterator[tuple[Answered, Records]]:
@@ -137,18 +138,19 @@ def ours(name: str, engine: LlamaEngine, model: Path, exam: Exam, size: Room) ->
         loaded = time.perf_counter()
         prepared = [prepare(asker, exam, question) for question in exam.questions]
         ready = time.perf_counter()
-        records = {str(r["id"]): dict(r) for r in answers(asker, exam, prepared)}
+        found = answers(asker, exam, prepared)
+        records = {r.id: r for r in found if isinstance(r, LoglikelihoodAnswer)}
         done = time.perf_counter()
     metrics = ("acc", "acc_norm", "acc_token")
     return Answered(
         name=name,
-        right=tuple(bool(records[q.id]["correct"]["acc_token"]) for q in exam.questions),
+        right=tuple(bool(records[q.id].correct["acc_token"]) for q in exam.questions),
         seconds=done - started,
         details={
             "load_seconds": round(loaded - started, 2),
             "tokenize_seconds": round(ready - loaded, 2),
             "decoded_tokens": asker.decoded_tokens,
-            **{m: sum(bool(r["correct"][m]) for r in records.values()) for m in metrics},
+            **{m: sum(r.correct[m] for r in records.values()) for m in metrics},
         },
     ), records
 
@@ -195,10 +197,10 @@ def differences(exam: Exam, records: Records, a: Answered, b: Answered) -> dict[
     }
 
 
-def margin(record: dict[str, Any]) -> float:
+def margin(record: LoglikelihoodAnswer) -> float:
     """The bench's best ending less its second best, nats per token: how clear the answer is."""
-    shared = record["shared_tokens"]
-    means = sorted(float(np.mean(row[shared:] or row)) for row in record["token_log_probs"])
+    shared = record.shared_tokens
+    means = sorted(float(np.mean(row[shared:] or row)) for row in record.token_log_probs)
     return means[-1] - means[-2]
 
 

@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from cerebellum.measure.race import SENSITIVE, TOLERANT, UNDECIDED, Measurement, RaceSettings, Threshold, race
+from cerebellum.measure.race import RaceSettings, race
+from cerebellum.settings import DEMO_MODEL, SELECTION_TEXT
 from cerebellum.stats.paired import as_nats, as_percent
 from cerebellum.stats.sequential import StoppingRule, union_share
-from cerebellum.workspace import DEMO_MODEL, SELECTION_TEXT, Workspace
+from cerebellum.verdicts import SENSITIVE, TOLERANT, UNDECIDED, Measurement, Threshold
+from cerebellum.workspace import Workspace
 
 FAMILIES = (("Q3_K_M", "Q2_K"), ("Q4_K_M", "Q3_K"))
 VECTORS = Path(__file__).parent / "results" / "replay_vectors.npz"
@@ -52,7 +54,7 @@ def read_vectors(folder: Path, kind: str) -> Family:
     measurer = Measurer(workspace.engine, workspace.ledger, workspace.selection)
     everything = range(workspace.selection.n_chunks)
     base = measurer.chunk_means(workspace.shards.variant({}), everything)
-    names = [name for name in workspace.sizes.groups if workspace.sizes.why_not(name, kind) is None]
+    names = [name for name in workspace.layout.groups if workspace.layout.why_not(name, kind) is None]
     return {
         name: measurer.chunk_means(workspace.shards.variant({name: kind}), everything) - base
         for name in names

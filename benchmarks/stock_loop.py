@@ -18,7 +18,7 @@ from common import cerebellum, save, stock, stock_perplexity, timed
 from rich.console import Console
 from rich.table import Table
 
-from cerebellum.workspace import DEMO_MODEL, SELECTION_TEXT
+from cerebellum.settings import DEMO_MODEL, SELECTION_TEXT
 
 
 def arguments() -> argparse.Namespace:

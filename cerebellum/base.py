@@ -1,4 +1,4 @@
-"""The base: the uniform preset that everything is compared with, tensor by tensor."""
+"""Makes the base: the uniform preset that everything is compared with, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
+from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
-from cerebellum.gguf import encode_kv, tensor_bytes
+from cerebellum.gguf import encode_kv, parse_preset, preset_label
 from cerebellum.imatrix import ImportanceMatrix
-from cerebellum.llama.presets import parse_preset, preset_types
 from cerebellum.source import Source, open_source
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of llama.cpp
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
-_PRESET_PREFIXES = ("MOSTLY_", "ALL_")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """``types``: every tensor's base type. ``file``: where its bytes lie if they were given."""
+    """Describes the base: every tensor's base type, and the metadata of the file as raw records.
+
+    ``label`` is the preset's name, such as Q3_K_M. ``alignment`` is the file's, in bytes. ``file`` holds the
+    base's bytes where the user gave a finished one; without it they are quantized from the source.
+    """
 
     label: str
     types: dict[str, GGMLQuantizationType]
@@ -28,33 +31,35 @@ class Base:
     alignment: int = 32
     file: Source | None = None
 
-    def tensor_bytes(self, source: Source) -> int:
-        """Bytes of all tensors at their base types, without metadata or padding."""
-        return sum(tensor_bytes(kind, source.tensors[name].shape) for name, kind in self.types.items())
-
 
 def preset_base(
-    source: Source, preset: str, matrix: ImportanceMatrix | None, *, has_imatrix: bool | None = None
+    engine: Engine, source: Source, preset: str, matrix: ImportanceMatrix | None, *, has_imatrix: bool = True
 ) -> Base:
-    """The base that llama-quantize would make of ``source``: its types, fallbacks and metadata.
+    """Returns the base that llama-quantize would make of ``source``: its types, fallbacks and metadata.
 
-    ``has_imatrix`` stands in for a matrix when only sizes are asked for.
+    Types depend on whether there is a matrix, not on what it holds, so that sizes can be asked for with
+    ``has_imatrix`` and without a ``matrix``; the metadata then names none.
     """
-    kind = parse_preset(preset)
-    present = matrix is not None if has_imatrix is None else has_imatrix
-    types = preset_types(source.path, kind, has_imatrix=present, allow_requantize=source.is_quantized)
+    file_type = parse_preset(preset)
+    types = engine.preset_types(
+        source.path, file_type, has_imatrix=has_imatrix, allow_requantize=source.is_quantized
+    )
     missing = set(source.tensors) - set(types)
     if missing:
         raise BadInput(
             f"{source.path}: llama.cpp gives no type for {sorted(missing)[0]}; is it of this model?"
         )
-    records = preset_records(source, kind, matrix)
+    records = preset_records(source, file_type, matrix)
     alignment = source.files[0].alignment
-    return Base(label=preset_label(kind), types=types, records=records, alignment=alignment)
+    return Base(label=preset_label(file_type), types=types, records=records, alignment=alignment)
 
 
 def file_base(source: Source, path: Path) -> Base:
-    """A base that somebody made already; it must hold the tensors of ``source``, whatever their types."""
+    """Returns a base that somebody made already; it must hold the tensors of ``source``, whatever their
+    types.
+
+    Raises BadInput where a tensor is missing, has another shape, or is not in the source.
+    """
     file = open_source(path, allow_requantize=True)
     for name, tensor in source.tensors.items():
         other = file.tensors.get(name)
@@ -69,11 +74,6 @@ def file_base(source: Source, path: Path) -> Base:
     return Base(label=_file_label(file), types=types, records=records, alignment=alignment, file=file)
 
 
-def preset_label(kind: LlamaFileType) -> str:
-    """``Q3_K_M``: the quant label people and the Hub use in file names."""
-    return kind.name.split("_", 1)[1] if kind.name.startswith(_PRESET_PREFIXES) else kind.name
-
-
 def _file_label(file: Source) -> str:
     try:
         return preset_label(LlamaFileType(int(file.value("general.file_type", -1))))
@@ -81,13 +81,17 @@ def _file_label(file: Source) -> str:
         return "custom"
 
 
-def preset_records(source: Source, kind: LlamaFileType, matrix: ImportanceMatrix | None) -> tuple[bytes, ...]:
-    """The source's metadata as bytes, with the keys that llama-quantize sets set."""
+def preset_records(
+    source: Source, file_type: LlamaFileType, matrix: ImportanceMatrix | None
+) -> tuple[bytes, ...]:
+    """Returns the source's metadata as raw records, with the keys that llama-quantize sets set as it sets
+    them.
+    """
     replaced = {
         "general.quantization_version": encode_kv(
             "general.quantization_version", _QUANTIZATION_VERSION, GGUFValueType.UINT32
         ),
-        "general.file_type": encode_kv("general.file_type", int(kind), GGUFValueType.UINT32),
+        "general.file_type": encode_kv("general.file_type", int(file_type), GGUFValueType.UINT32),
         **(_imatrix_records(matrix) if matrix else {}),
     }
     kept = {
@@ -99,7 +103,7 @@ def preset_records(source: Source, kind: LlamaFileType, matrix: ImportanceMatrix
 
 
 def _imatrix_records(matrix: ImportanceMatrix) -> dict[str, bytes]:
-    """llama-quantize's four keys on where the importance matrix came from."""
+    """Returns llama-quantize's four keys that say where the importance matrix came from."""
     text = {"file": matrix.path.name, "dataset": ", ".join(matrix.datasets)}
     numbers = {"entries_count": len(matrix.entries), "chunks_count": matrix.chunk_count}
     records = {}

@@ -10,9 +10,10 @@ from typing import Any
 
 from cerebellum import __version__
 from cerebellum.errors import BadInput
+from cerebellum.gguf import parse_preset
 from cerebellum.llama.library import build_id, devices, llama, system_info
-from cerebellum.llama.presets import parse_preset, preset_types
-from cerebellum.workspace import DEMO_MODEL, REPORT_TEXT, SELECTION_TEXT
+from cerebellum.llama.presets import preset_types
+from cerebellum.settings import DEMO_MODEL, REPORT_TEXT, SELECTION_TEXT
 
 PINNED_BINDINGS = "0.3.36"
 

@@ -1,19 +1,19 @@
-"""The one error tree: what goes wrong on purpose is a CerebellumError with its exit code."""
+"""Defines the one error tree: whatever goes wrong on purpose is a CerebellumError with its exit code."""
 
 from __future__ import annotations
 
 
 class CerebellumError(Exception):
-    """The root of every error Cerebellum raises on purpose; `exit_code` is the command's."""
+    """Is the root of every error that Cerebellum raises on purpose, with its command's `exit_code`."""
 
     exit_code = 1
 
 
 class BadInput(CerebellumError):
-    """Wrong use or bad input. The message is one line: what is wrong, where, what to do.
+    """Says that a command was used wrongly or was given bad input; one line tells what, where and what to do.
 
-    A path or a name out of a hostile file may hold line breaks; they are folded to spaces here, so
-    that one line stays one line whoever wrote the message.
+    A path or a name out of a hostile file may hold line breaks. They are folded to spaces here, so that one
+    line stays one line whoever wrote the message.
     """
 
     exit_code = 2
@@ -23,6 +23,6 @@ class BadInput(CerebellumError):
 
 
 class AnswerIsNo(CerebellumError):
-    """The question was understood and the answer is no: verification failed, budget unreachable."""
+    """Says that a question was understood and its answer is no: the budget is out of reach, say."""
 
     exit_code = 1

@@ -1,7 +1,7 @@
-"""Files that are whole or not there: write beside, fsync, rename, fsync the folder.
+"""Writes files that are whole or not there: write beside, fsync, rename, fsync the folder.
 
-A reader never sees half a file, whenever the writer was stopped; a disk that is full or a folder
-that cannot be written gives one line that names the place and, where it helps, the bytes needed.
+A reader never sees half a file, whenever the writer was stopped. A disk that is full or a folder that cannot
+be written gives one line that names the place and, where it helps, the bytes needed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -31,10 +31,10 @@ _WRITE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS,
 
 @contextmanager
 def atomic_writer(path: str | os.PathLike[str], n_bytes: int | None = None) -> Iterator[BinaryIO]:
-    """Open `path`'s partial file for writing; rename it to `path` when the block ends well.
+    """Opens `path`'s partial file for writing and renames it to `path` when the block ends well.
 
-    On any failure, an interrupt included, the partial file is removed and `path` is as it was.
-    `n_bytes`, when known, is checked against the free space before the first byte is written.
+    On any failure, an interrupt included, the partial file is removed and `path` is as it was. `n_bytes`,
+    when known, is checked against the free space before the first byte is written.
 
     Raises:
         BadInput: the folder is missing or cannot be written, or the disk is full.
@@ -64,18 +64,29 @@ def atomic_writer(path: str | os.PathLike[str], n_bytes: int | None = None) -> I
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write `content` to `path`, whole or not at all."""
+    """Writes `content` to `path`, whole or not at all; see `atomic_writer` for its refusals."""
     with atomic_writer(path, len(content)) as stream:
         stream.write(content)
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` as UTF-8 with the line breaks it has, whole or not at all."""
+    """Writes `text` to `path` as UTF-8 with the line breaks it has, whole or not at all."""
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
+def is_one_of(path: Path, inputs: Iterable[Path]) -> bool:
+    """Says whether ``path`` is one of some files, under whatever name: links and other spellings count too."""
+    for other in inputs:
+        if path.resolve() == other.resolve():
+            return True
+        with suppress(OSError):
+            if os.path.samefile(path, other):
+                return True
+    return False
+
+
 def fsync_folder(folder: Path) -> None:
-    """Make a rename in `folder` outlive a power cut; file systems that cannot are left alone."""
+    """Makes a rename in `folder` outlive a power cut; a file system that cannot do that is left alone."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -85,7 +96,9 @@ def fsync_folder(folder: Path) -> None:
 
 
 def sha256_file(path: str | os.PathLike[str], progress: Progress | None = None) -> str:
-    """Return the SHA-256 of a file's bytes in hex, as sha256sum prints it.
+    """Returns the SHA-256 of a file's bytes in hex, as sha256sum prints it.
+
+    ``progress`` hears of the bytes read so far, because a large model takes minutes.
 
     Raises:
         BadInput: the file cannot be read.
@@ -94,7 +107,7 @@ def sha256_file(path: str | os.PathLike[str], progress: Progress | None = None) 
 
 
 def sha256_files(paths: Sequence[str | os.PathLike[str]], progress: Progress | None = None) -> str:
-    """Return the SHA-256 of the files' bytes one after the other, in hex.
+    """Returns the SHA-256 of the files' bytes one after the other, in hex, as if they were one file.
 
     Raises:
         BadInput: a file cannot be read.
@@ -120,7 +133,7 @@ def sha256_files(paths: Sequence[str | os.PathLike[str]], progress: Progress | N
 
 
 def read_refusal(path: str | os.PathLike[str], error: OSError) -> BadInput:
-    """Say in one line why `path` cannot be read and what to do."""
+    """Returns the BadInput that says in one line why `path` cannot be read and what to do."""
     where = os.fspath(path)
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return BadInput(f"{where}: no such file; check the path")
@@ -132,8 +145,12 @@ def read_refusal(path: str | os.PathLike[str], error: OSError) -> BadInput:
 
 
 def write_refusal(path: str | os.PathLike[str], error: OSError, n_bytes: int | None = None) -> BadInput:
-    """Say in one line why `path` cannot be written and what to do."""
-    where, folder = os.fspath(path), os.fspath(Path(path).parent)
+    """Returns the BadInput that says in one line why `path` cannot be written and what to do.
+
+    ``n_bytes`` is named where the disk is full and the size of what was to be written is known.
+    """
+    where = os.fspath(path)
+    folder = os.fspath(Path(path).parent)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         needed = "" if n_bytes is None else f": {n_bytes:,} bytes are needed in {folder}"
         too_big = error.errno == errno.EFBIG
@@ -147,7 +164,7 @@ def write_refusal(path: str | os.PathLike[str], error: OSError, n_bytes: int | N
 
 
 def _check_free_space(target: Path, n_bytes: int | None) -> None:
-    """Refuse before the first byte when the folder's disk has less than `n_bytes` free."""
+    """Refuses before the first byte is written when the folder's disk has less than `n_bytes` free."""
     if n_bytes is None:
         return
     try:

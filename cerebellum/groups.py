@@ -1,4 +1,4 @@
-"""Source -> groups: which tensors are measured together, which never, and what each may become.
+"""Groups the source's tensors: which are measured together, which never, and what each may become.
 
 A group is one role over all layers, or over a span of them. What a tensor is follows from its GGUF name
 alone, as in llama.cpp's own quantizer, so that any architecture it knows is grouped without a table of ours.
@@ -10,12 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
+from cerebellum.codec import Artifact, Record
 from cerebellum.gguf import TensorInfo, legal_types
-from cerebellum.source import Source
+from cerebellum.source import Scalar, Source, plain_metadata
 
 BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*?)blk\.(?P<layer>\d+)\.(?P<rest>.+)$", re.ASCII)
 
@@ -101,7 +102,11 @@ RECURRENT_PREFIXES = ("ssm_", "time_mix_", "shortconv.")
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Tensors measured together; a protected group has no `legal_types`."""
+    """Holds tensors that are measured together and get one type; a protected group has no `legal_types`.
+
+    ``layers`` count from 0, ``n_bytes`` is the size in the source, and ``types`` counts the tensors of each
+    type.
+    """
 
     name: str
     role: str
@@ -114,8 +119,76 @@ class Group:
     legal_types: tuple[str, ...]
 
 
+class GroupRecord(Record, frozen=True, kw_only=True):
+    """Describes a group in `inspect --json` and in groups.json; other programs rely on its keys.
+
+    ``tensors`` is their number and ``tensor_names`` their names; ``layers`` count from 0; ``bytes`` is the
+    size in the source; ``types`` maps a type of the source to the number of tensors that have it.
+    """
+
+    name: str
+    role: str
+    layers: tuple[int, ...]
+    tensors: int
+    tensor_names: tuple[str, ...]
+    parameters: int
+    bytes: int
+    types: dict[str, int]
+    protected: bool
+    legal_types: tuple[str, ...]
+
+
+class ModelFacts(Record, frozen=True, kw_only=True):
+    """Describes a model without its groups; other programs rely on its keys.
+
+    ``active_parameters`` are those that one token meets, ``experts_used`` the experts that it is sent to,
+    ``attention_layers`` layer numbers from 0, ``recurrent_layers`` the number of layers with a state,
+    ``context_length`` is in tokens. A count that the file does not give is 0.
+    """
+
+    architecture: str
+    name: str
+    parameters: int
+    active_parameters: int
+    layers: int
+    experts: int
+    experts_used: int
+    attention_layers: tuple[int, ...]
+    recurrent_layers: int
+    context_length: int
+    bytes: int
+
+
+class Description(ModelFacts, frozen=True, kw_only=True):
+    """Holds what `inspect --json` prints: the model, then its groups, the demotable ones first."""
+
+    groups: tuple[GroupRecord, ...]
+
+
+class Groups(Artifact, frozen=True, kw_only=True):
+    """Holds groups.json: the groups that the measurements and the plan of a run folder name."""
+
+    format: Literal[1] = 1
+    groups: tuple[GroupRecord, ...]
+
+
+class SourceFile(ModelFacts, Artifact, frozen=True, kw_only=True):
+    """Holds source.json: what the source of a run is, by content and header, and the facts of its header.
+
+    ``path`` is the file's name without its folder, because an artifact does not say where things lie.
+    ``requantized`` says that the source was quantized already, which the card tells its readers.
+    """
+
+    format: Literal[1] = 1
+    path: str
+    sha256: str
+    header_sha256: str
+    requantized: bool
+    metadata: dict[str, Scalar | list[Scalar]]
+
+
 def role_of(tensor_name: str) -> str:
-    """Return what a tensor does: its name without `blk.N.` and `.weight`.
+    """Returns what a tensor does: its name without `blk.N.` and `.weight`.
 
     `blk.3.attn_q.weight` -> `attn_q`, `enc.blk.3.attn_q.weight` -> `enc.attn_q`,
     `blk.3.ssm_dt.bias` -> `ssm_dt.bias`, `token_embd.weight` -> `token_embd`.
@@ -126,13 +199,13 @@ def role_of(tensor_name: str) -> str:
 
 
 def layer_of(tensor_name: str) -> int | None:
-    """Return the layer a tensor belongs to, counted from 0, or None outside the layers."""
+    """Returns the layer that a tensor belongs to, counted from 0, or None for one outside the layers."""
     match = BLOCK.match(tensor_name)
     return None if match is None else int(match["layer"])
 
 
 def is_protected(name: str, shape: Sequence[int], architecture: str = "") -> bool:
-    """Say whether a tensor is never touched: the list above and what llama-quantize leaves.
+    """Says whether a tensor is never touched: those of the lists above, and what llama-quantize leaves alone.
 
     A tensor is 1-D when ggml counts it so: trailing dimensions of one do not count.
     """
@@ -150,11 +223,11 @@ def is_protected(name: str, shape: Sequence[int], architecture: str = "") -> boo
 
 
 def make_groups(source: Source, has_imatrix: bool = True, spans: int = 1) -> tuple[Group, ...]:
-    """Return the source's groups: first the demotable ones, then the protected ones, each in the
-    order in which their roles first appear in the file.
+    """Returns the source's groups: first the demotable ones, then the protected ones.
 
-    With ``spans`` over 1, a role that may be demoted is cut into as many groups of neighbouring layers
-    at most. Without an importance matrix, the types that llama.cpp makes with one only are not legal.
+    Each part is in the order in which the roles first appear in the file. With ``spans`` over 1, a role that
+    may be demoted is cut into as many groups of neighbouring layers at most. Without an importance matrix,
+    the types that llama.cpp makes with one only are not legal.
     """
     by_role: dict[str, list[TensorInfo]] = {}
     for tensor in source.tensors.values():
@@ -167,7 +240,7 @@ def make_groups(source: Source, has_imatrix: bool = True, spans: int = 1) -> tup
 
 
 def _cut(whole: Group, tensors: list[TensorInfo], spans: int) -> list[Group]:
-    """One group for each of ``spans`` spans of layers, as even as can be."""
+    """Cuts a group into ``spans`` spans of layers, as even as can be, or leaves a small one whole."""
     n = min(spans, len(whole.layers))
     if n < 2 or any(layer_of(t.name) is None for t in tensors):
         return [whole]
@@ -188,12 +261,12 @@ def _part(whole: Group, tensors: list[TensorInfo], layers: list[int]) -> Group:
 
 
 def span_name(role: str, layers: Sequence[int]) -> str:
-    """``ffn_down_exps.0-4`` or, of one layer, ``ffn_down_exps.3``."""
+    """Returns the name of a span: ``ffn_down_exps.0-4`` or, of one layer, ``ffn_down_exps.3``."""
     return f"{role}.{layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else "")
 
 
 def _make_group(role: str, tensors: list[TensorInfo], architecture: str, has_imatrix: bool) -> Group:
-    """Make the group of one role; one protected tensor protects its whole role."""
+    """Makes the group of one role; one protected tensor protects its whole role."""
     protected = any(is_protected(t.name, t.shape, architecture) for t in tensors)
     legal = () if protected else legal_types([t.shape for t in tensors], has_imatrix)
     layers = {layer for t in tensors if (layer := layer_of(t.name)) is not None}
@@ -210,29 +283,62 @@ def _make_group(role: str, tensors: list[TensorInfo], architecture: str, has_ima
     )
 
 
-def describe(source: Source, groups: Sequence[Group]) -> dict[str, Any]:
-    """Return what `inspect --json` prints and groups.json holds, keys that other programs rely on.
+def describe(source: Source, groups: Sequence[Group]) -> Description:
+    """Returns what `inspect --json` prints about a model and its groups."""
+    facts = _facts(source)
+    return Description(
+        **{name: getattr(facts, name) for name in facts.__struct_fields__},
+        groups=tuple(record_of(group) for group in groups),
+    )
 
-    In a group, `tensors` is their number and `tensor_names` their names.
-    """
-    return {
-        "architecture": source.architecture,
-        "name": source.name,
-        "parameters": sum(t.n_elements for t in source.tensors.values()),
-        "active_parameters": active_parameters(source),
-        "layers": _count(source, "block_count"),
-        "experts": _count(source, "expert_count"),
-        "experts_used": _count(source, "expert_used_count"),
-        "attention_layers": list(attention_layers(source)),
-        "recurrent_layers": len(recurrent_layers(source)),
-        "context_length": _count(source, "context_length"),
-        "bytes": source.n_bytes,
-        "groups": [_describe_group(group) for group in groups],
-    }
+
+def source_file(source: Source, sha256: str) -> SourceFile:
+    """Returns what source.json says of a model whose content has this SHA-256."""
+    facts = _facts(source)
+    return SourceFile(
+        **{name: getattr(facts, name) for name in facts.__struct_fields__},
+        path=source.path.name,
+        sha256=sha256,
+        header_sha256=source.header_sha256,
+        requantized=source.is_quantized,
+        metadata=dict(plain_metadata(source.files[0])),
+    )
+
+
+def record_of(group: Group) -> GroupRecord:
+    """Returns a group as `inspect --json` and groups.json show it."""
+    return GroupRecord(
+        name=group.name,
+        role=group.role,
+        layers=group.layers,
+        tensors=len(group.tensors),
+        tensor_names=group.tensors,
+        parameters=group.parameters,
+        bytes=group.n_bytes,
+        types=dict(group.types),
+        protected=group.protected,
+        legal_types=group.legal_types,
+    )
+
+
+def _facts(source: Source) -> ModelFacts:
+    return ModelFacts(
+        architecture=source.architecture,
+        name=source.name,
+        parameters=sum(t.n_elements for t in source.tensors.values()),
+        active_parameters=active_parameters(source),
+        layers=_count(source, "block_count"),
+        experts=_count(source, "expert_count"),
+        experts_used=_count(source, "expert_used_count"),
+        attention_layers=attention_layers(source),
+        recurrent_layers=len(recurrent_layers(source)),
+        context_length=_count(source, "context_length"),
+        bytes=source.n_bytes,
+    )
 
 
 def active_parameters(source: Source) -> int:
-    """Return the parameters one token meets: all, but of routed experts only those used.
+    """Returns the parameters that one token meets: all of them, but of routed experts only those used.
 
     Of a tensor of E experts, `expert_used_count` / E counts; without that key all of it does.
     """
@@ -249,11 +355,11 @@ def active_parameters(source: Source) -> int:
 
 
 def attention_layers(source: Source) -> tuple[int, ...]:
-    """Return the layers that attend, from 0.
+    """Returns the layers that attend, counted from 0.
 
-    A layer attends if it has keys of its own, or a fused `attn_qkv` that no recurrent mixer uses
-    (as the linear attention of Qwen3-Next and RWKV hybrids does). Where `head_count_kv` is given
-    per layer, zero rules a layer out: Kimi Linear's recurrent layers have an `attn_k` too.
+    A layer attends if it has keys of its own, or a fused `attn_qkv` that no recurrent mixer uses (as the
+    linear attention of Qwen3-Next and RWKV hybrids does). Where `head_count_kv` is given per layer, zero
+    rules a layer out: Kimi Linear's recurrent layers have an `attn_k` too.
     """
     heads = source.arch_value("attention.head_count_kv")
     without_keys: set[int] = set()
@@ -268,12 +374,12 @@ def attention_layers(source: Source) -> tuple[int, ...]:
 
 
 def recurrent_layers(source: Source) -> tuple[int, ...]:
-    """Return the layers with a state, from 0: state-space, RWKV, short convolution."""
+    """Returns the layers with a state, counted from 0: state-space, RWKV, short convolution."""
     return tuple(layer for layer, roles in sorted(_roles_by_layer(source).items()) if _any_recurrent(roles))
 
 
 def _roles_by_layer(source: Source) -> dict[int, set[str]]:
-    """Return each layer's roles, those of an encoder and a decoder (T5) without their prefix."""
+    """Returns the roles of each layer, those of an encoder and a decoder (T5) without their prefix."""
     roles: dict[int, set[str]] = {}
     for name in source.tensors:
         layer = layer_of(name)
@@ -288,23 +394,8 @@ def _any_recurrent(roles: set[str]) -> bool:
 
 
 def _count(source: Source, suffix: str) -> int:
-    """Return a metadata count, 0 where it is not given; of a count per layer, the largest."""
+    """Returns a metadata count, 0 where it is not given; of a count for each layer, the largest."""
     value = source.arch_value(suffix, 0)
     if isinstance(value, np.ndarray):
         return int(value.max()) if value.size and value.dtype.kind in "iu" else 0
     return int(value) if isinstance(value, int) else 0
-
-
-def _describe_group(group: Group) -> dict[str, Any]:
-    return {
-        "name": group.name,
-        "role": group.role,
-        "layers": list(group.layers),
-        "tensors": len(group.tensors),
-        "tensor_names": list(group.tensors),
-        "parameters": group.parameters,
-        "bytes": group.n_bytes,
-        "types": dict(group.types),
-        "protected": group.protected,
-        "legal_types": list(group.legal_types),
-    }

@@ -1,22 +1,22 @@
-"""To and from the Hugging Face Hub: a source by its address, a finished run as a repository.
+"""Goes to and from the Hugging Face Hub: a source by its address, a finished run as a repository.
 
-Everything is huggingface_hub's own: its requests and retries, its upload protocol, its
-settings (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`). Here is only what goes where.
+Everything is huggingface_hub's own: its requests and retries, its upload protocol, its settings
+(`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`). Here is only what goes where.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 from urllib.parse import urlparse
 
 import httpx2
+import msgspec
 from filelock import FileLock
 from huggingface_hub import (
     CommitOperationAdd,
@@ -40,53 +40,61 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
+from cerebellum.codec import Record, read_json
 from cerebellum.errors import AnswerIsNo, BadInput
 from cerebellum.files import sha256_file
+from cerebellum.folder import BENCH, CARD, EVIDENCE, LEDGER, MANIFEST, REPORT
+from cerebellum.ledger import Ledger
 from cerebellum.source import SPLIT_NAME
-from cerebellum.workspace import read_json
 
 SCHEME = "hf:"
 _ADDRESS = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?/(?P<file>.+\.gguf)$", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REPO = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
 
-EVIDENCE = (
-    "README.md",
-    "report.html",
-    "manifest.json",
-    "source.json",
-    "groups.json",
-    "measurements.json",
-    "curves.json",
-    "plan.json",
-    "verify.json",
-    "bench.json",
-    "ledger.sqlite",
-)
-"""What goes up beside the model and its importance matrix. Shards stay, and so do the settings,
-which know where things lie on this disk."""
+UPLOADED = (CARD, REPORT, MANIFEST, *EVIDENCE, BENCH, LEDGER)
+"""The artifacts that go up beside the model and its importance matrix, where they exist. Shards stay here,
+and so do the settings, because they know where things lie on this disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """One file of the repository."""
+    """Is one file of the repository: its name there, where it lies here, and its size in bytes."""
 
     name: str
     path: Path
     n_bytes: int
 
 
+class PushedFile(Record, frozen=True, kw_only=True):
+    """Names a file that was uploaded, or would be, by its path in the repository."""
+
+    name: str
+    bytes: int
+
+
+class Pushed(Record, frozen=True, kw_only=True):
+    """Holds the answer of `push --json`; ``url`` is the commit's page, or None after a dry run."""
+
+    repo: str
+    dry_run: bool
+    files: tuple[PushedFile, ...]
+    bytes: int
+    url: str | None
+
+
 def is_address(text: str) -> bool:
-    """Whether a source is on the Hub: `hf:owner/repo/file.gguf`."""
+    """Says whether a source is on the Hub, as in `hf:owner/repo/file.gguf`, and not a path."""
     return text.startswith(SCHEME)
 
 
 def download(address: str, tell: Callable[[str], None] = lambda _: None) -> Path:
-    """The file of an address, kept under `HF_HOME`; one that is there already is not fetched again.
+    """Returns the path of an address's file, kept under `HF_HOME`; what is there already is not fetched
+    again.
 
-    ``tell`` hears what is fetched; on a terminal huggingface_hub draws its own bar too.
-
-    Of a split model all parts are fetched and the first is returned.
+    ``tell`` hears what is fetched; on a terminal huggingface_hub draws its own bar too. Of a split model all
+    parts are fetched and the first is returned. Raises BadInput for what is no address or what the Hub
+    refuses.
     """
     match = _ADDRESS.match(address.removeprefix(SCHEME))
     if match is None or ".." in match["file"].split("/"):
@@ -97,7 +105,7 @@ def download(address: str, tell: Callable[[str], None] = lambda _: None) -> Path
 
 
 def _parts(file: str) -> list[str]:
-    """The names of all splits, or the one name."""
+    """Returns the names of all splits that a file's name stands for, or the one name."""
     split = SPLIT_NAME.match(file)
     if split is None:
         return [file]
@@ -106,11 +114,10 @@ def _parts(file: str) -> list[str]:
 
 
 def _fetch(repo: str, name: str, revision: str | None, tell: Callable[[str], None]) -> Path:
-    """One file, from where an earlier try left off.
+    """Returns the path of one file, fetched from where an earlier try left off.
 
-    huggingface_hub 2 starts a file anew after its process ended, so the part that is there is kept
-    here and handed to its own downloader. Files beyond what the Hub gives over plain HTTP go through
-    its usual way.
+    huggingface_hub 2 starts a file anew after its process ended, so the part that is there is kept here and
+    handed to its own downloader. Files beyond what the Hub gives over plain HTTP go through its usual way.
     """
     url = hf_hub_url(repo, name, revision=revision)
     seen = get_hf_file_metadata(url)
@@ -126,7 +133,10 @@ def _fetch(repo: str, name: str, revision: str | None, tell: Callable[[str], Non
 
 
 def _resume(seen: HfFileMetadata, url: str, target: Path, tell: Callable[[str], None]) -> None:
-    """Adds what is missing to the part that is there, and keeps it only if it is what the Hub named."""
+    """Adds what is missing to the part that is there, and keeps it only if it is what the Hub named.
+
+    Raises BadInput, and removes the part, where its SHA-256 is another one.
+    """
     part = target.with_name(f"{target.name}.{(seen.etag or 'part')[:16]}.partial")
     have = part.stat().st_size if part.exists() else 0
     tell(f"downloading {target.name}: {have:,} of {seen.size:,} bytes are here")
@@ -147,64 +157,89 @@ def _resume(seen: HfFileMetadata, url: str, target: Path, tell: Callable[[str], 
 
 
 def _headers(url: str, location: str) -> dict[str, str]:
-    """The token is for the Hub, never for the store that it sends us on to."""
+    """Returns the request's headers; the token is for the Hub, never for the store that it sends us on to."""
     headers = build_hf_headers()
     if urlparse(url).netloc != urlparse(location).netloc:
         headers.pop("authorization", None)
     return headers
 
 
+class _Named(msgspec.Struct, frozen=True):
+    """Holds what the manifest says of one file: its name and its content's SHA-256."""
+
+    file: str
+    sha256: str
+
+
+class _Manifest(msgspec.Struct, frozen=True):
+    """Holds what of manifest.json an upload depends on; its other keys are of no concern here."""
+
+    result: _Named
+    imatrix: _Named
+
+
+class _Verified(msgspec.Struct, frozen=True):
+    """Holds what of verify.json an upload depends on: whether the file passed."""
+
+    ok: bool
+
+
+_Json = TypeVar("_Json", _Manifest, _Verified)
+
+
+def _read(path: Path, wanted: type[_Json]) -> _Json:
+    """Returns what is wanted of an artifact; BadInput names the file where it is not there."""
+    try:
+        return msgspec.convert(read_json(path), wanted)
+    except msgspec.ValidationError as error:
+        raise BadInput(f"{path}: not as Cerebellum writes it ({error}); run its stage again") from error
+
+
 def uploads(folder: Path) -> list[Upload]:
-    """What `push` uploads, the model first; refused if the evidence is not of this very file."""
-    manifest = read_json(folder / "manifest.json")
+    """Returns what `push` uploads from a run folder, the model first and the charts and answers last.
+
+    Raises AnswerIsNo where the file failed verification or is not the one that the evidence is about, and
+    BadInput where an artifact is missing or damaged.
+    """
+    manifest = _read(folder / "manifest.json", _Manifest)
     _check(folder, manifest)
     more = [*(folder / "charts").glob("*.png"), *(folder / "bench").glob("*.jsonl")]
     deeper = sorted(path.relative_to(folder).as_posix() for path in more)
-    names = [manifest["result"]["file"], manifest["imatrix"]["file"], *EVIDENCE, *deeper]
+    names = [manifest.result.file, manifest.imatrix.file, *UPLOADED, *deeper]
     found = [(name, folder / name) for name in names if (folder / name).exists()]
     return [Upload(name=name, path=path, n_bytes=path.stat().st_size) for name, path in found]
 
 
-def _check(folder: Path, manifest: Any) -> None:
-    """The card must be about the file that goes with it, and the file must have passed."""
-    result = folder / manifest["result"]["file"]
-    if not read_json(folder / "verify.json")["ok"]:
+def _check(folder: Path, manifest: _Manifest) -> None:
+    """Makes sure that the card is about the files that go with it, and that the model passed."""
+    if not _read(folder / "verify.json", _Verified).ok:
         raise AnswerIsNo(f"{folder}: its file failed verification; nothing was uploaded")
-    for path, wanted in (
-        (result, manifest["result"]["sha256"]),
-        (folder / manifest["imatrix"]["file"], manifest["imatrix"]["sha256"]),
-    ):
-        if sha256_file(path) != wanted:
+    for named in (manifest.result, manifest.imatrix):
+        path = folder / named.file
+        if sha256_file(path) != named.sha256:
             raise AnswerIsNo(f"{path}: is not the file its manifest names; run the stages again")
 
 
-def push(
-    folder: Path, repo: str, render: Callable[[], object], dry_run: bool, private: bool
-) -> dict[str, Any]:
+def push(folder: Path, repo: str, render: Callable[[], object], dry_run: bool, private: bool) -> Pushed:
     """Makes the repository if there is none and uploads everything as one commit.
 
-    ``render`` writes the card again, for this repository.
+    ``render`` writes the card again, for this repository, before anything is read. With ``dry_run`` nothing
+    is sent. Raises as ``uploads`` does, and BadInput for what the Hub refuses.
     """
     if not _REPO.match(repo):
         raise BadInput(f"{repo}: not a repository's name; wanted owner/name")
     render()
-    _settle_ledger(folder / "ledger.sqlite")
+    if (folder / "ledger.sqlite").exists():
+        with Ledger(folder / "ledger.sqlite") as ledger:
+            ledger.settle()
     files = uploads(folder)
-    answer: dict[str, Any] = {
-        "repo": repo,
-        "dry_run": dry_run,
-        "files": [{"name": f.name, "bytes": f.n_bytes} for f in files],
-        "bytes": sum(f.n_bytes for f in files),
-        "url": None,
-    }
-    return answer if dry_run else answer | {"url": _commit(repo, files, private)}
-
-
-def _settle_ledger(path: Path) -> None:
-    """Brings what SQLite still keeps beside the ledger into it, so that one file is all of it."""
-    if path.exists():
-        with closing(sqlite3.connect(path)) as database:
-            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return Pushed(
+        repo=repo,
+        dry_run=dry_run,
+        files=tuple(PushedFile(name=f.name, bytes=f.n_bytes) for f in files),
+        bytes=sum(f.n_bytes for f in files),
+        url=None if dry_run else _commit(repo, files, private),
+    )
 
 
 def _commit(repo: str, files: list[Upload], private: bool) -> str:
@@ -219,7 +254,7 @@ def _commit(repo: str, files: list[Upload], private: bool) -> str:
 
 @contextmanager
 def _told(what: str) -> Iterator[None]:
-    """The Hub's refusals in one line that says what to do."""
+    """Turns the Hub's refusals into one line that says what to do."""
     try:
         yield
     except GatedRepoError as error:

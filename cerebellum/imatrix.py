@@ -16,11 +16,10 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
+from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
 from cerebellum.files import sha256_file
 from cerebellum.gguf import GgufFile, TensorSource, encode_kv, read_gguf, write_gguf
-from cerebellum.llama.activations import ActivationCollector
-from cerebellum.llama.native import LlamaEngine
 from cerebellum.progress import Reporter, Tick
 from cerebellum.texts import Corpus
 
@@ -74,9 +73,28 @@ def filled(entry: Entry) -> Floats:
     return np.asarray(np.maximum(means, floors), np.float32)
 
 
+def _recipe_of(path: Path) -> str | None:
+    """Returns what a matrix was made from, or None where the file is none that this program wrote."""
+    try:
+        found: str | None = read_gguf(path).value(_RECIPE)
+    except BadInput:
+        return None
+    return found
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raises BadInput where a file is at ``out`` that this program did not write as an importance matrix."""
+    if not out.exists():
+        return
+    if _recipe_of(out) is None:
+        raise BadInput(
+            f"{out}: is there already and is no importance matrix made here; give another -o, or --force to replace it"
+        )
+
+
 def compute_or_reuse(
     *,
-    engine: LlamaEngine,
+    engine: Engine,
     shards: Sequence[Path],
     source_sha256: str,
     corpus: Corpus,
@@ -87,7 +105,7 @@ def compute_or_reuse(
     """The matrix at ``out`` if it was made from just this; otherwise made now from ``chunks`` chunks."""
     count = min(chunks, corpus.n_chunks)
     recipe = f"{source_sha256} {corpus.sha256} {corpus.ctx} {count} {engine.identity}"
-    if out.exists() and read_gguf(out).value(_RECIPE) == recipe:
+    if out.exists() and _recipe_of(out) == recipe:
         return read(out)
     with reporter.task("importance matrix", count) as tick:
         entries = collect(engine, shards, corpus, count, tick)
@@ -96,21 +114,16 @@ def compute_or_reuse(
 
 
 def collect(
-    engine: LlamaEngine, shards: Sequence[Path], corpus: Corpus, chunks: int, tick: Tick
+    engine: Engine, shards: Sequence[Path], corpus: Corpus, chunks: int, tick: Tick
 ) -> dict[str, Entry]:
     """Decodes the first ``chunks`` chunks and sums the squares that each weight meets."""
-    collector = ActivationCollector()
-    with engine.open(shards, corpus.ctx, collector.callback) as model:
-        for chunk in range(chunks):
-            model.evaluate(corpus.inputs(chunk))
-            if collector.error:
-                raise collector.error
-            tick()
-    if not collector.sums:
+    inputs = (corpus.inputs(chunk) for chunk in range(chunks))
+    found = engine.importance(shards, corpus.ctx, inputs, tick)
+    if not found:
         raise BadInput(f"{shards[0]}: no matrix product was seen; this build hides its graph nodes")
     return {
         name: Entry(sums=sums.squares.astype(np.float32), counts=sums.counts)
-        for name, sums in sorted(collector.sums.items())
+        for name, sums in sorted(found.items())
     }
 
 

@@ -7,91 +7,137 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
 
 from cerebellum import __version__
-from cerebellum.build import output_path
+from cerebellum.codec import Artifact, Record
 from cerebellum.files import atomic_writer, sha256_file
-from cerebellum.llama.library import build_id
-from cerebellum.workspace import Settings, Workspace, read_json, write_json
+from cerebellum.settings import Settings
+from cerebellum.verdicts import NOTHING
 
-FORMAT = 2  # 1: hashes and settings; 2: tensor types, base and file names too, so that it can be reproduced
-EVIDENCE = ("source.json", "groups.json", "measurements.json", "curves.json", "plan.json", "verify.json")
+if TYPE_CHECKING:  # whoever only reads a manifest needs no engine
+    from cerebellum.workspace import Workspace
+
 _PACKAGES = ("gguf", "llama-cpp-python", "numpy", "scipy")
 
 
-def make_manifest(workspace: Workspace, changes: Mapping[str, str]) -> dict[str, Any]:
-    """manifest.json of a run that shipped ``changes``; a matrix from elsewhere is put beside it."""
+class NamedFile(Record, frozen=True, kw_only=True):
+    """A file by its name and content."""
+
+    file: str
+    sha256: str
+
+
+class SourceNamed(Record, frozen=True, kw_only=True):
+    """The source: its name, its files in order, and the hash of all of them one after the other."""
+
+    name: str
+    files: tuple[str, ...]
+    sha256: str
+    header_sha256: str
+
+
+class BaseNamed(Record, frozen=True, kw_only=True):
+    """The base: a preset is made again from the source; a file that was given is named by its hash."""
+
+    label: str
+    file: str | None
+    sha256: str | None
+
+
+class ResultNamed(NamedFile, frozen=True, kw_only=True):
+    """The finished file."""
+
+    bytes: int
+
+
+class Manifest(Artifact, frozen=True, kw_only=True):
+    """manifest.json. Paths in ``settings`` are names only; ``shards`` and ``evidence`` are hashes by file name.
+
+    Format 1 had hashes and settings, 2 tensor types, base and file names too, 3 has settings by goal.
+    """
+
+    format: Literal[3] = 3
+    cerebellum: str
+    llama_cpp: str
+    versions: dict[str, str]
+    settings: Settings
+    seed: int
+    source: SourceNamed
+    imatrix: NamedFile
+    base: BaseNamed
+    texts: dict[str, str]
+    text_files: dict[str, str]
+    tensor_types: dict[str, str]
+    shards: dict[str, str]
+    evidence: dict[str, str]
+    ledger_digest: str
+    result: ResultNamed
+
+
+def make_manifest(workspace: Workspace) -> Manifest:
+    """Writes manifest.json of a finished run; a matrix from elsewhere is put beside it."""
+    from cerebellum.build import output_path
+    from cerebellum.folder import EVIDENCE, MANIFEST
+
+    plan = workspace.artifacts.plan()
     out = output_path(workspace.folder, workspace.source, workspace.base)
     matrix = _beside(workspace.matrix.path, workspace.folder)
-    manifest = {
-        "format": FORMAT,
-        "cerebellum": __version__,
-        "llama_cpp": build_id(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-        "settings": _settings(workspace.settings),
-        "seed": workspace.settings.seed,
-        "source": _source(workspace),
-        "imatrix": {"file": matrix.name, "sha256": workspace.matrix.sha256},
-        "base": _base(workspace),
-        "texts": {"selection": workspace.selection.sha256, "report": workspace.report_corpus.sha256},
-        "text_files": {
+    evidence = [workspace.path(name) for name in EVIDENCE]
+    shards = workspace.shards.hashes(NOTHING) | workspace.shards.hashes(plan.changes)
+    manifest = Manifest(
+        cerebellum=__version__,
+        llama_cpp=workspace.engine.build,
+        versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        settings=_named(workspace.settings),
+        seed=workspace.settings.seed,
+        source=SourceNamed(
+            name=workspace.source.name,
+            files=tuple(file.path.name for file in workspace.source.files),
+            sha256=workspace.source_sha256,
+            header_sha256=workspace.source.header_sha256,
+        ),
+        imatrix=NamedFile(file=matrix.name, sha256=workspace.matrix.sha256),
+        base=_base(workspace),
+        texts={"selection": workspace.selection.sha256, "report": workspace.report_corpus.sha256},
+        text_files={
             "selection": workspace.selection.path.name,
             "report": workspace.report_corpus.path.name,
         },
-        "tensor_types": read_json(workspace.path("plan.json"))["tensor_types"],
-        "shards": {path.name: sha256_file(path) for path in _shard_paths(workspace, changes)},
-        "evidence": _evidence(workspace),
-        "ledger_digest": workspace.ledger.digest(),
-        "result": {"file": out.name, "sha256": sha256_file(out), "bytes": out.stat().st_size},
-    }
-    write_json(workspace.path("manifest.json"), manifest)
+        tensor_types=plan.tensor_types,
+        shards=dict(sorted(shards.items())),
+        evidence={path.name: sha256_file(path) for path in evidence if path.exists()},
+        ledger_digest=workspace.ledger.digest(),
+        result=ResultNamed(file=out.name, sha256=sha256_file(out), bytes=out.stat().st_size),
+    )
+    workspace.artifacts.write(MANIFEST, manifest)
     return manifest
 
 
-def _evidence(workspace: Workspace) -> dict[str, str]:
-    """Of a plan by limit the measurements, of one by budget the curves."""
-    paths = [workspace.path(name) for name in EVIDENCE]
-    return {path.name: sha256_file(path) for path in paths if path.exists()}
+def _named(settings: Settings) -> Settings:
+    """Returns the settings with every path cut down to its name."""
+    values = {name: getattr(settings, name) for name in settings.__struct_fields__}
+    paths = {name: Path(value.name) for name, value in values.items() if isinstance(value, Path)}
+    return msgspec.structs.replace(settings, **paths)
 
 
-def _settings(settings: Settings) -> dict[str, Any]:
-    return {key: value.name if isinstance(value, Path) else value for key, value in asdict(settings).items()}
-
-
-def _source(workspace: Workspace) -> dict[str, Any]:
-    return {
-        "name": workspace.source.name,
-        "files": [file.path.name for file in workspace.source.files],
-        "sha256": workspace.source_sha256,
-        "header_sha256": workspace.source.header_sha256,
-    }
-
-
-def _base(workspace: Workspace) -> dict[str, Any]:
-    """A preset is made again from the source; a file that was given is named by its hash."""
+def _base(workspace: Workspace) -> BaseNamed:
     file = workspace.base.file
-    return {
-        "label": workspace.base.label,
-        "file": file.path.name if file else None,
-        "sha256": file.sha256() if file else None,
-    }
+    return BaseNamed(
+        label=workspace.base.label,
+        file=file.path.name if file else None,
+        sha256=file.sha256() if file else None,
+    )
 
 
 def _beside(path: Path, folder: Path) -> Path:
-    """``path`` if it lies in ``folder``, else a copy of it there under the same name."""
+    """Returns ``path`` if it lies in ``folder``, else a copy of it there under the same name."""
     target = folder / path.name
     if path.resolve() != target.resolve():
         with path.open("rb") as source, atomic_writer(target, path.stat().st_size) as stream:
             shutil.copyfileobj(source, stream)
     return target
-
-
-def _shard_paths(workspace: Workspace, changes: Mapping[str, str]) -> list[Path]:
-    """The shards of the base and of the finished file."""
-    base, result = workspace.shards.variant({}), workspace.shards.variant(changes)
-    return sorted({*base.paths, *result.paths})

@@ -17,23 +17,20 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
-from cerebellum.base import Base
+from cerebellum.engine.protocols import Engine, QuantizeJob
 from cerebellum.errors import BadInput
 from cerebellum.files import sha256_file
-from cerebellum.gguf import TensorSource, encode_kv, fits, parse_type, read_gguf, tensor_bytes, write_gguf
-from cerebellum.groups import Group
+from cerebellum.gguf import TensorSource, encode_kv, read_gguf, row_bytes, write_gguf
 from cerebellum.imatrix import ImportanceMatrix
+from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
-from cerebellum.llama.library import build_id
-from cerebellum.llama.quantize import QuantizeJob, quantize
 from cerebellum.source import Source
+from cerebellum.verdicts import Changes
 
-BASE = "base"
-PROTECTED = "protected"
+BASE_LABEL = "base"
+"""How people are told of the variant without changes, and of a shard at its base types."""
+
 _LABELLED = 12  # changes that a label still names
-
-Changes = Mapping[str, str]
-"""A variant in code: group name -> type name; groups not named stay at the base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,36 +44,52 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What the shards are made from, and where they go."""
+    """What the shards are made from, and where they go.
+
+    ``layout`` says which tensors each group has; all other tensors of the ``source`` are protected.
+    """
 
     source: Source
-    base: Base
+    layout: Layout
     matrix: ImportanceMatrix | None
-    groups: tuple[Group, ...]
+    engine: Engine
     folder: Path
     threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """What a shard holds: its split number, and the type of each of its tensors in order."""
+
+    number: int
+    types: Mapping[str, GGMLQuantizationType]
 
 
 class Shards:
     """Makes shards on demand, each (group, type) once ever, and lists them as variants."""
 
     def __init__(self, recipe: Recipe, ledger: Ledger, tick: Callable[[str], None] = lambda _: None) -> None:
-        self._recipe, self._ledger, self._tick = recipe, ledger, tick
-        self.groups = {group.name: group for group in recipe.groups if not group.protected}
-        self._number = {name: number for number, name in enumerate(self.groups, start=1)}
+        self._recipe = recipe
+        self._ledger = ledger
+        self._tick = tick
+        self._number = {name: number for number, name in enumerate(recipe.layout.groups, start=1)}
         self._hashes: dict[Path, str] = {}
-        matrix = recipe.matrix.sha256 if recipe.matrix else ""
-        base_file = recipe.base.file.sha256() if recipe.base.file else ""
-        self._origin = [recipe.source.sha256(), base_file, matrix, build_id()]
+        self._written: dict[Path, _Content] = {}
+        base = recipe.layout.base
+        self._origin = [
+            recipe.source.sha256(),
+            base.file.sha256() if base.file else "",
+            recipe.matrix.sha256 if recipe.matrix else "",
+            recipe.engine.build,
+        ]
         recipe.folder.mkdir(parents=True, exist_ok=True)
 
     def variant(self, changes: Changes, label: str = "") -> Variant:
-        """The shard list of the base with ``changes``, made where missing."""
-        unknown = set(changes) - set(self.groups)
+        """Returns the shard list of the base with ``changes``; makes those that are missing."""
+        unknown = set(changes) - set(self._number)
         if unknown:
             raise BadInput(f"no group {sorted(unknown)[0]!r}; `cerebellum inspect` lists them")
-        paths = [self.path(PROTECTED, BASE)]
-        paths += [self.path(name, changes.get(name, BASE)) for name in self.groups]
+        paths = [self.protected(), *(self.path(name, changes.get(name)) for name in self._number)]
         content = "".join(self._hashes[path] for path in paths)
         return Variant(
             label=label or _label(changes),
@@ -84,46 +97,66 @@ class Shards:
             digest=hashlib.sha256(content.encode()).hexdigest(),
         )
 
-    def tensor(self, name: str, kind: GGMLQuantizationType) -> TensorSource:
-        """One tensor of the source at a type, quantized when it is written."""
-        shape = self._recipe.source.tensors[name].shape
-        return TensorSource(name=name, shape=shape, type=kind, chunks=lambda: self._bytes(name, kind))
+    def checked(self, changes: Changes, label: str = "") -> Variant:
+        """Returns the variant once every one of its files has the content that was recorded when it was made.
 
-    def path(self, name: str, kind: str) -> Path:
-        """The shard of one group at one type (or BASE); written if it is not there."""
-        types = self.types(name, kind)
-        recipe = json.dumps([*self._origin, self._split_numbers(name), types_as_names(types)])
+        A shard that changed on the disk since is made again from the source. Raises BadInput where that gives
+        other bytes: what was measured is then gone.
+        """
+        variant = self.variant(changes, label)
+        for path in variant.paths:
+            if sha256_file(path) != self._hashes[path]:
+                self._make_again(path)
+        return variant
+
+    def hashes(self, changes: Changes) -> dict[str, str]:
+        """Returns the recorded SHA-256 of every file of a variant, by its name."""
+        return {path.name: self._hashes[path] for path in self.variant(changes).paths}
+
+    def rows(self, name: str, type_: GGMLQuantizationType, rows: range) -> NDArray[np.uint8]:
+        """Returns the bytes of some neighbouring rows of a tensor at a type, made from the source just now."""
+        return row_content(self._recipe, name, type_, rows)
+
+    def _make_again(self, path: Path) -> None:
+        content = self._written[path]
+        self._tick(f"{path.name} again, for its bytes changed on the disk")
+        path.unlink()
+        self._write(path, content)
+        if sha256_file(path) != self._hashes[path]:
+            raise BadInput(
+                f"{path}: changed on the disk since it was measured, and the source gives other bytes now; "
+                "check the disk and the importance matrix, and run again in another folder"
+            )
+
+    def tensor(self, name: str, type_: GGMLQuantizationType) -> TensorSource:
+        """Returns one tensor of the source at a type; it is quantized when it is written."""
+        shape = self._recipe.source.tensors[name].shape
+        return TensorSource(name=name, shape=shape, type=type_, chunks=lambda: self._bytes(name, type_))
+
+    def protected(self) -> Path:
+        """Returns the shard with the metadata and all tensors that nothing changes."""
+        grouped = {tensor for group in self._recipe.layout.groups.values() for tensor in group.tensors}
+        types = {name: t for name, t in self._recipe.layout.base.types.items() if name not in grouped}
+        in_source_order = {name: types[name] for name in self._recipe.source.tensors if name in types}
+        return self._made(0, "protected", BASE_LABEL, in_source_order)
+
+    def path(self, name: str, qtype: str | None) -> Path:
+        """Returns the shard of one group at one type, or at its base types; writes it if it is not there."""
+        types = self._recipe.layout.group_types(name, qtype)
+        return self._made(self._number[name], name, qtype or BASE_LABEL, types)
+
+    def _made(self, number: int, name: str, label: str, types: Mapping[str, GGMLQuantizationType]) -> Path:
+        names = {tensor: type_.name for tensor, type_ in types.items()}
+        recipe = json.dumps([*self._origin, self._split_numbers(number), names])
         digest = hashlib.sha256(recipe.encode()).hexdigest()
-        number = self._number.get(name, 0)
-        path = self._recipe.folder / f"{number:02d}-{name}.{kind}.{digest[:12]}.gguf"
+        path = self._recipe.folder / f"{number:02d}-{name}.{label}.{digest[:12]}.gguf"
         if path not in self._hashes:
+            self._written[path] = _Content(number=number, types=types)
             if not path.exists():
-                self._tick(f"{name} at {kind}")
-                self._write(path, name, types)
+                self._tick(f"{name} at {label}")
+                self._write(path, self._written[path])
             self._hashes[path] = self._content_hash(path, digest)
         return path
-
-    def types(self, name: str, kind: str) -> dict[str, GGMLQuantizationType]:
-        """Tensor name -> type for a group at ``kind``; BadInput where a row cannot take it."""
-        base = self._recipe.base.types
-        if kind == BASE:
-            return {tensor: base[tensor] for tensor in self._tensors(name)}
-        wanted = parse_type(kind)
-        for tensor in self._tensors(name):
-            shape = self._recipe.source.tensors[tensor].shape
-            if not fits(wanted, shape):
-                raise BadInput(f"{tensor}: rows of {shape[0]} cannot be {wanted.name}")
-        return dict.fromkeys(self._tensors(name), wanted)
-
-    def n_bytes(self, name: str, kind: str) -> int:
-        """Bytes of a group's tensors at ``kind``, without padding. Makes nothing."""
-        shapes = self._recipe.source.tensors
-        return sum(tensor_bytes(t, shapes[tensor].shape) for tensor, t in self.types(name, kind).items())
-
-    def _tensors(self, name: str) -> tuple[str, ...]:
-        if name != PROTECTED:
-            return self.groups[name].tensors
-        return tuple(t for group in self._recipe.groups if group.protected for t in group.tensors)
 
     def _content_hash(self, path: Path, recipe: str) -> str:
         known = self._ledger.content_hash(path.name, recipe)
@@ -132,54 +165,77 @@ class Shards:
             self._ledger.record_content_hash(path.name, recipe, known)
         return known
 
-    def _write(self, path: Path, name: str, types: Mapping[str, GGMLQuantizationType]) -> None:
-        records = self._recipe.base.records if name == PROTECTED else ()
-        number, count, total = self._split_numbers(name)
+    def _write(self, path: Path, content: _Content) -> None:
+        """Only the shard with the metadata carries general.alignment; the others use the default."""
+        base = self._recipe.layout.base
+        records = () if content.number else base.records
+        _, count, total = self._split_numbers(content.number)
         split = (
-            encode_kv("split.no", number, GGUFValueType.UINT16),
+            encode_kv("split.no", content.number, GGUFValueType.UINT16),
             encode_kv("split.count", count, GGUFValueType.UINT16),
             encode_kv("split.tensors.count", total, GGUFValueType.INT32),
         )
-        tensors = [self.tensor(tensor, kind) for tensor, kind in types.items()]
-        write_gguf(path, (*records, *split), tensors, self._alignment(records))
+        tensors = [self.tensor(tensor, type_) for tensor, type_ in content.types.items()]
+        write_gguf(path, (*records, *split), tensors, 32 if content.number else base.alignment)
 
-    def _split_numbers(self, name: str) -> tuple[int, int, int]:
-        return (self._number.get(name, 0), len(self._number) + 1, len(self._recipe.source.tensors))
+    def _split_numbers(self, number: int) -> tuple[int, int, int]:
+        return (number, len(self._number) + 1, len(self._recipe.source.tensors))
 
-    def _alignment(self, records: tuple[bytes, ...]) -> int:
-        """Only the shard with the metadata carries general.alignment; the others use the default."""
-        return self._recipe.base.alignment if records else 32
+    def _bytes(self, name: str, type_: GGMLQuantizationType) -> Iterator[NDArray[np.uint8]]:
+        return tensor_content(self._recipe, name, type_)
 
-    def _bytes(self, name: str, kind: GGMLQuantizationType) -> Iterator[NDArray[np.uint8]]:
-        base = self._recipe.base
-        if base.file is not None and base.types[name] == kind:
-            yield base.file.read(name)
-            return
-        source, matrix = self._recipe.source, self._recipe.matrix
-        job = QuantizeJob(
-            name=name,
-            raw=source.read(name),
-            shape=source.tensors[name].shape,
-            from_type=source.tensors[name].type,
-            to_type=kind,
-            importance=matrix.importance(name) if matrix else None,
-        )
-        yield from quantize(job, self._recipe.threads)
+
+def tensor_content(recipe: Recipe, name: str, type_: GGMLQuantizationType) -> Iterator[NDArray[np.uint8]]:
+    """Yields a tensor's bytes at a type: a given base's own where it has that type, else quantized.
+
+    This is the only place where bytes of a finished file come from, whether it is built or made again.
+    """
+    base = recipe.layout.base
+    if base.file is not None and base.types[name] == type_:
+        yield base.file.read(name)
+        return
+    tensor = recipe.source.tensors[name]
+    job = QuantizeJob(
+        name=name,
+        raw=recipe.source.read(name),
+        shape=tensor.shape,
+        from_type=tensor.type,
+        to_type=type_,
+        importance=recipe.matrix.importance(name) if recipe.matrix else None,
+    )
+    yield from recipe.engine.quantize(job, recipe.threads)
+
+
+def row_content(recipe: Recipe, name: str, type_: GGMLQuantizationType, rows: range) -> NDArray[np.uint8]:
+    """Returns the bytes of neighbouring rows of a tensor, all of one expert, as ``tensor_content`` has them."""
+    tensor = recipe.source.tensors[name]
+    base = recipe.layout.base
+    n_per_row = tensor.shape[0]
+    if base.file is not None and base.types[name] == type_:
+        size = row_bytes(type_, n_per_row)
+        return base.file.read(name)[rows.start * size : rows.stop * size]
+    size = row_bytes(tensor.type, n_per_row)
+    importance = recipe.matrix.importance(name) if recipe.matrix else None
+    expert = rows.start // tensor.shape[1] if len(tensor.shape) > 2 else 0
+    job = QuantizeJob(
+        name=name,
+        raw=recipe.source.read(name)[rows.start * size : rows.stop * size],
+        shape=(n_per_row, len(rows)),
+        from_type=tensor.type,
+        to_type=type_,
+        importance=None if importance is None else importance[expert * n_per_row : (expert + 1) * n_per_row],
+    )
+    return np.concatenate(list(recipe.engine.quantize(job, recipe.threads)))
 
 
 def _label(changes: Changes) -> str:
-    """For people: every change, or, of a whole plan, how many."""
+    """Names every change for people, or, of a whole plan, how many there are."""
     if len(changes) > _LABELLED:
         return f"a plan of {len(changes)} changes"
-    return ", ".join(f"{name}:{kind}" for name, kind in sorted(changes.items())) or BASE
-
-
-def types_as_names(types: Mapping[str, GGMLQuantizationType]) -> dict[str, str]:
-    """For JSON."""
-    return {name: kind.name for name, kind in types.items()}
+    return ", ".join(f"{name}:{qtype}" for name, qtype in sorted(changes.items())) or BASE_LABEL
 
 
 def shard_tensors(path: Path) -> dict[str, NDArray[np.uint8]]:
-    """The tensors of one shard, as views of the mapped file."""
+    """Returns the tensors of one shard by name, as views of the mapped file."""
     file = read_gguf(path)
     return {tensor.name: file.data(tensor) for tensor in file.tensors}

@@ -1,16 +1,18 @@
-"""GGUF -> Source: the model everything is made from, one file or all of its splits.
+"""Opens the source: the model that everything is made from, one GGUF or all of its splits.
 
-Only a language model at full precision is a source: what is derived from one (an importance matrix,
-an adapter, a vision projector, a vocabulary) is refused by name, an already quantized model unless
+Only a language model at full precision is a source. What is derived from one (an importance matrix, an
+adapter, a vision projector, a vocabulary) is refused by name, and an already quantized model unless it was
 asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,16 @@ from cerebellum.gguf import GgufFile, TensorInfo, is_quantized, read_gguf
 SPLIT_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.DOTALL)
 """llama.cpp's names of split files, counted from 1 (`llama_split_path`)."""
 
+Scalar = str | int | float | bool
+"""What JSON has for one fact of a header."""
+
+Metadata = Mapping[str, Scalar | list[Scalar]]
+"""A header's short facts, fit for JSON; ``plain_metadata`` reads them."""
+
+_MAX_TEXT = 2000  # characters of a text that are kept
+_MAX_ITEMS = 1024  # a longer list is left out: the vocabulary's scores and types
+_TEMPLATE_KEY = "tokenizer.chat_template"
+
 KNOWN_ARCHITECTURES = frozenset(MODEL_ARCH_NAMES.values()) - {MODEL_ARCH_NAMES[MODEL_ARCH.MMPROJ]}
 
 NOT_A_MODEL = {
@@ -39,7 +51,10 @@ NOT_A_MODEL = {
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The source model: metadata of its first file, tensors of all of its files, in file order."""
+    """Describes the source model: metadata of its first file, tensors of all of its files, in file order.
+
+    ``file_of`` maps a tensor's name to the file that holds it.
+    """
 
     path: Path
     files: tuple[GgufFile, ...]
@@ -48,16 +63,19 @@ class Source:
     tensors: dict[str, TensorInfo]
     file_of: dict[str, GgufFile]
 
+    _hashed: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+    """Holds the content's hash once it was computed, because that reads every byte of the files."""
+
     def value(self, key: str, default: Any = None) -> Any:
-        """Return a metadata value, decoded as `GgufFile.value` does."""
+        """Returns a metadata value, decoded as `GgufFile.value` does, or ``default`` where it is missing."""
         return self.files[0].value(key, default)
 
     def arch_value(self, suffix: str, default: Any = None) -> Any:
-        """Return the architecture's own value: `block_count` is read from `<arch>.block_count`."""
+        """Returns the architecture's own value: `block_count` is read from `<arch>.block_count`."""
         return self.value(f"{self.architecture}.{suffix}", default)
 
     def read(self, tensor_name: str) -> npt.NDArray[np.uint8]:
-        """Return a tensor's bytes as a read-only view; nothing is loaded before it is touched.
+        """Returns a tensor's bytes as a read-only view; nothing is loaded before it is touched.
 
         Raises:
             BadInput: there is no such tensor, or the file changed since its header was read.
@@ -66,39 +84,43 @@ class Source:
 
     @property
     def kv_records(self) -> dict[str, bytes]:
-        """The raw metadata records, `split.*` of a split source included."""
+        """Returns the raw metadata records of the first file, `split.*` of a split source included."""
         return self.files[0].kv_records
 
     @property
     def n_bytes(self) -> int:
-        """The size of all files together."""
+        """Returns the size of all files together in bytes, headers and padding included."""
         return sum(file.n_bytes for file in self.files)
 
     @cached_property
     def is_quantized(self) -> bool:
-        """Whether any tensor is already in a block-quantized type."""
+        """Says whether any tensor is already in a block-quantized type, so that quantizing loses twice."""
         return any(is_quantized(tensor.type) for tensor in self.tensors.values())
 
     @cached_property
     def header_sha256(self) -> str:
-        """The SHA-256 of everything but the tensors' bytes: quick, and enough to know a file again
-        by, not to prove it. Of a split model: of its files' header hashes, in order."""
+        """Returns the SHA-256 of everything but the tensors' bytes.
+
+        It is quick, and enough to know a file again by but not to prove it. Of a split model it is over the
+        header hashes of its files, in order.
+        """
         hashes = [file.header_sha256 for file in self.files]
         if len(hashes) == 1:
             return hashes[0]
         return hashlib.sha256("".join(hashes).encode("ascii")).hexdigest()
 
     def sha256(self, progress: Progress | None = None) -> str:
-        """Return the SHA-256 of the content (splits one after the other), reading it once."""
-        cached: str | None = self.__dict__.get("_sha256")
-        if cached is None:
-            cached = sha256_files([file.path for file in self.files], progress)
-            self.__dict__["_sha256"] = cached
-        return cached
+        """Returns the SHA-256 of the content (splits one after the other), reading it only once.
+
+        ``progress`` hears of the bytes read so far, because a large model takes minutes.
+        """
+        if not self._hashed:
+            self._hashed.append(sha256_files([file.path for file in self.files], progress))
+        return self._hashed[0]
 
 
 def open_source(path: str | os.PathLike[str], allow_requantize: bool = False) -> Source:
-    """Open a model, with all of its splits when the first one is given.
+    """Opens a model, with all of its splits when the first one is given.
 
     Raises:
         BadInput: it cannot be read, is damaged, is no language model that llama.cpp knows, lacks a
@@ -128,10 +150,10 @@ def open_source(path: str | os.PathLike[str], allow_requantize: bool = False) ->
 
 
 def _architecture(file: GgufFile) -> str:
-    """Return the model's architecture, refusing what is no language model."""
-    kind = _text(file, "general.type")
+    """Returns the model's architecture and refuses what is no language model."""
+    stated = _text(file, "general.type")
     architecture = _text(file, "general.architecture")
-    for word in (kind, architecture):
+    for word in (stated, architecture):
         if word in NOT_A_MODEL:
             raise BadInput(f"{file.path}: is not a model but {NOT_A_MODEL[word]}")
     if architecture is None:
@@ -150,7 +172,7 @@ def _text(file: GgufFile, key: str) -> str | None:
 
 
 def _split_number(file: GgufFile, key: str, default: int) -> int:
-    """Return a split counter; a value of another type is damage, not a number to guess at."""
+    """Returns a split counter; a value of another type is damage, not a number to guess at."""
     value = file.value(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise BadInput(f"{file.path}: {key} is no count; download or split the model again")
@@ -158,7 +180,7 @@ def _split_number(file: GgufFile, key: str, default: int) -> int:
 
 
 def _all_splits(first: GgufFile) -> tuple[GgufFile, ...]:
-    """Return the file and, where it is the first of several, all that follow it."""
+    """Returns the file and, where it is the first of several, all the files that follow it."""
     count = _split_number(first, "split.count", 1)
     if count <= 1:
         return (first,)
@@ -178,7 +200,7 @@ def _all_splits(first: GgufFile) -> tuple[GgufFile, ...]:
 
 
 def _read_split(path: Path, number: int, count: int) -> GgufFile:
-    """Read split `number` (from 0) of `count`, and check that it is that one."""
+    """Reads split `number` (from 0) of `count`, and checks that it says it is that one."""
     if not os.path.exists(path):
         raise BadInput(f"{path}: split {number + 1} of {count} is missing; put it with the rest")
     file = read_gguf(path)
@@ -194,7 +216,7 @@ def _read_split(path: Path, number: int, count: int) -> GgufFile:
 def _merge_tensors(
     files: tuple[GgufFile, ...],
 ) -> tuple[dict[str, TensorInfo], dict[str, GgufFile]]:
-    """Return all tensors by name and the file each lies in, checked against split.tensors.count."""
+    """Returns all tensors by name and the file each lies in, checked against split.tensors.count."""
     tensors: dict[str, TensorInfo] = {}
     file_of: dict[str, GgufFile] = {}
     for file in files:
@@ -213,3 +235,46 @@ def _merge_tensors(
             f"download or split the model again"
         )
     return tensors, file_of
+
+
+def plain_metadata(file: GgufFile) -> Metadata:
+    """Returns the header's short facts: general.* and the architecture's own keys, fit for JSON.
+
+    Long texts are cut, and long lists and numbers that are not finite are left out. Two facts are added:
+    ``vocabulary``, the number of tokens, and ``chat_template``, whether there is one. The template itself is
+    a program, so it is not kept and nothing here runs it.
+    """
+    architecture = file.value("general.architecture", "")
+    prefixes = ("general.", f"{architecture}.", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+    facts: dict[str, Scalar | list[Scalar]] = {}
+    for key in file.kv_records:
+        if key.startswith(prefixes) and (value := _plain_value(file.value(key))) is not None:
+            facts[key] = value
+    facts["vocabulary"] = len(file.value("tokenizer.ggml.tokens", []))
+    facts["chat_template"] = _TEMPLATE_KEY in file.kv_records
+    return facts
+
+
+def _plain_value(value: object) -> Scalar | list[Scalar] | None:
+    """Returns a decoded value as JSON has it, or None where it is too long, empty or not finite."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist() if len(value) <= _MAX_ITEMS else []
+    if not isinstance(value, list):
+        return _plain_scalar(value)
+    items = _plain_items(value) if len(value) <= _MAX_ITEMS else []
+    return items or None
+
+
+def _plain_items(values: Iterable[object]) -> list[Scalar]:
+    """Returns all of the values as JSON has them, or none of them where one has no place in JSON."""
+    plain = [_plain_scalar(value) for value in values]
+    kept = [value for value in plain if value is not None]
+    return kept if len(kept) == len(plain) else []
+
+
+def _plain_scalar(value: object) -> Scalar | None:
+    if isinstance(value, str):
+        return value[:_MAX_TEXT]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, bool | int) else None

@@ -1,4 +1,4 @@
-"""A text cut into chunks, exactly as llama-perplexity cuts it."""
+"""Cuts a text into chunks of tokens exactly as llama-perplexity does, so that both score the same tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from cerebellum.errors import BadInput
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Tokens of one text as (chunks, ctx); a remainder shorter than ``ctx`` is left out."""
+    """Holds the tokens of one text as (chunks, ctx); a remainder shorter than ``ctx`` is left out.
+
+    ``sha256`` is of the text's bytes without one final newline. ``bos`` is the token that replaces the first
+    one of each chunk when the model is fed, or None for a model that wants none.
+    """
 
     path: Path
     sha256: str
@@ -21,31 +25,37 @@ class Corpus:
 
     @property
     def n_chunks(self) -> int:
+        """Returns the number of whole chunks in the text."""
         return len(self.tokens_NT)
 
     @property
     def ctx(self) -> int:
+        """Returns the number of tokens in a chunk."""
         return int(self.tokens_NT.shape[1])
 
     @property
     def scored_per_chunk(self) -> int:
+        """Returns how many tokens of a chunk are scored: those that have half a chunk as context."""
         return scored_tokens(self.ctx)
 
     def inputs(self, chunk: int) -> Tokens:
-        """What the model is fed, (ctx,): the chunk with its first token replaced by BOS if wanted."""
+        """Returns what the model is fed, (ctx,): the chunk, with BOS for its first token if wanted."""
         tokens_T: Tokens = self.tokens_NT[chunk].copy()
         if self.bos is not None:
             tokens_T[0] = self.bos
         return tokens_T
 
     def targets(self, chunk: int) -> Tokens:
-        """The tokens that are scored, (ctx - ctx//2 - 1,)."""
+        """Returns the tokens that are scored, (ctx - ctx//2 - 1,): each follows one of the second half."""
         targets_S: Tokens = self.tokens_NT[chunk, self.ctx // 2 + 1 :]
         return targets_S
 
 
 def read_text(path: Path) -> bytes:
-    """The text's bytes; one final newline is dropped, as llama.cpp's tools do on ``-f``."""
+    """Returns the text's bytes; one final newline is dropped, as llama.cpp's tools do on ``-f``.
+
+    Raises BadInput where the file cannot be read, is empty, or is not UTF-8, and then names the byte.
+    """
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -61,7 +71,10 @@ def read_text(path: Path) -> bytes:
 
 
 def load_corpus(engine: Engine, model: Path, path: Path, ctx: int) -> Corpus:
-    """Tokenizes ``path`` with the model's own vocabulary and cuts it into chunks of ``ctx`` tokens."""
+    """Tokenizes ``path`` with the vocabulary of ``model`` and cuts it into chunks of ``ctx`` tokens.
+
+    Raises BadInput where the text cannot be read or is shorter than one chunk, or the chunk under 8 tokens.
+    """
     if ctx < 8:
         raise BadInput(f"--ctx {ctx}: a chunk needs at least 8 tokens")
     text = read_text(path)

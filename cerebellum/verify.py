@@ -6,22 +6,32 @@ shard that was measured, metadata copied, finite logits, and the perplexity of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from cerebellum.base import Base
-from cerebellum.gguf import GgufFile, read_gguf
-from cerebellum.measure.measurer import Measurer, file_variant
-from cerebellum.shards import Shards, Variant, shard_tensors
-from cerebellum.stats.paired import Perplexity, mean_interval, perplexity, without_nan
+from cerebellum.codec import Artifact, Record
+from cerebellum.gguf import GgufFile, read_gguf, row_bytes
+from cerebellum.plan.artifacts import Plan
+from cerebellum.stats.paired import Perplexity, perplexity, superpopulation_interval
+from cerebellum.verdicts import Changes
+
+if TYPE_CHECKING:  # whoever only reads verify.json needs none of these
+    from cerebellum.base import Base
+    from cerebellum.layout import Layout
+    from cerebellum.measure.measurer import Measurer
+    from cerebellum.shards import Shards, Variant
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check:
+_SAMPLE_SEED = 20
+_SAMPLED_TENSORS = 24
+_SAMPLED_ROWS = 16  # of each, all of one expert
+
+
+class Check(Record, frozen=True, kw_only=True):
     """One thing that was looked at; ``detail`` says what was seen."""
 
     name: str
@@ -29,15 +39,51 @@ class Check:
     detail: str
 
 
-def check_file(
-    path: Path, plan: Mapping[str, Any], base: Base, shards: Shards, changes: Mapping[str, str]
-) -> list[Check]:
-    """Everything about the file that can be checked without running it."""
+class Measured(Record, frozen=True, kw_only=True):
+    """Perplexity over ``tokens`` scored tokens and its standard error; None where it is not finite."""
+
+    ppl: float | None
+    se: float | None
+    tokens: int
+
+    @classmethod
+    def of(cls, found: Perplexity) -> Measured:
+        """Keeps what JSON has a number for."""
+        return cls(ppl=_finite(found.ppl), se=_finite(found.se), tokens=found.tokens)
+
+
+class Report(Record, frozen=True, kw_only=True):
+    """Perplexity of source, base and finished file on the report text, and the paired change in percent."""
+
+    text: str
+    text_sha256: str
+    same_as_selection: bool
+    chunks: int
+    of_chunks: int
+    source: Measured
+    base: Measured
+    result: Measured
+    delta_pct: float | None
+    ci_pct: tuple[float | None, float | None]
+
+
+class Verified(Artifact, frozen=True, kw_only=True):
+    """verify.json: every check, and what the report text says."""
+
+    format: Literal[1] = 1
+    ok: bool
+    checks: tuple[Check, ...]
+    report: Report
+
+
+def check_file(path: Path, plan: Plan, layout: Layout, shards: Shards) -> list[Check]:
+    """Checks everything about the file that can be checked without running it."""
     file = read_gguf(path)
     return [
-        _check_types(file, plan["tensor_types"]),
-        _check_bytes(file, shards, changes),
-        _check_metadata(file, base),
+        _check_types(file, plan.tensor_types),
+        _check_bytes(file, shards, plan.changes, layout),
+        _check_sample(file, shards, layout),
+        _check_metadata(file, layout.base),
     ]
 
 
@@ -51,12 +97,14 @@ def _check_types(file: GgufFile, planned: Mapping[str, str]) -> Check:
     return Check(name="types as planned", ok=not wrong, detail=detail)
 
 
-def _check_bytes(file: GgufFile, shards: Shards, changes: Mapping[str, str]) -> Check:
-    """The bytes of each tensor against the shard it must come from: base or demoted."""
+def _check_bytes(file: GgufFile, shards: Shards, changes: Changes, layout: Layout) -> Check:
+    """Compares the bytes of each tensor with the shard that it must come from: base or changed."""
+    from cerebellum.shards import shard_tensors
+
     expected = {}
-    for path in shards.variant(changes).paths:
+    for path in shards.checked(changes).paths:
         expected.update(shard_tensors(path))
-    touched = {name for group in changes for name in shards.groups[group].tensors}
+    touched = {name for group in changes for name in layout.groups[group].tensors}
     wrong = [
         tensor.name
         for tensor in file.tensors
@@ -67,6 +115,32 @@ def _check_bytes(file: GgufFile, shards: Shards, changes: Mapping[str, str]) -> 
     if wrong:
         detail = f"{len(wrong)} differ, first {wrong[0]}"
     return Check(name="tensor bytes", ok=not wrong, detail=detail)
+
+
+def _check_sample(file: GgufFile, shards: Shards, layout: Layout) -> Check:
+    """Quantizes a seeded sample of rows again, from the source, and compares them with the file's.
+
+    No shard has a part in this reference, so damage that the shards share with the file is seen here.
+    """
+    rng = np.random.default_rng(_SAMPLE_SEED)
+    named = {tensor.name: tensor for tensor in file.tensors}
+    grouped = [name for group in layout.groups.values() for name in group.tensors if name in named]
+    chosen = rng.choice(grouped, min(_SAMPLED_TENSORS, len(grouped)), replace=False) if grouped else ()
+    wrong = []
+    n_rows = 0
+    for name in map(str, chosen):
+        tensor = named[name]
+        first = int(rng.integers(math.prod(tensor.shape[1:]) // _SAMPLED_ROWS or 1)) * _SAMPLED_ROWS
+        last = min(first + _SAMPLED_ROWS, (first // tensor.shape[1] + 1) * tensor.shape[1])
+        size = row_bytes(tensor.type, tensor.shape[0])
+        found = file.data(tensor)[first * size : last * size]
+        n_rows += last - first
+        if not np.array_equal(found, shards.rows(name, tensor.type, range(first, last))):
+            wrong.append(name)
+    detail = f"{n_rows} rows of {len(chosen)} tensors, quantized again from the source, are the file's"
+    if wrong:
+        detail = f"rows of {len(wrong)} tensors are not what the source gives, first {wrong[0]}"
+    return Check(name="sample made again", ok=not wrong, detail=detail)
 
 
 def _check_metadata(file: GgufFile, base: Base) -> Check:
@@ -81,32 +155,18 @@ def _check_metadata(file: GgufFile, base: Base) -> Check:
     return Check(name="metadata", ok=ok, detail=detail)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """Perplexity of source, base and finished file on the report text, and the paired change."""
-
-    text: str
-    text_sha256: str
-    same_as_selection: bool
-    chunks: int
-    of_chunks: int
-    source: Perplexity
-    base: Perplexity
-    result: Perplexity
-    delta_pct: float
-    ci_pct: tuple[float, float]
-
-
 def report(
     measurer: Measurer, source: Variant, base: Variant, result: Path, chunks: int, selection: str
 ) -> Report:
     """Measures the three on the first ``chunks`` chunks, as llama-perplexity would count them."""
+    from cerebellum.measure.measurer import file_variant
+
     corpus = measurer.corpus
     wanted = range(min(chunks, corpus.n_chunks))
     nll = [measurer.nll(variant, wanted) for variant in (source, base, file_variant(result, "finished file"))]
-    delta = mean_interval((nll[2] - nll[1]).mean(axis=1, dtype=np.float64), population=10**9)
+    delta = superpopulation_interval((nll[2] - nll[1]).mean(axis=1, dtype=np.float64))
     mean, low, high = delta.percent()
-    found = [perplexity(vector) for vector in nll]
+    found = [Measured.of(perplexity(vector)) for vector in nll]
     return Report(
         text=corpus.path.name,
         text_sha256=corpus.sha256,
@@ -116,21 +176,21 @@ def report(
         source=found[0],
         base=found[1],
         result=found[2],
-        delta_pct=mean,
-        ci_pct=(low, high),
+        delta_pct=_finite(mean),
+        ci_pct=(_finite(low), _finite(high)),
     )
 
 
-def verify_json(checks: Sequence[Check], found: Report) -> dict[str, Any]:
-    """verify.json; a perplexity that is not finite is null there, and a failed check."""
+def verified(checks: Sequence[Check], found: Report) -> Verified:
+    """Returns verify.json; a perplexity that is not finite is a failed check."""
     finite = Check(
         name="finite logits",
-        ok=bool(np.isfinite([found.result.ppl, found.delta_pct]).all()),
+        ok=found.result.ppl is not None and found.delta_pct is not None,
         detail=f"{found.result.tokens} tokens scored",
     )
-    everything = [*checks, finite]
-    return {
-        "ok": all(check.ok for check in everything),
-        "checks": [asdict(check) for check in everything],
-        "report": without_nan(asdict(found)),
-    }
+    everything = (*checks, finite)
+    return Verified(ok=all(check.ok for check in everything), checks=everything, report=found)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

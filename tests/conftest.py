@@ -18,7 +18,7 @@ from tiny import Bench, Ran, make_bench, run_process, tiny_run, write_hybrid
 from cerebellum.cli import commands as cli
 from cerebellum.engine.fake import FakeEngine
 from cerebellum.llama.native import EngineSettings, LlamaEngine
-from cerebellum.workspace import DEMO_MODEL, REPORT_TEXT, SELECTION_TEXT
+from cerebellum.settings import DEMO_MODEL, REPORT_TEXT, SELECTION_TEXT
 
 Cerebellum = Callable[..., Ran]
 

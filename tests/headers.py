@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from odd_gguf import any_kv
 from sparse import F16, F32, Meta, V
 
 from cerebellum.files import atomic_writer
-from cerebellum.gguf import encode_header, encode_kv, gguf_size
+from cerebellum.gguf import encode_header, gguf_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Sizes of a transformer; experts of 0 is a dense one."""
+    """Layout of a transformer; experts of 0 is a dense one."""
 
     architecture: str
     vocabulary: int = 32_000
@@ -37,7 +38,7 @@ class Model:
 
 def write_header(path: Path, model: Model) -> Path:
     """A GGUF of zeros that take no room on the disk."""
-    records = [encode_kv(key, *_typed(value)) for key, value in facts(model).items()]
+    records = [any_kv(key, *_typed(value)) for key, value in facts(model).items()]
     tensors = list(_tensors(model))
     with atomic_writer(path) as stream:
         stream.write(encode_header(records, tensors))

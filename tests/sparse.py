@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from odd_gguf import any_kv
+
 from cerebellum.files import atomic_writer
 from cerebellum.gguf import GGMLQuantizationType, GGUFValueType, encode_header, encode_kv, gguf_size
 
@@ -108,15 +110,15 @@ def granite_records() -> list[bytes]:
         encode_kv(f"{arch}.feed_forward_length", N_FF_EXPERT, V.UINT32),
         encode_kv(f"{arch}.vocab_size", N_VOCAB, V.UINT32),
         encode_kv(f"{arch}.attention.head_count", N_HEADS, V.UINT32),
-        encode_kv(f"{arch}.attention.head_count_kv", heads_kv, V.ARRAY, V.INT32),
-        encode_kv(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5, V.FLOAT32),
-        encode_kv(f"{arch}.attention.scale", 1 / N_HEAD_DIM, V.FLOAT32),
-        encode_kv(f"{arch}.embedding_scale", 12.0, V.FLOAT32),
-        encode_kv(f"{arch}.residual_scale", 0.22, V.FLOAT32),
-        encode_kv(f"{arch}.logit_scale", 16.0, V.FLOAT32),
+        any_kv(f"{arch}.attention.head_count_kv", heads_kv, V.ARRAY, V.INT32),
+        any_kv(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5, V.FLOAT32),
+        any_kv(f"{arch}.attention.scale", 1 / N_HEAD_DIM, V.FLOAT32),
+        any_kv(f"{arch}.embedding_scale", 12.0, V.FLOAT32),
+        any_kv(f"{arch}.residual_scale", 0.22, V.FLOAT32),
+        any_kv(f"{arch}.logit_scale", 16.0, V.FLOAT32),
         encode_kv(f"{arch}.rope.dimension_count", N_HEAD_DIM, V.UINT32),
-        encode_kv(f"{arch}.rope.freq_base", 10_000.0, V.FLOAT32),
-        encode_kv(f"{arch}.rope.scaling.finetuned", False, V.BOOL),
+        any_kv(f"{arch}.rope.freq_base", 10_000.0, V.FLOAT32),
+        any_kv(f"{arch}.rope.scaling.finetuned", False, V.BOOL),
         encode_kv(f"{arch}.expert_count", N_EXPERTS, V.UINT32),
         encode_kv(f"{arch}.expert_used_count", N_EXPERTS_USED, V.UINT32),
         encode_kv(f"{arch}.expert_shared_feed_forward_length", N_FF_SHARED, V.UINT32),
@@ -127,9 +129,9 @@ def granite_records() -> list[bytes]:
         encode_kv(f"{arch}.ssm.time_step_rank", N_SSM_HEADS, V.UINT32),
         encode_kv("tokenizer.ggml.model", "gpt2", V.STRING),
         encode_kv("tokenizer.ggml.pre", "dbrx", V.STRING),
-        encode_kv("tokenizer.ggml.tokens", tokens, V.ARRAY, V.STRING),
-        encode_kv("tokenizer.ggml.token_type", [1] * N_VOCAB, V.ARRAY, V.INT32),
-        encode_kv("tokenizer.ggml.merges", merges, V.ARRAY, V.STRING),
+        encode_kv("tokenizer.ggml.tokens", tokens, V.ARRAY),
+        any_kv("tokenizer.ggml.token_type", [1] * N_VOCAB, V.ARRAY, V.INT32),
+        encode_kv("tokenizer.ggml.merges", merges, V.ARRAY),
         encode_kv("tokenizer.ggml.bos_token_id", 100_257, V.UINT32),
         encode_kv("tokenizer.ggml.eos_token_id", 100_257, V.UINT32),
     ]

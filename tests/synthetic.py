@@ -3,77 +3,84 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from msgspec.structs import replace
 
 from cerebellum.base import preset_base
 from cerebellum.gguf import bits_per_weight, parse_type
 from cerebellum.groups import make_groups
+from cerebellum.layout import Layout
+from cerebellum.llama.native import EngineSettings, LlamaEngine
+from cerebellum.measure.artifacts import Curves, Response, RoundingErrors
 from cerebellum.measure.curves import (
-    BASE,
-    FINE_LADDER,
-    K_LADDER,
-    Response,
+    Probe,
+    Reference,
     Score,
-    Tried,
-    Yardstick,
-    anchored,
-    candidates,
-    measure_curves,
+    measure_layers,
     measure_response,
+    measure_roles,
+    role_probes,
 )
-from cerebellum.measure.race import Changes
-from cerebellum.measure.rounding import RoundingErrors
-from cerebellum.measure.zoom import zoom
-from cerebellum.plan.damage import Sensitivities, Whole
-from cerebellum.plan.limit import Sizes
+from cerebellum.measure.method import Method
+from cerebellum.measure.probe import MeasurementBudget
+from cerebellum.plan.damage import DamageModel, fit_damage
+from cerebellum.settings import DEMO_MODEL, FINE_LADDER, K_LADDER, Budget, Bytes
 from cerebellum.source import open_source
-from cerebellum.workspace import DEMO_MODEL
+from cerebellum.verdicts import NOTHING, Changes
 
 ANCHOR = "Q8_0"
-KINDS = (*K_LADDER, *FINE_LADDER)
-BITS = {kind: bits_per_weight(parse_type(kind)) for kind in KINDS}
+TYPES = (*K_LADDER, *FINE_LADDER)
+BITS = {qtype: bits_per_weight(parse_type(qtype)) for qtype in TYPES}
 CHUNKS = 16
+METHOD = Method()
 
 
 @cache
-def sizes_of(spans: int) -> Sizes:
+def layout_of(spans: int) -> Layout:
     source = open_source(DEMO_MODEL)
-    groups = {g.name: g for g in make_groups(source, spans=spans) if not g.protected}
-    return Sizes(tensors=source.tensors, groups=groups, base=preset_base(source, "Q3_K_M", None))
+    base = preset_base(LlamaEngine(EngineSettings()), source, "Q3_K_M", None, has_imatrix=False)
+    return Layout.of(source, make_groups(source, spans=spans), base)
 
 
-def by_role() -> Sizes:
-    return sizes_of(1)
+def by_role() -> Layout:
+    return layout_of(1)
 
 
-def by_layer() -> Sizes:
-    return sizes_of(8)
+def by_layer() -> Layout:
+    return layout_of(8)
 
 
 class Truth:
-    """Damage is a group's height times its rounding error, which falls fourfold with each bit.
+    """Damage is a group's sensitivity times its rounding error, which falls fourfold with each bit.
 
     SSM groups are ten times as sensitive, layer 0 of ``ssm_in`` twenty times that. ``noise`` is that of
     a chunk, as a share of the damage.
     """
 
-    def __init__(self, sizes: Sizes, noise: float = 0.05) -> None:
-        self.sizes, self.noise = sizes, noise
-        of = {name: self._errors(name) for name in sizes.groups}
+    def __init__(self, layout: Layout, noise: float = 0.05) -> None:
+        self.layout, self.noise = layout, noise
         self.errors = RoundingErrors(
-            anchor=ANCHOR, at_anchor={name: errors[ANCHOR] for name, errors in of.items()}, of=of
+            anchor=ANCHOR,
+            at_anchor={name: self._error(name, BITS[ANCHOR]) for name in layout.groups},
+            at_base={name: self._error(name, self._base_bits(name)) for name in layout.groups},
+            of={
+                name: {qtype: self._error(name, bits) for qtype, bits in BITS.items()}
+                for name in layout.groups
+            },
         )
 
-    def _errors(self, name: str) -> dict[str, float]:
-        weights = self.sizes.groups[name].parameters
-        base = self.sizes.base_types(name).values()
-        bits = float(np.mean([bits_per_weight(kind) for kind in base]))
-        return {kind: weights * 4.0**-b for kind, b in {BASE: bits, **BITS}.items()}
+    def _error(self, name: str, bits: float) -> float:
+        return float(self.layout.groups[name].parameters * 4.0**-bits)
 
-    def height(self, name: str) -> float:
+    def _base_bits(self, name: str) -> float:
+        base = self.layout.group_types(name).values()
+        return float(np.mean([bits_per_weight(type_) for type_ in base]))
+
+    def sensitivity(self, name: str) -> float:
         role, _, layers = name.partition(".")
         high = 10 if role.startswith("ssm") else 1
         high *= 20 if (role, layers) == ("ssm_in", "0") else 1
@@ -82,9 +89,10 @@ class Truth:
     def damage(self, changes: Changes, factors: Mapping[str, float] | None = None) -> float:
         """Above the anchor; with ``factors``, types do more than rounding says."""
         total = 0.0
-        for name in self.sizes.groups:
-            kind = changes.get(name, BASE)
-            total += self.height(name) * self.errors.above(name, kind) * (factors or {}).get(kind, 1.0)
+        for name in self.layout.groups:
+            qtype = changes.get(name)
+            factor = (factors or {}).get(qtype or "", 1.0)
+            total += self.sensitivity(name) * self.errors.above(name, qtype) * factor
         return total
 
     def score(self, changes: Changes, n: int = CHUNKS, factors: Mapping[str, float] | None = None) -> Score:
@@ -96,28 +104,86 @@ class Truth:
         chunks = damage * (hardness + self.noise * own.normal(size=CHUNKS))[:n]
         return Score(nll=2.0 + chunks + 0.01 * own.normal(size=CHUNKS)[:n], kld=0.001 + chunks)
 
-    def yardstick(self) -> Yardstick:
-        return Yardstick(anchor=self.score(anchored(self.sizes, ANCHOR)), base=self.score({}))
+    def reference(self) -> Reference:
+        return Reference(anchor=self.score(self.layout.anchored(ANCHOR)), base=self.score(NOTHING))
 
-    def base_whole(self) -> Whole:
-        kld, nll = self.yardstick().above(self.score({}))
-        return Whole(changes={}, kld=kld, nll=nll)
-
-    def measure(self, tried: Tried, largest: float = 0.0) -> Response:
-        part, kind = tried
-        changes = {**anchored(self.sizes, ANCHOR), **part.at(kind)}
-        return measure_response(tried, lambda n: self.score(changes, n), self.yardstick(), CHUNKS, largest)
+    def measure(self, probe: Probe, largest: float = 0.0) -> Response:
+        changes = probe.changes(self.layout, ANCHOR)
+        return measure_response(
+            probe, lambda n: self.score(changes, n), self.reference(), METHOD, CHUNKS, largest
+        )
 
     def responses(self, probes: int = 60) -> tuple[Response, ...]:
         """Of all roles at all K-quants, and of halves while ``probes`` last."""
-        found = measure_curves(candidates(self.sizes, K_LADDER, ANCHOR), self.measure)
-        asked: list[Tried] = []
+        found = measure_roles(role_probes(self.layout, K_LADDER, ANCHOR), self.measure)
+        asked: list[Probe] = []
 
-        def probe(tried: Tried) -> Response:
-            asked.append(tried)
-            return self.measure(tried)
+        def measure(probe: Probe) -> Response:
+            asked.append(probe)
+            return self.measure(probe)
 
-        return found + zoom(found, self.errors, self.sizes, probe, lambda: len(asked) + 2 <= probes)
+        return found + measure_layers(
+            found, self.errors, self.layout, METHOD, measure, lambda: len(asked) + 2 <= probes
+        )
 
-    def sensitivities(self, probes: int = 60) -> Sensitivities:
-        return Sensitivities(self.responses(probes), self.errors, self.sizes)
+    def curves(self, probes: int = 60) -> Curves:
+        """What the measure stage would write, had it measured no more than ``probes`` halves."""
+        reference = self.reference()
+        return Curves(
+            base=self.layout.base.label,
+            text="made up",
+            text_sha256="0" * 64,
+            ctx=512,
+            seed=1,
+            chunks=CHUNKS,
+            tokens_scored=512 * 1000,
+            passes=1.0,
+            anchor_kld=0.0,
+            base_kld=0.02,
+            base_above_anchor=reference.damage(reference.base),
+            responses=self.responses(probes),
+            rounding=self.errors,
+            method=METHOD,
+        )
+
+    def model(self, responses: Sequence[Response] | None = None, probes: int = 60) -> DamageModel:
+        """The fit to the truth's own responses, or to others."""
+        curves = self.curves(probes)
+        if responses is not None:
+            curves = replace(curves, responses=tuple(responses))
+        return fit_damage(curves, self.layout)
+
+
+@dataclass(kw_only=True)
+class TrueSession:
+    """A measuring session over a known truth; ``factors`` are what types do in whole plans beside rounding."""
+
+    truth: Truth
+    goal: Budget
+    limit: int = 2000
+    seed: int = 1
+    factors: Mapping[str, float] | None = None
+    probed: list[Probe] | None = None
+
+    @classmethod
+    def of(cls, truth: Truth, factors: Mapping[str, float] | None = None) -> TrueSession:
+        return cls(truth=truth, goal=Budget(size=Bytes(n_bytes=0)), factors=factors, probed=[])
+
+    @property
+    def layout(self) -> Layout:
+        return self.truth.layout
+
+    def measure_reference(self) -> Reference:
+        return self.truth.reference()
+
+    def measure(self, probe: Probe, most: int, budget: MeasurementBudget, largest: float = 0.0) -> Response:
+        assert self.probed is not None
+        self.probed.append(probe)
+        budget.charge(probe.changes(self.layout, ANCHOR), most)
+        return self.truth.measure(probe, largest)
+
+    def budget_after(self, curves: Curves) -> MeasurementBudget:
+        return MeasurementBudget(limit=self.limit, beforehand=curves.chunks_scored)
+
+    def score_plan(self, changes: Changes) -> Score:
+        return self.truth.score(changes, factors=self.factors)

@@ -15,11 +15,19 @@ import pytest
 from click.testing import CliRunner
 
 from cerebellum.bench.answers import encode_pair
+from cerebellum.bench.artifacts import (
+    BenchResults,
+    DataFile,
+    LetterAnswer,
+    LoglikelihoodAnswer,
+    ScoreRow,
+    Where,
+)
 from cerebellum.bench.audit import audit, is_mojibake
 from cerebellum.bench.chat import render_chat
-from cerebellum.bench.evidence import held
-from cerebellum.bench.scores import Candidate
-from cerebellum.bench.stage import Request, bench, distinct
+from cerebellum.bench.evidence import Answers, held
+from cerebellum.bench.scores import Examinee
+from cerebellum.bench.stage import BenchRequest, bench, distinct
 from cerebellum.bench.tasks import (
     SAMPLES,
     TASKS,
@@ -31,20 +39,21 @@ from cerebellum.bench.tasks import (
 )
 from cerebellum.cli import commands as cli
 from cerebellum.cli.bench_tables import bench_tables
+from cerebellum.codec import as_json, read_artifact, write_artifact
 from cerebellum.engine.asking import Vocabulary
 from cerebellum.engine.fake_asker import PLAIN, FakeAsker, arbitrary
 from cerebellum.errors import BadInput
 from cerebellum.progress import Silent
 
-REQUEST = Request(data=SAMPLES)
-GOOD = Candidate(name="good", paths=(Path("good.gguf"),), sha256="a" * 64)
-BASE = Candidate(name="base", paths=(Path("base.gguf"),), sha256="b" * 64)
+REQUEST = BenchRequest(data=SAMPLES)
+GOOD = Examinee(name="good", paths=(Path("good.gguf"),), sha256="a" * 64)
+BASE = Examinee(name="base", paths=(Path("base.gguf"),), sha256="b" * 64)
 
 
 def run(
-    tmp_path: Path, asker: FakeAsker, request: Request = REQUEST, *candidates: Candidate
-) -> dict[str, Any]:
-    return bench(candidates or (GOOD,), request, asker.opened, tmp_path, Silent())
+    tmp_path: Path, asker: FakeAsker, request: BenchRequest = REQUEST, *examinees: Examinee
+) -> BenchResults:
+    return bench(examinees or (GOOD,), request, asker.opened, tmp_path, Silent())
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -52,9 +61,9 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def score(found: dict[str, Any], task: str, metric: str, labels: str = "original") -> dict[str, Any]:
-    (row,) = [r for r in found["scores"] if (r["task"], r["metric"], r["labels"]) == (task, metric, labels)]
-    return dict(row)
+def score(found: BenchResults, task: str, metric: str, labels: str = "original") -> ScoreRow:
+    (row,) = [r for r in found.scores if (r.task, r.metric, r.labels) == (task, metric, labels)]
+    return row
 
 
 def knows(task: str) -> Callable[[str, str], float]:
@@ -75,20 +84,20 @@ def knows(task: str) -> Callable[[str, str], float]:
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_a_model_that_knows_is_right_in_both_protocols(task: str, tmp_path: Path) -> None:
-    request = Request(data=SAMPLES, tasks=(task,), rotations=4)
+    request = BenchRequest(data=SAMPLES, tasks=(task,), rotations=4)
     found = run(tmp_path, FakeAsker(worth=knows(task)), request)
     for metric in ("letter", "letter_rotated", "acc", "acc_norm", "acc_token"):
-        assert score(found, task, metric)["accuracy_pct"] == 100.0
-    assert found["audit"]["ok"]
+        assert score(found, task, metric).accuracy_pct == 100.0
+    assert found.audit.ok
 
 
 def test_turned_options_change_no_answer_of_a_model_that_knows(tmp_path: Path) -> None:
     """Nothing in prompt or reading prefers a letter: wherever an option stands, it is chosen the same."""
-    request = Request(data=SAMPLES, tasks=("arc_challenge",), protocols=("letter",), rotations=5)
+    request = BenchRequest(data=SAMPLES, tasks=("arc_challenge",), protocols=("letter",), rotations=5)
     found = run(tmp_path, FakeAsker(worth=knows("arc_challenge")), request)
-    check = found["audit"]["checks"][0]
-    assert check["letter_bias"] == check["turned"]["letter_shares"] == [0.25] * 4
-    assert check["turned"]["accuracy_pct"] == [100.0] * 4 and check["turned"]["same_option_pct"] == 100.0
+    check = found.audit.checks[0]
+    assert check.letter_bias == check.turned.letter_shares == (0.25,) * 4
+    assert check.turned.accuracy_pct == (100.0,) * 4 and check.turned.same_option_pct == 100.0
     for record in lines(tmp_path, "arc_challenge.letter"):
         chosen = [
             (row.index(max(row)) + turn) % len(record["options"])
@@ -99,16 +108,16 @@ def test_turned_options_change_no_answer_of_a_model_that_knows(tmp_path: Path) -
 
 
 def test_a_model_that_says_a_letter_is_at_chance_once_turned(tmp_path: Path) -> None:
-    request = Request(data=SAMPLES, tasks=("mmlu_redux",), protocols=("letter",), rotations=4)
+    request = BenchRequest(data=SAMPLES, tasks=("mmlu_redux",), protocols=("letter",), rotations=4)
     asker = FakeAsker(worth=lambda _p, ending: -0.1 if ending.strip() == "B" else -4.0)
     found = run(tmp_path, asker, request)
-    (check,) = found["audit"]["checks"]
-    assert check["chosen_shares"]["letter"][1] == 1.0
-    assert check["turned"]["letter_shares"] == [0.0, 1.0, 0.0, 0.0]
-    assert sum(check["turned"]["accuracy_pct"]) == pytest.approx(100)  # each option stood at B once
+    (check,) = found.audit.checks
+    assert check.chosen_shares["letter"][1] == 1.0
+    assert check.turned.letter_shares == (0.0, 1.0, 0.0, 0.0)
+    assert sum(check.turned.accuracy_pct) == pytest.approx(100)  # each option stood at B once
     assert any("says A 0%, B 100%" in str(shown) for shown in bench_tables(found))
-    assert check["letter_bias"] == pytest.approx([0.0193, 0.942, 0.0193, 0.0193], abs=1e-3)
-    assert any("option B is chosen 100% of the time" in problem for problem in check["problems"])
+    assert check.letter_bias == pytest.approx([0.0193, 0.942, 0.0193, 0.0193], abs=1e-3)
+    assert any("option B is chosen 100% of the time" in problem for problem in check.problems)
     for record in lines(tmp_path, "mmlu_redux.letter"):
         totals = [0.0] * 4
         for turn, row in enumerate(record["letter_log_probs"]):
@@ -118,7 +127,7 @@ def test_a_model_that_says_a_letter_is_at_chance_once_turned(tmp_path: Path) -> 
 
 
 def test_no_question_is_asked_twice(tmp_path: Path) -> None:
-    request = Request(data=SAMPLES, tasks=("hellaswag",), protocols=("loglikelihood",))
+    request = BenchRequest(data=SAMPLES, tasks=("hellaswag",), protocols=("loglikelihood",))
     first = FakeAsker(stop_after=17)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, first, request)
@@ -126,10 +135,10 @@ def test_no_question_is_asked_twice(tmp_path: Path) -> None:
     found = run(tmp_path, second, request)
     assert not set(first.asked) & set(second.asked)
     assert len(first.asked) == 17 and len(second.asked) == 23
-    assert found["session"][0]["reused"] == 17
+    assert found.session[0].reused == 17
     third = FakeAsker()
     again = run(tmp_path, third, request)
-    assert third.asked == [] and again["scores"] == found["scores"]
+    assert third.asked == [] and again.scores == found.scores
 
 
 def test_answers_do_not_depend_on_the_interruption(tmp_path: Path) -> None:
@@ -138,11 +147,11 @@ def test_answers_do_not_depend_on_the_interruption(tmp_path: Path) -> None:
     resumed = run(tmp_path / "a", FakeAsker())
     straight = run(tmp_path / "b", FakeAsker())
     for key in ("scores", "audit", "models"):
-        assert resumed[key] == straight[key]
+        assert getattr(resumed, key) == getattr(straight, key)
 
 
 def test_a_torn_line_is_asked_again_and_no_other(tmp_path: Path) -> None:
-    request = Request(data=SAMPLES, tasks=("hellaswag",), protocols=("letter",))
+    request = BenchRequest(data=SAMPLES, tasks=("hellaswag",), protocols=("letter",))
     run(tmp_path, FakeAsker(), request)
     (path,) = tmp_path.glob("*.jsonl")
     path.write_bytes(path.read_bytes()[:-40])
@@ -153,7 +162,7 @@ def test_a_torn_line_is_asked_again_and_no_other(tmp_path: Path) -> None:
 
 
 def test_a_damaged_line_in_the_middle_is_refused(tmp_path: Path) -> None:
-    request = Request(data=SAMPLES, tasks=("hellaswag",), protocols=("letter",))
+    request = BenchRequest(data=SAMPLES, tasks=("hellaswag",), protocols=("letter",))
     run(tmp_path, FakeAsker(), request)
     (path,) = tmp_path.glob("*.jsonl")
     content = path.read_text().splitlines(keepends=True)
@@ -175,52 +184,52 @@ def test_another_model_shares_no_answers(tmp_path: Path) -> None:
 
 
 def test_a_larger_limit_only_adds_questions(tmp_path: Path) -> None:
-    run(tmp_path, FakeAsker(), Request(data=SAMPLES, limit=10))
+    run(tmp_path, FakeAsker(), BenchRequest(data=SAMPLES, limit=10))
     second = FakeAsker()
-    found = run(tmp_path, second, Request(data=SAMPLES, limit=25))
+    found = run(tmp_path, second, BenchRequest(data=SAMPLES, limit=25))
     assert len(second.asked) == 2 * 3 * 15
-    assert score(found, "hellaswag", "acc")["n"] == 25
+    assert score(found, "hellaswag", "acc").n == 25
 
 
 def test_paired_differences_count_what_only_one_has_right(tmp_path: Path) -> None:
-    request = Request(data=SAMPLES, tasks=("arc_challenge",), protocols=("loglikelihood",))
+    request = BenchRequest(data=SAMPLES, tasks=("arc_challenge",), protocols=("loglikelihood",))
     run(tmp_path, FakeAsker(worth=knows("arc_challenge")), request, GOOD)
     run(tmp_path, FakeAsker(), request, BASE)
     found = run(tmp_path, FakeAsker(stop_after=0), request, GOOD, BASE)
-    base = next(r for r in found["scores"] if r["model"] == "base" and r["metric"] == "acc")
-    (row,) = [r for r in found["paired"] if r["metric"] == "acc"]
-    assert (row["only_model"], row["only_against"]) == (40 - base["correct"], 0)
-    assert row["difference_pct"] == pytest.approx(100 - base["accuracy_pct"])
-    assert row["ci_pct"][0] < row["difference_pct"] and row["p_value"] < 1e-6
-    assert row["detectable_pct"] > 5
+    base = next(r for r in found.scores if r.model == "base" and r.metric == "acc")
+    (row,) = [r for r in found.paired if r.metric == "acc"]
+    assert (row.only_model, row.only_against) == (40 - base.correct, 0)
+    assert row.difference_pct == pytest.approx(100 - base.accuracy_pct)
+    assert row.ci_pct[0] < row.difference_pct and row.p_value < 1e-6
+    assert row.detectable_pct > 5
     assert len(bench_tables(found)) >= 2
 
 
 def test_no_artifact_says_where_things_lie(tmp_path: Path) -> None:
-    found = run(tmp_path, FakeAsker(), Request(data=SAMPLES, tasks=("hellaswag", "mmlu_redux")))
+    found = run(tmp_path, FakeAsker(), BenchRequest(data=SAMPLES, tasks=("hellaswag", "mmlu_redux")))
     name = "hellaswag_val.jsonl"
     digest = hashlib.sha256((SAMPLES / name).read_bytes()).hexdigest()
-    assert found["request"]["data"]["hellaswag"] == {"file": name, "sha256": digest}
-    written = [json.dumps(found), *(path.read_text() for path in tmp_path.glob("*.json*"))]
+    assert found.request.data["hellaswag"] == DataFile(file=name, sha256=digest)
+    written = [json.dumps(as_json(found)), *(path.read_text() for path in tmp_path.glob("*.json*"))]
     assert not any(str(folder) in text for text in written for folder in (tmp_path, SAMPLES.parent))
 
 
 def test_models_of_one_name_are_told_apart() -> None:
-    models = [GOOD, BASE, Candidate(name="good", paths=(Path("other/good.gguf"),), sha256="c" * 64)]
+    models = [GOOD, BASE, Examinee(name="good", paths=(Path("other/good.gguf"),), sha256="c" * 64)]
     assert [c.name for c in distinct(models)] == ["good aaaaaaaa", "base", "good cccccccc"]
 
 
 def test_mmlu_redux_is_scored_on_both_sets_of_labels_by_subject(tmp_path: Path) -> None:
-    request = Request(data=SAMPLES, tasks=("mmlu_redux",), protocols=("loglikelihood",))
+    request = BenchRequest(data=SAMPLES, tasks=("mmlu_redux",), protocols=("loglikelihood",))
     found = run(tmp_path, FakeAsker(worth=knows("mmlu_redux")), request)
     original, corrected = (score(found, "mmlu_redux", "acc", labels) for labels in ("original", "corrected"))
-    assert (original["n"], original["correct"]) == (40, 40)
-    assert (corrected["n"], corrected["correct"]) == (38, 37)  # 2 broken left out, 1 wrong label fixed
-    assert sum(s["n"] for s in corrected["by_subject"].values()) == 38
+    assert (original.n, original.correct) == (40, 40)
+    assert (corrected.n, corrected.correct) == (38, 37)  # 2 broken left out, 1 wrong label fixed
+    assert sum(s.n for s in corrected.by_subject.values()) == 38
 
 
 def test_loglikelihood_metrics_are_the_harness_and_llama_perplexity_ones(tmp_path: Path) -> None:
-    request = Request(data=SAMPLES, tasks=("hellaswag",), protocols=("loglikelihood",))
+    request = BenchRequest(data=SAMPLES, tasks=("hellaswag",), protocols=("loglikelihood",))
     run(tmp_path, FakeAsker(), request)
     questions = {q.id: q for q in load_questions(TASKS["hellaswag"], SAMPLES)}
     for record in lines(tmp_path, "hellaswag.loglikelihood"):
@@ -259,19 +268,25 @@ def test_letters_are_read_from_generated_text(text: str, letter: str | None) -> 
 
 
 def test_generated_answers_are_kept_raw_and_audited(tmp_path: Path) -> None:
-    request = Request(data=SAMPLES, tasks=("hellaswag",), protocols=("letter",), generate=16)
+    request = BenchRequest(data=SAMPLES, tasks=("hellaswag",), protocols=("letter",), generate=16)
     found = run(tmp_path, FakeAsker(writes=lambda _p: "¯\\_(ツ)_/¯"), request)
-    assert score(found, "hellaswag", "generated")["correct"] == 0
+    assert score(found, "hellaswag", "generated").correct == 0
     assert {record["raw"] for record in lines(tmp_path, "hellaswag.letter")} == {"¯\\_(ツ)_/¯"}
-    assert any("40 of 40 answers could not be read" in p for p in found["audit"]["checks"][0]["problems"])
+    assert any("40 of 40 answers could not be read" in p for p in found.audit.checks[0].problems)
 
 
-def record(**changed: Any) -> dict[str, Any]:
+def answer(**changed: Any) -> LetterAnswer:
     fields = {
-        "id": "q", "options": list("wxyz"), "golds": {"original": 0}, "answers": {"letter": 0}, "raw": "A",
-        "finite": True, "truncated": False, "mojibake": False, "letter_log_probs": [[-1.0] * 4],
+        "id": "q", "subject": None, "prompt_sha256": "", "prompt_tokens": 1, "letters": "ABCD",
+        "top_tokens": (), "correct": {}, "options": tuple("wxyz"), "golds": {"original": 0},
+        "answers": {"letter": 0}, "raw": "A", "finite": True, "truncated": False, "mojibake": False,
+        "letter_log_probs": ((-1.0,) * 4,),
     }  # fmt: skip
-    return fields | changed
+    return LetterAnswer(**(fields | changed))
+
+
+def problems(answers: list[LetterAnswer]) -> tuple[str, ...]:
+    return audit(Where(model="m", task="t", protocol="letter"), answers).problems
 
 
 @pytest.mark.parametrize(
@@ -282,28 +297,93 @@ def record(**changed: Any) -> dict[str, Any]:
         ({"raw": " "}, "empty"),
         ({"raw": "cafÃ©"}, "damaged characters"),
         ({"mojibake": True}, "prompts hold damaged characters"),
-        ({"letter_log_probs": [[-9.0] * 4]}, "could not be read"),
+        ({"letter_log_probs": ((-9.0,) * 4,)}, "could not be read"),
     ],
 )
 def test_every_check_of_the_audit_can_fail(changed: dict[str, Any], words: str) -> None:
-    assert (
-        audit([record(golds={"original": i % 4}, answers={"letter": i % 4}) for i in range(40)])["problems"]
-        == []
-    )
-    found = audit([record(golds={"original": i % 4}, answers={"letter": i % 4}) | changed for i in range(40)])
-    assert any(words in problem for problem in found["problems"])
+    good = [{"golds": {"original": i % 4}, "answers": {"letter": i % 4}} for i in range(40)]
+    assert problems([answer(**fields) for fields in good]) == ()
+    found = problems([answer(**(fields | changed)) for fields in good])
+    assert any(words in problem for problem in found)
 
 
 @pytest.mark.parametrize("metric", ["acc", "acc_norm"])
 def test_a_place_that_has_the_short_options_may_be_chosen_more(metric: str) -> None:
     """acc adds up log-probabilities, so the shortest wins; per character there is no such excuse."""
-    by_length = [record(options=["a", "bbb", "cc", "dddd"], answers={metric: 0}) for _ in range(8)]
+    by_length = answer(options=("a", "bbb", "cc", "dddd"), answers={metric: 0}, golds={"original": 1})
     elsewhere = [
-        record(options=["aaaa", "bbb", "cc", "d"], answers={metric: i % 4}, golds={"original": i % 3 + 1})
+        answer(options=("aaaa", "bbb", "cc", "d"), answers={metric: i % 4}, golds={"original": i % 3 + 1})
         for i in range(24)
     ]
-    problems = audit([r | {"golds": {"original": 1}} for r in by_length * 4] + elsewhere)["problems"]
-    assert [problem.startswith(f"{metric}: option A") for problem in problems] == ([True] * (metric != "acc"))
+    found = problems([by_length] * 32 + elsewhere)
+    assert [problem.startswith(f"{metric}: option A") for problem in found] == ([True] * (metric != "acc"))
+
+
+# A line as the first release wrote it.
+OLD_LINE = {
+    "id": "arc/1", "subject": None, "prompt_sha256": "0" * 64, "prompt_tokens": 12, "truncated": False,
+    "mojibake": False, "options": ["a", "b"], "golds": {"original": 1},
+    "token_log_probs": [[-1.5], [-2, -0.5]], "shared_tokens": 0, "finite": True,
+    "answers": {"acc": 0, "acc_norm": None}, "correct": {"acc": False},
+}  # fmt: skip
+
+
+def test_evidence_of_the_first_release_opens(tmp_path: Path) -> None:
+    with Answers(tmp_path, "arc.loglikelihood", {}, LoglikelihoodAnswer) as empty:
+        path = empty.path
+    path.write_text(json.dumps(OLD_LINE) + "\n")
+    with Answers(tmp_path, "arc.loglikelihood", {}, LoglikelihoodAnswer) as found:
+        assert found.known("arc/1", "0" * 64, {"original": 1})
+        (kept,) = found.by_id.values()
+        found.append(kept)
+    first, second = path.read_text().splitlines()
+    assert json.loads(first) == OLD_LINE == json.loads(second)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"options": None}, "line 1 is damaged"),
+        ({"golds": {"original": "B"}}, "line 1 is damaged"),
+        ({"letters": "AB"}, "line 1 is damaged"),
+    ],
+)
+def test_a_line_of_another_shape_is_refused(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
+    with Answers(tmp_path, "arc.loglikelihood", {}, LoglikelihoodAnswer) as empty:
+        path = empty.path
+    path.write_text(json.dumps(OLD_LINE | changed) + "\n")
+    with pytest.raises(BadInput, match=words):
+        Answers(tmp_path, "arc.loglikelihood", {}, LoglikelihoodAnswer)
+
+
+def test_bench_json_is_read_back_as_written(tmp_path: Path) -> None:
+    found = run(tmp_path, FakeAsker(), BenchRequest(data=SAMPLES, limit=4, rotations=4), GOOD, BASE)
+    write_artifact(tmp_path / "bench.json", found)
+    assert read_artifact(tmp_path / "bench.json", BenchResults, "run it again") == found
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda raw: [raw], "holds an array where an object was wanted; run it again"),
+        (lambda raw: raw | {"format": 0}, "has format 0, this version reads format 1"),
+        (lambda raw: {k: v for k, v in raw.items() if k != "audit"}, "has no key 'audit'"),
+        (lambda raw: raw | {"audit": {"ok": True}}, "audit: has no key 'checks'"),
+        (lambda raw: raw | {"scores": {}}, "scores: wanted array, got object"),
+        (
+            lambda raw: raw | {"scores": [raw["scores"][0] | {"n": "4"}]},
+            r"scores\[0\]\.n: wanted int, got str",
+        ),
+        (lambda raw: raw | {"models": [{"name": "good"}]}, r"models\[0\]: has no key 'sha256'"),
+    ],
+)
+def test_a_damaged_bench_json_is_one_line(tmp_path: Path, change: Callable[[Any], Any], words: str) -> None:
+    path = tmp_path / "bench.json"
+    write_artifact(path, run(tmp_path, FakeAsker(), BenchRequest(data=SAMPLES, limit=2)))
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(BadInput, match=words) as caught:
+        read_artifact(path, BenchResults, "run it again")
+    assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_mojibake_is_told_from_honest_accents() -> None:
@@ -312,8 +392,8 @@ def test_mojibake_is_told_from_honest_accents() -> None:
 
 
 def test_prompts_longer_than_the_context_are_cut_and_told(tmp_path: Path) -> None:
-    found = run(tmp_path, FakeAsker(context_length=150), Request(data=SAMPLES, tasks=("hellaswag",)))
-    assert not found["audit"]["ok"]
+    found = run(tmp_path, FakeAsker(context_length=150), BenchRequest(data=SAMPLES, tasks=("hellaswag",)))
+    assert not found.audit.ok
 
 
 def test_the_chat_template_is_the_models_own() -> None:
@@ -430,7 +510,7 @@ def test_no_data_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     [(["--tasks", "winogrande"], "no such benchmark"), (["--data", "/nowhere"], "no such file")],
 )
 def test_wrong_use_is_one_line(arguments: list[str], words: str) -> None:
-    from cerebellum.workspace import DEMO_MODEL
+    from cerebellum.settings import DEMO_MODEL
 
     result = CliRunner().invoke(cli.cli, ["bench", str(DEMO_MODEL), *arguments])
     assert isinstance(result.exception, BadInput) and words in str(result.exception)

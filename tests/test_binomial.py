@@ -12,12 +12,12 @@ from scipy.stats import binom
 from cerebellum.stats.binomial import (
     bonett_price,
     detectable_difference,
-    holm,
     mcnemar_exact,
     paired,
     smallest_significant,
     wilson,
 )
+from cerebellum.stats.holm import holm
 
 
 def test_wilson_is_the_textbook_interval() -> None:

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
-from synthetic import BITS, Truth, by_layer, by_role
+from synthetic import BITS, TrueSession, Truth, by_layer, by_role
 
-from cerebellum.errors import AnswerIsNo
-from cerebellum.groups import make_groups
+from cerebellum.codec import as_json, read_artifact, write_artifact
+from cerebellum.errors import AnswerIsNo, BadInput
+from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
-from cerebellum.measure.curves import BASE, FINE_LADDER, PPL, Point, Score, point_from_json, roles
-from cerebellum.measure.race import Changes
+from cerebellum.llama.native import EngineSettings, LlamaEngine
+from cerebellum.measure.artifacts import Curves
+from cerebellum.measure.curves import Score
+from cerebellum.measure.probe import Session
+from cerebellum.plan.artifacts import BudgetPlan, PointRow
 from cerebellum.plan.budget import (
-    BudgetPlan,
-    Damages,
-    Known,
-    Learning,
-    budget_json,
+    Allocation,
+    Decision,
     budget_plan,
     frontier,
-    merged,
+    plan_budget,
+    plan_unmeasured,
+    tradeoff,
 )
-from cerebellum.plan.limit import Sizes
+from cerebellum.plan.damage import DamageModel
+from cerebellum.plan.target import Target
+from cerebellum.settings import DEMO_MODEL, FINE_LADDER, KLD
 from cerebellum.shards import Recipe, Shards
 from cerebellum.source import open_source
-from cerebellum.workspace import DEMO_MODEL
+from cerebellum.verdicts import NOTHING, Changes, drive
 
 
 @pytest.fixture(scope="module")
@@ -38,179 +45,291 @@ def truth() -> Truth:
 
 
 @pytest.fixture(scope="module")
-def damages(truth: Truth) -> Learning:
-    return Learning(truth.sensitivities(), truth.base_whole())
+def curves(truth: Truth) -> Curves:
+    return truth.curves()
 
 
 @pytest.fixture(scope="module")
-def points(damages: Learning) -> Sequence[Point]:
-    return damages.points(())
+def model(truth: Truth) -> DamageModel:
+    return truth.model()
+
+
+@pytest.fixture(scope="module")
+def points(model: DamageModel) -> Sequence[PointRow]:
+    return model.points()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A decision, and every combination that was asked for on the way to it."""
+
+    decision: Decision
+    asked: list[Changes]
 
 
 def plan(
-    damages: Damages, truth: Truth, budget: int, measured: Mapping[str, float] | None = None
-) -> tuple[BudgetPlan, list[Changes]]:
+    model: DamageModel, truth: Truth, budget: int, measured: Mapping[str, float] | None = None
+) -> Planned:
     """``measured``: type -> how many times its damage a whole plan does in truth."""
-    planning = budget_plan(damages, truth.sizes, budget)
     asked = []
-    try:
-        changes = next(planning)
-        while True:
-            asked.append(changes)
-            changes = planning.send((truth.score(changes, factors=measured), truth.score({})))
-    except StopIteration as stop:
-        return stop.value, asked
+
+    def score(changes: Changes) -> Score:
+        asked.append(changes)
+        return truth.score(changes, factors=measured)
+
+    decision = drive(budget_plan(model, truth.reference(), budget), score)
+    return Planned(decision=decision, asked=asked)
 
 
-def test_it_beats_the_base_at_its_own_size(damages: Learning, truth: Truth) -> None:
-    found, asked = plan(damages, truth, truth.sizes.whole_file_bytes())
-    assert found.chosen.n_bytes <= truth.sizes.whole_file_bytes()
-    assert truth.damage(found.chosen.changes) < 0.8 * truth.damage({})
-    kinds = {found.chosen.changes[name] for name in truth.sizes.groups if name.startswith("ssm")}
-    assert kinds <= {"Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_XS"}, "the sensitive groups are spared"
+def smallest(points: Sequence[PointRow], truth: Truth) -> int:
+    return Allocation(points, truth.layout, KLD).smallest()
+
+
+def test_it_beats_the_base_at_its_own_size(model: DamageModel, truth: Truth) -> None:
+    found = plan(model, truth, truth.layout.file_bytes())
+    chosen = found.decision.chosen
+    assert chosen.file_bytes <= truth.layout.file_bytes()
+    assert truth.damage(chosen.changes) < 0.8 * truth.damage(NOTHING)
+    types = {chosen.changes[name] for name in truth.layout.groups if name.startswith("ssm")}
+    assert types <= {"Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_XS"}, "the sensitive groups are spared"
+    asked = found.asked
     assert len({tuple(sorted(changes.items())) for changes in asked}) == len(asked), "nothing twice"
 
 
-def test_the_prediction_is_the_truth_where_damages_add_up(damages: Learning, truth: Truth) -> None:
-    found, _ = plan(damages, truth, truth.sizes.whole_file_bytes() - 500_000)
-    gained = truth.damage(found.candidates[0].changes) - truth.damage({})
-    assert found.candidates[0].predicted == pytest.approx(gained, rel=0.05)
+def test_the_base_is_asked_for_first_and_by_name(model: DamageModel, truth: Truth) -> None:
+    found = plan(model, truth, truth.layout.file_bytes() - 500_000)
+    assert found.asked[0] == NOTHING and all(found.asked[1:])
+    assert [each.how for each in found.decision.proposals][:2] == ["the sum of the parts", "K-quants alone"]
 
 
-def test_the_base_ships_where_every_change_measures_worse(damages: Learning, truth: Truth) -> None:
+def test_the_prediction_is_the_truth_where_damages_add_up(model: DamageModel, truth: Truth) -> None:
+    first = plan(model, truth, truth.layout.file_bytes() - 500_000).decision.proposals[0]
+    gained = truth.damage(first.changes) - truth.damage(NOTHING)
+    assert first.predicted(KLD) == pytest.approx(gained, rel=0.05)
+
+
+def test_the_base_ships_where_every_change_measures_worse(model: DamageModel, truth: Truth) -> None:
     worse = dict.fromkeys(BITS, 30.0)
-    found, asked = plan(damages, truth, truth.sizes.whole_file_bytes(), worse)
-    assert asked and found.chosen.changes == {}
-    assert found.chosen.how == "the base itself"
+    found = plan(model, truth, truth.layout.file_bytes(), worse)
+    assert len(found.asked) > 1 and found.decision.chosen.changes == {}
+    assert found.decision.chosen.how == "the base itself"
 
 
-def test_it_learns_from_the_whole(damages: Learning, truth: Truth) -> None:
+def test_it_learns_from_the_whole(model: DamageModel, truth: Truth) -> None:
     """IQ types do six times what rounding says here: later plans have fewer, and one without ships."""
     bad = dict.fromkeys(FINE_LADDER, 6.0)
-    found, asked = plan(damages, truth, truth.sizes.whole_file_bytes() - 900_000, bad)
-    shares = [sum(kind in FINE_LADDER for kind in changes.values()) for changes in asked]
+    found = plan(model, truth, truth.layout.file_bytes() - 900_000, bad)
+    shares = [sum(qtype in FINE_LADDER for qtype in changes.values()) for changes in found.asked[1:]]
     assert shares[0] > 10 and shares[1] == 0 and shares[2] < shares[0]
-    assert not set(found.chosen.changes.values()) & set(FINE_LADDER)
-    means = [candidate.kld.mean for candidate in found.candidates if candidate.kld]
-    assert found.chosen.kld is not None and found.chosen.kld.mean == min(means) < means[0]
+    chosen = found.decision.chosen
+    assert not set(chosen.changes.values()) & set(FINE_LADDER)
+    changes = [proposal.measured(KLD) for proposal in found.decision.proposals]
+    means = [change.mean for change in changes if change]
+    best = chosen.measured(KLD)
+    assert best is not None and best.mean == min(means) < means[0]
 
 
-def test_never_over_budget_along_the_whole_frontier(points: Sequence[Point], truth: Truth) -> None:
-    curve = frontier(points, truth.sizes, steps=12)
-    assert [c.n_bytes for c in curve] == sorted(c.n_bytes for c in curve)
-    damages = [c.predicted for c in curve]
-    assert all(a >= b - 1e-12 for a, b in pairwise(damages))
+def test_never_over_budget_along_the_whole_frontier(points: Sequence[PointRow], truth: Truth) -> None:
+    curve = Allocation(points, truth.layout, KLD).frontier(12)
+    assert [c.file_bytes for c in curve] == sorted(c.file_bytes for c in curve)
+    damages = [c.predicted(KLD) for c in curve]
+    assert all(a is not None and b is not None and a >= b - 1e-12 for a, b in pairwise(damages))
+
+
+def test_the_frontier_is_told_from_the_curves_alone(curves: Curves, truth: Truth) -> None:
+    rows = frontier(curves, truth.layout, KLD)
+    assert len(rows) > 12 and all(a.predicted >= b.predicted - 1e-12 for a, b in pairwise(rows))
+    assert all(row.predicted_kld == curves.base_kld + row.predicted for row in rows)
+    assert all(row.file_bytes == truth.layout.file_bytes(row.changes) for row in rows)
+    assert all(row.predicted_kld is None for row in frontier(curves, truth.layout, "ppl"))
 
 
 def test_unreachable_says_the_nearest_reachable_size(
-    damages: Learning, points: Sequence[Point], truth: Truth
+    model: DamageModel, points: Sequence[PointRow], truth: Truth
 ) -> None:
-    smallest = frontier(points, truth.sizes, steps=2)[0].n_bytes
-    with pytest.raises(AnswerIsNo, match=f"{smallest:,} bytes"):
-        plan(damages, truth, smallest - 1)
-    assert plan(damages, truth, smallest)[0].chosen.n_bytes == smallest
+    least = smallest(points, truth)
+    with pytest.raises(AnswerIsNo, match=f"{least:,} bytes"):
+        plan(model, truth, least - 1)
+    assert plan(model, truth, least).decision.chosen.file_bytes == least
 
 
 def test_a_plan_of_collapsed_files_is_refused(
-    damages: Learning, points: Sequence[Point], truth: Truth
+    model: DamageModel, points: Sequence[PointRow], truth: Truth
 ) -> None:
-    planning = budget_plan(damages, truth.sizes, frontier(points, truth.sizes, steps=2)[0].n_bytes)
     broken = Score(nll=np.full(8, np.nan), kld=np.full(8, np.nan))
-    next(planning)
+    planning = budget_plan(model, truth.reference(), smallest(points, truth))
     with pytest.raises(AnswerIsNo, match="collapsed"):
-        while True:
-            planning.send((broken, truth.score({})))
+        drive(planning, lambda changes: broken if changes else truth.score(NOTHING))
 
 
-def test_another_budget_asks_for_nothing(points: Sequence[Point], truth: Truth) -> None:
-    planning = budget_plan(Known(points), truth.sizes, truth.sizes.whole_file_bytes())
-    proposed = next(planning)
-    with pytest.raises(StopIteration) as stop:
-        planning.send(None)
-    assert stop.value.value.chosen.changes == proposed
-    assert stop.value.value.chosen.score is None
+def test_a_plan_from_curves_alone_is_what_would_be_measured_first(
+    model: DamageModel, curves: Curves, truth: Truth
+) -> None:
+    budget = truth.layout.file_bytes()
+    planned = plan_unmeasured(curves, truth.layout, Target(file_bytes=budget), KLD)
+    planning = budget_plan(model, truth.reference(), budget)
+    assert next(planning) == NOTHING
+    assert planned.changes == planning.send(truth.score(NOTHING))
+    assert planned.measured_kld is None and planned.candidates[0].measured_kld is None
 
 
-def test_json_has_the_contract_and_names_every_group_once(damages: Learning, truth: Truth) -> None:
-    sizes = truth.sizes
-    planned = budget_json(plan(damages, truth, sizes.whole_file_bytes())[0], sizes, 0.02)
+def test_json_has_the_contract_and_names_every_group_once(curves: Curves, truth: Truth) -> None:
+    layout, session = truth.layout, TrueSession.of(truth)
+    budget = layout.file_bytes()
+    planned = plan_budget(curves, cast(Session, session), Target(file_bytes=budget))
+    told = as_json(planned)
     wanted = {"mode", "budget_bytes", "base", "groups", "predicted_delta_pct", "measured_delta_pct", "ci_pct"}
-    assert wanted <= planned.keys()
-    assert sorted(name for row in planned["groups"] for name in row["members"]) == sorted(sizes.groups)
-    assert planned["file_bytes"] <= planned["budget_bytes"]
-    assert sum(row["bytes_saved"] for row in planned["groups"]) == planned["bytes_saved"]
-    neighbours = [(row["role"], row["chosen_type"], row["base_type"]) for row in planned["groups"]]
-    assert all(a != b for a, b in pairwise(neighbours)), "layers that go alike are one row"
+    assert wanted <= told.keys() and told["mode"] == "budget"
+    assert [row["name"] for row in told["groups"]] == list(layout.groups), "one row a group, in order"
+    assert told["file_bytes"] <= told["budget_bytes"] == budget
+    assert sum(row["bytes_saved"] for row in told["groups"]) == told["bytes_saved"]
+    assert planned.file_bytes == layout.file_bytes(planned.changes)
+    for row in planned.groups:
+        assert row.chosen_type != row.base_type, "no row changes a group to what it is"
 
 
-def test_rows_of_neighbouring_layers_add_up(points: Sequence[Point], truth: Truth) -> None:
-    alike = [p for p in points if p.part.name.startswith("ffn_up_exps") and p.kind == "Q4_K"]
-    (row,) = merged(alike, truth.sizes)
-    assert row.part.name == "ffn_up_exps" and row.n_bytes == sum(point.n_bytes for point in alike)
-    assert row.kld is not None
-    assert row.kld.mean == pytest.approx(sum(point.kld.mean for point in alike if point.kld))
-    first, _ = merged([alike[0], *alike[1:3]], truth.sizes), alike
-    assert first[0].part.name == "ffn_up_exps.0-2"
+def test_a_plan_survives_its_file(curves: Curves, truth: Truth, tmp_path: Path) -> None:
+    target = Target(file_bytes=truth.layout.file_bytes())
+    planned = plan_budget(curves, cast(Session, TrueSession.of(truth)), target)
+    write_artifact(tmp_path / "plan.json", planned)
+    assert read_artifact(tmp_path / "plan.json", BudgetPlan, "plan again") == planned
 
 
-def test_gaining_in_one_measure_at_the_cost_of_the_other_is_said(damages: Learning, truth: Truth) -> None:
-    planning = budget_plan(damages, truth.sizes, truth.sizes.whole_file_bytes())
-    try:
-        changes = next(planning)
-        while True:
-            found = truth.score(changes)
-            changes = planning.send((replace(found, nll=truth.score({}).nll + 0.03), truth.score({})))
-    except StopIteration as stop:
-        assert "higher perplexity" in budget_json(stop.value, truth.sizes)["tradeoff"]
+# --- a plan does not depend on what was planned before
 
 
-def test_a_rival_of_the_base_itself_is_said_too(damages: Learning, truth: Truth) -> None:
+def test_a_plan_after_another_budget_is_the_plan_alone(curves: Curves, truth: Truth, tmp_path: Path) -> None:
+    """Budgets X and Y from one curves.json, measured and not: the answer to Y is the same with and without X.
+
+    IQ types do six times what rounding says, so that planning X learns a great deal.
+    """
+    path = tmp_path / "curves.json"
+    write_artifact(path, curves)
+    before = path.read_bytes()
+    bad = dict.fromkeys(FINE_LADDER, 6.0)
+    larger, smaller = (Target(file_bytes=truth.layout.file_bytes() - less) for less in (0, 900_000))
+
+    def planned(target: Target) -> BudgetPlan:
+        return plan_budget(read(path), cast(Session, TrueSession.of(truth, bad)), target)
+
+    def unmeasured(target: Target) -> BudgetPlan:
+        return plan_unmeasured(read(path), truth.layout, target, KLD)
+
+    alone = planned(smaller), unmeasured(smaller)
+    planned(larger)
+    after = planned(smaller), unmeasured(smaller)
+    assert after == alone
+    assert path.read_bytes() == before, "curves.json is written once"
+    foretold = {(row.group, row.type): row.kld for row in alone[1].points}
+    learned = {(row.group, row.type): row.kld for row in alone[0].points}
+    assert foretold.keys() == learned.keys() and foretold != learned, "what plans taught is in plan.json"
+
+
+def test_iq_types_that_the_plan_wants_are_measured_for_it_while_the_passes_last(
+    curves: Curves, truth: Truth
+) -> None:
+    target = Target(file_bytes=truth.layout.file_bytes() - 900_000)
+    session = TrueSession.of(truth)
+    planned = plan_budget(curves, cast(Session, session), target)
+    assert session.probed and len(planned.responses) == len(session.probed)
+    assert all(response.type in FINE_LADDER for response in planned.responses)
+    sizes = [truth.layout.part_bytes(probe.part, probe.qtype) for probe in session.probed]
+    assert sizes == sorted(sizes, reverse=True), "the largest parts first"
+    spent = replace(TrueSession.of(truth), limit=curves.chunks_scored)
+    assert plan_budget(curves, cast(Session, spent), target).responses == ()
+
+
+# --- curves.json is read strictly
+
+
+def read(path: Path) -> Curves:
+    return read_artifact(path, Curves, "run `cerebellum measure --budget` again")
+
+
+def test_curves_survive_their_file(curves: Curves, tmp_path: Path) -> None:
+    write_artifact(tmp_path / "curves.json", curves)
+    assert read(tmp_path / "curves.json") == curves
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "told"),
+    [
+        ((), [], "an array where an object was wanted"),
+        (("format",), 2, "has format 2, this version reads format 3"),
+        (("chunks",), "16", "chunks: wanted int, got str"),
+        (("passses",), 1.0, "unknown key 'passses'"),
+        (("method", "precice"), 0.1, "method: has the unknown key 'precice'"),
+        (("responses", 0, "kld"), {"mean": 0.1, "low": 0.0, "high": 0.2}, "has no key 'se'"),
+        (("rounding", "at_base", "attn_q.2"), None, "rounding.at_base"),
+    ],
+)
+def test_a_damaged_curves_json_is_one_line_with_file_and_key(
+    curves: Curves, tmp_path: Path, at: tuple[Any, ...], value: Any, told: str
+) -> None:
+    content: Any = {"": as_json(curves)}
+    inner = content
+    for key in ("", *at)[:-1]:
+        inner = inner[key]
+    inner[("", *at)[-1]] = value
+    path = tmp_path / "curves.json"
+    path.write_text(json.dumps(content[""]), encoding="utf-8")
+    with pytest.raises(BadInput) as refused:
+        read(path)
+    message = str(refused.value)
+    assert message.startswith(f"{path}: ") and told in message and "measure --budget" in message
+    assert len(message.splitlines()) == 1
+
+
+# --- what the plan costs in the other measure
+
+
+def test_gaining_in_one_measure_at_the_cost_of_the_other_is_said(model: DamageModel, truth: Truth) -> None:
+    base = truth.score(NOTHING)
+
+    def score(changes: Changes) -> Score:
+        found = truth.score(changes)
+        return replace(found, nll=base.nll + 0.03) if changes else base
+
+    decision = drive(budget_plan(model, truth.reference(), truth.layout.file_bytes()), score)
+    assert "higher perplexity" in (tradeoff(decision, KLD) or "")
+
+
+def test_a_rival_of_the_base_itself_is_said_too(model: DamageModel, truth: Truth) -> None:
     """Every change moves away from the source here and lowers the perplexity: the base ships, with a word."""
-    planning = budget_plan(damages, truth.sizes, truth.sizes.whole_file_bytes())
-    base = truth.score({})
-    try:
-        next(planning)
-        while True:
-            planning.send((Score(nll=base.nll - 0.03, kld=base.kld + 0.1), base))
-    except StopIteration as stop:
-        told = budget_json(stop.value, truth.sizes)
-    assert told["bytes_saved"] == 0 and "lower perplexity (-2.96%)" in told["tradeoff"]
+    base = truth.score(NOTHING)
+    moved = Score(nll=base.nll - 0.03, kld=base.kld + 0.1)
+    planning = budget_plan(model, truth.reference(), truth.layout.file_bytes())
+    decision = drive(planning, lambda changes: moved if changes else base)
+    assert decision.chosen.changes == {} and "lower perplexity (-2.96%)" in (tradeoff(decision, KLD) or "")
 
 
-def test_points_survive_json(points: Sequence[Point]) -> None:
-    again = [point_from_json(point.as_json()) for point in points]
-    assert [p.part for p in again] == [p.part for p in points]
-    assert [p.damage(PPL) and p.damage(PPL).mean for p in again] == [
-        p.damage(PPL) and p.damage(PPL).mean for p in points
-    ]
+# --- bytes
 
 
-@pytest.mark.parametrize("sizes", [by_role(), by_layer()], ids=["by role", "by layer"])
-def test_predicted_bytes_are_the_bytes_of_the_file(tmp_path: Path, sizes: Sizes) -> None:
+@pytest.mark.parametrize("layout", [by_role(), by_layer()], ids=["by role", "by layer"])
+def test_predicted_bytes_are_the_bytes_of_the_file(tmp_path: Path, layout: Layout) -> None:
     from cerebellum.build import build
 
     source = open_source(DEMO_MODEL)
     wanted = {"ssm_in": "Q5_K", "ffn_down_exps": "Q2_K", "attn_k": "Q4_K"}
-    parts = {part.name: part for part in roles(sizes)}
-    changes = {name: kind for role, kind in wanted.items() for name in parts[role].groups[-2:]}
-    spans = 1 if len(sizes.groups) == len(parts) else 8
+    parts = {part.name: part for part in layout.roles()}
+    changes = {name: qtype for role, qtype in wanted.items() for name in parts[role].groups[-2:]}
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         recipe = Recipe(
             source=source,
-            base=sizes.base,
+            layout=layout,
             matrix=None,
-            groups=make_groups(source, spans=spans),
+            engine=LlamaEngine(EngineSettings()),
             folder=tmp_path / "shards",
             threads=1,
         )
-        for tried in ({}, changes):
+        for tried in (NOTHING, changes):
             out = tmp_path / "out.gguf"
-            build(source, sizes.base, Shards(recipe, ledger), tried, out)
-            assert out.stat().st_size == sizes.whole_file_bytes(tried)
+            build(source, layout.base, Shards(recipe, ledger), tried, out)
+            assert out.stat().st_size == layout.file_bytes(tried)
 
 
-def test_base_points_are_zero_and_no_point_repeats_the_base(points: Sequence[Point], truth: Truth) -> None:
+def test_base_points_are_zero_and_no_point_repeats_the_base(points: Sequence[PointRow], truth: Truth) -> None:
     for point in points:
-        kinds = {kind.name for kind in truth.sizes.base_types(point.part.name).values()}
-        assert (point.kind == BASE) == (point.kld is not None and point.kld.mean == 0.0)
-        assert kinds != {point.kind}
+        assert (point.type is None) == (point.kld is not None and point.kld.mean == 0.0)
+        assert truth.layout.base_types([point.group]) != (point.type,)

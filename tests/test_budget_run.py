@@ -12,7 +12,7 @@ from conftest import Cerebellum
 from tiny import ledger_rows, run_process
 
 from cerebellum.gguf import read_gguf
-from cerebellum.workspace import SELECTION_TEXT
+from cerebellum.settings import SELECTION_TEXT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,9 @@ def test_the_file_is_within_the_budget_to_the_byte(budgeted: Budgeted) -> None:
 def test_the_curves_cost_two_passes_at_most_and_layers_were_told_apart(budgeted: Budgeted) -> None:
     curves = budgeted.read("curves.json")
     assert 0 < curves["passes"] <= 2
-    assert {len(row["members"]) for row in curves["responses"]} >= {1, 2, 3, 6}
-    assert all(row["kld"]["chunks"] <= curves["chunks"] for row in curves["responses"])
-    groups = {point["group"] for point in curves["points"]}
+    assert {len(row["groups"]) for row in curves["responses"]} >= {1, 2, 3, 6}
+    assert all(row["kld"]["n"] <= curves["chunks"] for row in curves["responses"])
+    groups = {point["group"] for point in budgeted.read("plan.json")["points"]}
     assert {"ffn_up_exps.0", "ssm_in.4", "attn_q.5"} <= groups and len(groups) == 52
 
 
@@ -71,8 +71,9 @@ def test_what_shipped_was_measured_whole_and_is_the_best_of_what_was(budgeted: B
     measured = [row["measured_kld"] for row in plan["candidates"]]
     assert plan["measured_kld"] == min(measured) and plan["kld_ci"] and plan["ci_pct"]
     assert any(row["how"] == "the base itself" for row in plan["candidates"])
-    rows = {name: row["chosen_type"] for row in plan["groups"] for name in row["members"]}
-    assert len(rows) == sum(len(row["members"]) for row in plan["groups"]), "no group twice"
+    names = [row["name"] for row in plan["groups"]]
+    assert len(names) == len(set(names)) == 52, "a row a group of the layout, no group twice"
+    assert set(names) <= {group["name"] for group in budgeted.read("groups.json")["groups"]}
 
 
 def test_the_same_command_again_measures_nothing_and_decides_the_same(
@@ -107,7 +108,7 @@ def test_a_card_and_a_report_tell_it(budgeted: Budgeted) -> None:
     card = (budgeted.folder / "README.md").read_text()
     assert "knapsack" in card
     for row in budgeted.read("plan.json")["groups"]:
-        assert row["name"] in card
+        assert row["role"] in card
     assert (budgeted.folder / "report.html").stat().st_size > 10_000
 
 
@@ -167,7 +168,7 @@ def test_curves_of_an_earlier_version_are_refused(
     (tmp_path / "curves.json").write_text('{"points": []}')
     for flags in (("--budget", "7MB"), ("--frontier",)):
         ran = cerebellum("plan", tmp_path, *flags)
-        assert ran.code == 2 and "earlier version" in ran.err and len(ran.err.splitlines()) == 1
+        assert ran.code == 2 and "no format number" in ran.err and len(ran.err.splitlines()) == 1
 
 
 def test_a_plan_that_fails_leaves_the_folder_as_it_was(budgeted: Budgeted, cerebellum: Cerebellum) -> None:
@@ -182,3 +183,40 @@ def test_a_budget_no_type_can_reach_is_refused_before_any_work(
     ran = cerebellum("run", embedded, "-o", tmp_path / "run", "--budget", "3MB")
     assert ran.code == 1 and "the smallest file" in ran.err and len(ran.err.splitlines()) == 1
     assert not list((tmp_path / "run").glob("*.gguf")) and not (tmp_path / "run" / "curves.json").exists()
+
+
+def test_a_plan_does_not_depend_on_which_was_planned_before(
+    budgeted: Budgeted, cerebellum: Cerebellum, tmp_path: Path
+) -> None:
+    """Planning writes plan.json and nothing that another plan starts from."""
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(budgeted.folder, folder)
+    curves = (folder / "curves.json").read_bytes()
+    alone = cerebellum("plan", folder, "--budget", "7MB", "--json").json
+    cerebellum("plan", folder, "--budget", "6.5MB", "--json")
+    again = cerebellum("plan", folder, "--budget", "7MB", "--json").json
+    assert again == alone and (folder / "curves.json").read_bytes() == curves
+
+
+def test_stages_of_a_budget_meet_in_the_folder(
+    budgeted: Budgeted, cerebellum: Cerebellum, embedded: Path, tmp_path: Path
+) -> None:
+    """`measure --budget`, `plan` and `build` go on from each other, without `run`."""
+    arguments = [str(argument) for argument in budgeted.arguments]
+    arguments[0] = "measure"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("ledger.sqlite", "imatrix.gguf", "rounding.json"):  # what takes the time
+        (folder / name).write_bytes((budgeted.folder / name).read_bytes())
+    arguments[arguments.index("-o") + 1] = str(folder)
+    measured = cerebellum(*arguments, "--json")
+    assert measured.code == 0, measured.err
+    counts = {"measured": 0, "reused": len(ledger_rows(folder))}
+    assert measured.json == json.loads((folder / "curves.json").read_text()) | counts
+    planned = cerebellum("plan", folder, "--json")
+    assert planned.code == 0 and planned.json["measured_kld"] is None, planned.err
+    built = cerebellum("build", folder, "--json")
+    assert built.code == 0, built.err
+    assert Path(built.json["path"]).stat().st_size == planned.json["file_bytes"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html import unescape as html_text
 from pathlib import Path
 from typing import Any
@@ -14,46 +16,58 @@ from fake_hub import fake_hub
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
+from msgspec.structs import replace
 from run_folder import (
     GROUPS,
     HOSTILE,
     SHIPPED,
+    audit_row,
     bench,
+    budget_plan,
     by_budget,
+    changed_at,
+    gpu_memory,
+    groups,
     manifest,
     measurements,
     plan,
-    source,
     verify,
+    with_group,
+    with_metadata,
     write_run_folder,
 )
 
-from cerebellum.card.drawings import drawings
-from cerebellum.card.evidence import read_evidence
-from cerebellum.card.findings import findings, percent
+from cerebellum import card as card_package
+from cerebellum.bench.artifacts import Audit
 from cerebellum.card.frontmatter import base_model
-from cerebellum.card.stage import card_context, make_card, render_card, spans
+from cerebellum.card.merged import merged_rows, points_together
+from cerebellum.card.numbers import percent, spans
+from cerebellum.card.stage import card_context, make_card, read_story, render_card
+from cerebellum.codec import Artifact
 from cerebellum.errors import BadInput
+from cerebellum.measure.artifacts import Measurements
 from cerebellum.page import Code, code_span, escape_text, render_html
+from cerebellum.plan.artifacts import BudgetPlan, LimitPlan
+from cerebellum.stats.paired import as_percent
+from cerebellum.verify import Measured
 
 GOLD = Path(__file__).parent.parent / "docs" / "demo"
 
 
-def card_of(folder: Path, repo: str | None = None, **changed: Any) -> str:
+def card_of(folder: Path, repo: str | None = None, **changed: Artifact | None) -> str:
     """The card without its charts, which take longer to draw than everything else."""
-    evidence = read_evidence(write_run_folder(folder, **changed))
-    return render_card(evidence, card_context(evidence, {}, repo), repo)
+    story = read_story(write_run_folder(folder, **changed))
+    return render_card(story, card_context(story, {}, repo), repo)
 
 
-def report_of(folder: Path, **changed: Any) -> str:
-    evidence = read_evidence(write_run_folder(folder, **changed))
-    return render_html("report.html.j2", card_context(evidence, {}, None))
+def report_of(folder: Path, **changed: Artifact | None) -> str:
+    story = read_story(write_run_folder(folder, **changed))
+    return render_html("report.html.j2", card_context(story, {}, None))
 
 
-def said(folder: Path, **changed: Any) -> list[str]:
+def said(folder: Path, **changed: Artifact | None) -> list[str]:
     """The findings as plain text."""
-    evidence = read_evidence(write_run_folder(folder, **changed))
-    lines = findings(evidence)
+    lines = read_story(write_run_folder(folder, **changed)).findings()
     return ["".join(part.text if isinstance(part, Code) else part for part in line) for line in lines]
 
 
@@ -122,9 +136,7 @@ def test_base_model_is_a_hub_id_or_nothing(metadata: dict[str, Any], wanted: str
 def test_a_license_the_hub_does_not_know_is_other(
     tmp_path: Path, given: str, wanted: tuple[str | None, str | None]
 ) -> None:
-    changed = source()
-    changed["metadata"]["general.license"] = given
-    data = ModelCard(card_of(tmp_path, source=changed)).data
+    data = ModelCard(card_of(tmp_path, source=with_metadata(general__license=given))).data
     assert (data.license, data.get("license_name")) == wanted
 
 
@@ -139,9 +151,9 @@ def test_every_group_is_there_and_no_cell_is_blank(tmp_path: Path) -> None:
 
 
 def test_groups_that_could_not_be_measured_say_why(tmp_path: Path) -> None:
-    changed = plan()
-    changed["groups"][3] |= {"delta_pct": None, "ci_pct": None, "chunks": None, "verdict": "illegal"}
-    changed["groups"][3] |= {"bytes_saved": 0, "chosen_type": "base", "decision": "kept"}
+    none = {"delta_pct": None, "ci_pct": None, "chunks": None, "bytes_saved": 0}
+    kept = {"verdict": "illegal", "chosen_type": "base", "decision": "kept"}
+    changed = with_group(plan(), 3, **none, **kept)
     card = card_of(tmp_path, plan=changed)
     (row,) = [line for line in card.splitlines() if line.startswith("| `ffn_gate_shexp`")]
     assert "not measured" in row and "illegal" in row
@@ -149,8 +161,7 @@ def test_groups_that_could_not_be_measured_say_why(tmp_path: Path) -> None:
 
 
 def test_groups_measured_together_say_with_which(tmp_path: Path) -> None:
-    changed = plan()
-    changed["groups"][3]["measured_with"] = ["ffn_up_shexp", "ffn_down_shexp"]
+    changed = with_group(plan(), 3, measured_with=("ffn_up_shexp", "ffn_down_shexp"))
     assert "`ffn_gate_shexp` with `ffn_up_shexp`, `ffn_down_shexp`" in card_of(tmp_path, plan=changed)
 
 
@@ -161,7 +172,7 @@ def test_missing_benchmarks_are_said_and_not_shown(tmp_path: Path) -> None:
 
 
 def test_a_bench_of_the_file_alone(tmp_path: Path) -> None:
-    alone = bench(models=bench()["models"][:1], paired=[])
+    alone = bench(models=bench().models[:1], paired=())
     card = card_of(tmp_path, bench=alone)
     assert (
         "| hellaswag | loglikelihood, acc_norm | 10,042 | not asked | 87.1% [86.5, 87.8] | not paired |"
@@ -169,18 +180,15 @@ def test_a_bench_of_the_file_alone(tmp_path: Path) -> None:
     )
 
 
-def perplexity_only() -> dict[str, Any]:
-    """Measurements as made by hand, or before KL divergence was measured too."""
-    old = measurements()
-    for key in ("tokens_scored", "tokens_full", "alpha"):
-        del old[key]
-    for row in old["measurements"]:
-        for key in ("kld_mean", "kld_ci", "top1_agreement", "trace"):
-            del row[key]
-    return old
+def perplexity_only() -> Measurements:
+    """Measurements of perplexity alone, with every verdict after one look, on the whole text."""
+    found = measurements()
+    without = {"kld_mean": None, "kld_ci": None, "top1_agreement": None, "trace": ()}
+    rows = tuple(replace(row, **without) for row in found.measurements)
+    return replace(found, measurements=rows, tokens_scored=found.tokens_full)
 
 
-def test_old_measurements_without_the_newer_columns(tmp_path: Path) -> None:
+def test_measurements_of_perplexity_alone(tmp_path: Path) -> None:
     make_card(write_run_folder(tmp_path, measurements=perplexity_only()))
     assert "KL divergence" not in (tmp_path / "README.md").read_text()
     assert "How each verdict was reached" not in (tmp_path / "report.html").read_text()
@@ -188,16 +196,15 @@ def test_old_measurements_without_the_newer_columns(tmp_path: Path) -> None:
 
 
 def test_failed_verification_is_the_first_thing_said(tmp_path: Path) -> None:
-    failed = verify()
-    failed["ok"] = failed["checks"][1]["ok"] = False
+    failed = verify(ok=False, checks=changed_at(verify().checks, 1, ok=False))
     card = card_of(tmp_path, verify=failed)
     assert card.index("Verification failed") < card.index("## Key findings")
     assert "**FAILED**" in card
 
 
 def test_a_broken_file_has_a_card_that_says_so(tmp_path: Path) -> None:
-    broken = verify(delta_pct=None, ci_pct=[None, None], result={"ppl": None, "se": None, "tokens": 1})
-    broken["ok"] = False
+    nothing = Measured(ppl=None, se=None, tokens=1)
+    broken = verify(ok=False, delta_pct=None, ci_pct=(None, None), result=nothing)
     make_card(write_run_folder(tmp_path, verify=broken))
     card = ModelCard((tmp_path / "README.md").read_text(), ignore_metadata_errors=False)
     assert "broken: its perplexity on `report.txt` is not finite" in card.content
@@ -219,15 +226,13 @@ def test_how_to_run_for_four_programs(tmp_path: Path, repo: str | None) -> None:
 
 
 def test_a_plan_for_a_card_is_run_as_planned(tmp_path: Path) -> None:
-    found = by_budget()
-    found["plan"]["memory"] = {"context": 16384, "sequences": 1}
+    found = by_budget(memory=gpu_memory(context=16384))
     assert "-ngl 99 -c 16384 -np 1" in card_of(tmp_path, **found)
 
 
 def test_a_file_name_cannot_run_a_command(tmp_path: Path) -> None:
-    changed = manifest()
-    changed["result"]["file"] = "x; rm -rf ~ $(id)\n```\n.gguf"
-    card = card_of(tmp_path, manifest=changed)
+    result = replace(manifest().result, file="x; rm -rf ~ $(id)\n```\n.gguf")
+    card = card_of(tmp_path, manifest=manifest(result=result))
     assert "-m './x; rm -rf ~ $(id) ``` .gguf' " in card
     assert card.count("\n```") % 2 == 0
 
@@ -262,63 +267,65 @@ def test_findings_are_derived_from_the_numbers(tmp_path: Path) -> None:
 
 def test_a_small_p_among_many_comparisons_is_no_finding(tmp_path: Path) -> None:
     """p = 0.04 is what one of twenty comparisons of a model with itself looks like."""
-    rows = bench()["paired"]
-    paired = [rows[0] | {"p_value": 0.04}, *rows[1:2], rows[2] | {"p_value": 0.2}]
+    rows = bench().paired
+    paired = (replace(rows[0], p_value=0.04), rows[1], replace(rows[2], p_value=0.2))
     assert not any("worse" in line for line in said(tmp_path, bench=bench(paired=paired)))
-    one = bench(scores=bench()["scores"][:2], paired=paired[:1])
+    one = bench(scores=bench().scores[:2], paired=paired[:1])
     assert any("hellaswag" in line and "worse" in line for line in said(tmp_path, bench=one))
 
 
 def test_what_the_audit_found_is_on_the_card(tmp_path: Path) -> None:
     text = "letter: option A is chosen 98% of the time and right 20%: the score says little about knowledge"
-    check = {"model": "Q3_K_M", "task": "arc_challenge", "protocol": "letter", "problems": [text]}
-    card = card_of(tmp_path, bench=bench(audit={"ok": False, "checks": [check]}))
+    check = audit_row("Q3_K_M", "arc_challenge", "letter", text)
+    card = card_of(tmp_path, bench=bench(audit=Audit(ok=False, checks=(check,))))
     assert f"- `Q3_K_M` on arc_challenge (letter): {text}." in card.splitlines()
 
 
+def within(half: float) -> LimitPlan:
+    """The plan with every group's change known to plus or minus so many percent."""
+    found = plan()
+    known = [(row, row.delta_pct) for row in found.groups if row.delta_pct is not None]
+    rows = tuple(replace(row, ci_pct=(delta - half, delta + half)) for row, delta in known)
+    return replace(found, groups=rows)
+
+
 def test_without_kl_divergence_damage_is_told_in_perplexity(tmp_path: Path) -> None:
-    certain = plan()
-    for row in certain["groups"]:
-        row["ci_pct"] = [row["delta_pct"] - 0.01, row["delta_pct"] + 0.01]
+    certain = within(0.01)
     lines = said(tmp_path, plan=certain, measurements=perplexity_only())
     assert any(line.startswith("Each GB saved in ffn_down_exps cost +4.88% of perplexity") for line in lines)
     assert any("routed experts +5.38%; shared experts +17.1%" in line for line in lines)
 
 
 def test_no_ranking_where_intervals_overlap(tmp_path: Path) -> None:
-    wide = plan()
-    for row in wide["groups"]:
-        row["ci_pct"] = [-2000.0, 2000.0]
+    wide = within(2000.0)
     lines = said(tmp_path, plan=wide, measurements=perplexity_only())
     assert not any(line.startswith(("Each GB saved", "By family")) for line in lines)
     assert any("No group's bytes were surely dearer" in line for line in lines)
 
 
 def test_no_damage_is_claimed_where_none_can_be_told(tmp_path: Path) -> None:
-    lines = said(tmp_path, verify=verify(delta_pct=0.02, ci_pct=[-0.05, 0.09]))
+    lines = said(tmp_path, verify=verify(delta_pct=0.02, ci_pct=(-0.05, 0.09)))
     assert "with no change of perplexity that could be told" in lines[0]
 
 
 @pytest.mark.parametrize(("low", "word"), [(2.9, "is over"), (3.05, "is surely over")])
 def test_a_limit_that_the_report_text_does_not_bear_out(tmp_path: Path, low: float, word: str) -> None:
-    lines = said(tmp_path, verify=verify(delta_pct=3.1, ci_pct=[low, 3.4]))
+    lines = said(tmp_path, verify=verify(delta_pct=3.1, ci_pct=(low, 3.4)))
     assert lines[1].startswith(f"On the report text that {word} the limit of +3%. It held on the text that")
     assert not any("over the limit" in line for line in said(tmp_path))
 
 
 def test_the_tolerant_that_went_back_are_named(tmp_path: Path) -> None:
-    changed, measured = plan(), measurements()
-    changed["groups"][3] |= {"chosen_type": "base", "decision": "kept"}
-    measured["measurements"][-1] |= {"delta_pct": 3.2, "ci_pct": [3.0, 3.4]}
+    changed = with_group(plan(), 3, chosen_type="base", decision="kept")
+    rows = changed_at(measurements().measurements, -1, delta_pct=3.2, ci_pct=(3.0, 3.4))
+    measured = measurements(measurements=rows)
     (line,) = [x for x in said(tmp_path, plan=changed, measurements=measured) if x.startswith("Kept all")]
     assert line == "Kept all the same, for together they went over +3%: 1 of 9, ffn_gate_shexp."
 
 
 def test_the_blindness_of_a_limit_is_told_where_it_cost_bytes(tmp_path: Path) -> None:
     """Published: the shared experts, demoted, cost three times what the routed ones would have."""
-    certain = plan()
-    for row in certain["groups"]:
-        row["ci_pct"] = [row["delta_pct"] - 0.01, row["delta_pct"] + 0.01]
+    certain = within(0.01)
     lines = said(tmp_path, plan=certain, measurements=perplexity_only())
     (line,) = [line for line in lines if "blind to bytes" in line]
     assert (
@@ -350,9 +357,7 @@ def test_spans() -> None:
 
 
 def budget_said(folder: Path) -> list[str]:
-    evidence = read_evidence(write_run_folder(folder, **by_budget()))
-    lines = findings(evidence)
-    return ["".join(part.text if isinstance(part, Code) else part for part in line) for line in lines]
+    return said(folder, **by_budget())
 
 
 def test_a_budget_tells_what_it_bought_and_with_what_it_paid(tmp_path: Path) -> None:
@@ -379,10 +384,89 @@ def test_the_card_of_a_budget(tmp_path: Path) -> None:
 
 
 def test_the_charts_of_a_budget(tmp_path: Path) -> None:
-    found = drawings(read_evidence(write_run_folder(tmp_path, **by_budget())))
+    found = read_story(write_run_folder(tmp_path, **by_budget())).drawings()
     assert set(found) == {"sensitivity", "curves", "frontier", "predicted"}
     assert len(re.findall(r'id="curves-w-curve-\d+"', found["curves"].wide)) == 9
     assert "shipped" in found["frontier"].wide
+
+
+# --- layers that a budget treats alike
+
+
+def layered() -> BudgetPlan:
+    """The budget's plan with ssm_in in four groups: layers 0 and 1 to Q4_K, 2 kept, 3 to Q4_K."""
+    found = budget_plan()
+    place = [row.name for row in found.groups].index("ssm_in")
+    rows = [
+        replace(
+            found.groups[place],
+            **{"name": f"ssm_in.{layer}", "layers": (layer,), "tensors": 1, "chunks": 8 + layer},
+            **({"chosen_type": "base", "decision": "kept", "bytes_saved": 0} if layer == 2 else {}),
+        )
+        for layer in range(4)
+    ]
+    own = [point for point in found.points if point.group == "ssm_in"]
+    points = [replace(point, group=row.name) for row in rows for point in own]
+    others = [point for point in found.points if point.group != "ssm_in"]
+    groups = (*found.groups[:place], *rows, *found.groups[place + 1 :])
+    return replace(found, groups=groups, points=(*others, *points))
+
+
+def test_neighbouring_layers_that_are_treated_alike_share_a_row() -> None:
+    merged = [found for found in merged_rows(layered()) if found.row.role == "ssm_in"]
+    assert [found.row.name for found in merged] == ["ssm_in.0-1", "ssm_in.2", "ssm_in.3"]
+    pair = merged[0]
+    assert pair.members == ("ssm_in.0", "ssm_in.1")
+    assert (pair.row.layers, pair.row.tensors, pair.row.chunks) == ((0, 1), 2, 8)
+    assert pair.row.bytes_saved == 2 * -251_000_000
+    assert pair.row.kld_change == pytest.approx(2 * -12.85 / 300)
+    assert len(merged_rows(budget_plan())) == len(GROUPS)
+
+
+def test_damages_of_merged_layers_add_up_with_their_errors() -> None:
+    """Layers of a role share their uncertainty, so standard errors add up and do not cancel."""
+    pair = next(found for found in merged_rows(layered()) if found.row.name == "ssm_in.0-1")
+    mean, half = 2 * -12.85 / 300, 2 * 0.0005
+    assert pair.row.delta_pct == pytest.approx(as_percent(mean))
+    assert pair.row.ci_pct == pytest.approx((as_percent(mean - half), as_percent(mean + half)), rel=1e-3)
+
+
+def test_merged_layers_are_one_row_of_the_card(tmp_path: Path) -> None:
+    card = card_of(tmp_path, **by_budget() | {"plan": layered()})
+    assert "| `ssm_in.0-1` | 2 | 0–1 | Q3_K → Q4_K |" in card
+    assert "| `ssm_in.2` | 1 | 2 | Q3_K | Q2_K |" in card
+
+
+def test_a_role_in_layers_has_a_map_of_them(tmp_path: Path) -> None:
+    found = read_story(write_run_folder(tmp_path, **by_budget() | {"plan": layered()})).drawings()
+    assert len(re.findall(r'id="layers-w-cell-\d+-\d+"', found["layers"].wide)) == 4
+
+
+def test_groups_whose_bases_differ_meet_at_the_base_type_of_one() -> None:
+    """Of layers at Q3_K and Q4_K, the whole at Q4_K is the first changed and the second at its base."""
+    found = layered()
+    place = next(at for at, row in enumerate(found.groups) if row.name == "ssm_in.1")
+    mixed = with_group(found, place, base_type="Q4_K")
+    kept = tuple(p for p in found.points if (p.group, p.type) != ("ssm_in.1", "Q4_K"))
+    points = {p.type: p for p in points_together(replace(mixed, points=kept), ["ssm_in.0", "ssm_in.1"])}
+    assert set(points) == {None, "Q2_K", "Q4_K", "Q6_K"}
+    assert points["Q4_K"].bytes == (5 + 4) * 251_000_000
+    assert points["Q6_K"].kld is None
+
+
+def test_no_solver_is_asked_for_the_frontier(tmp_path: Path) -> None:
+    """The line is plan.json's; without one there is no chart."""
+    assert "frontier" not in read_story(write_run_folder(tmp_path, **by_budget(frontier=()))).drawings()
+
+
+def test_importing_the_card_loads_no_engine_and_no_scipy() -> None:
+    """A card is made where nothing is compiled, and `cerebellum card --help` does not wait for SciPy."""
+    names = sorted(path.stem for path in Path(card_package.__file__).parent.glob("*.py"))
+    imports = "".join(f"import cerebellum.card.{name}\n" for name in names if name != "__init__")
+    heavy = ("llama_cpp", "scipy", "cerebellum.llama")
+    tell = f"import sys\nprint([m for m in sys.modules if m.startswith({heavy})])"
+    ran = subprocess.run([sys.executable, "-c", imports + tell], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
 
 
 # --- untrusted text
@@ -404,21 +488,18 @@ def test_hostile_names_are_text_in_the_report(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in report
 
 
-def hostile() -> dict[str, Any]:
+def hostile() -> dict[str, Artifact | None]:
     """Every name that comes out of a file, turned into markup."""
-    changed = {"source": source(name=HOSTILE, architecture=HOSTILE), "plan": plan(), "verify": verify()}
-    changed["source"]["metadata"] |= {
-        "general.source.huggingface.repository": HOSTILE,
-        "general.license": HOSTILE,
+    names = with_metadata(general__source__huggingface__repository=HOSTILE, general__license=HOSTILE)
+    way = {"task": HOSTILE, "protocol": HOSTILE, "metric": HOSTILE, "labels": HOSTILE}
+    return {
+        "source": replace(names, name=HOSTILE, architecture=HOSTILE),
+        "plan": with_group(plan(base=HOSTILE), 0, name=HOSTILE, measured_with=(HOSTILE,)),
+        "verify": verify(text=HOSTILE),
+        "manifest": manifest(text_files={"selection": HOSTILE, "report": HOSTILE}),
+        "measurements": measurements(text=HOSTILE),
+        "bench": bench(scores=changed_at(bench().scores[:1], 0, **way), paired=()),
     }
-    changed["plan"]["groups"][0] |= {"name": HOSTILE, "measured_with": [HOSTILE]}
-    changed["plan"]["base"] = HOSTILE
-    changed["verify"]["report"]["text"] = HOSTILE
-    changed["manifest"] = manifest(text_files={"selection": HOSTILE, "report": HOSTILE})
-    changed["measurements"] = measurements() | {"text": HOSTILE}
-    hostile_way = {"task": HOSTILE, "protocol": HOSTILE, "metric": HOSTILE, "labels": HOSTILE}
-    changed["bench"] = bench(scores=[bench()["scores"][0] | hostile_way], paired=[])
-    return changed
 
 
 @pytest.mark.parametrize(
@@ -443,17 +524,37 @@ def test_a_missing_artifact_is_one_line(tmp_path: Path, name: str) -> None:
         make_card(tmp_path)
 
 
-def test_an_artifact_of_another_shape_is_one_line(tmp_path: Path) -> None:
-    write_run_folder(tmp_path, plan={"groups": [{}]})
-    with pytest.raises(BadInput, match="not as Cerebellum writes them"):
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("plan", {"groups": [{}]}, "plan.json: has no format number, this version reads format 4"),
+        ("plan", {"format": 4, "mode": "neither"}, "plan.json: .*neither.*; run `cerebellum plan` again"),
+        (
+            "verify",
+            [],
+            "verify.json: holds an array where an object was wanted; run `cerebellum verify` again",
+        ),
+        ("verify", {"format": 9}, "verify.json: has format 9, this version reads format 1"),
+        ("source", {"format": 1}, "source.json: the file: has no key 'architecture'"),
+        ("measurements", {"format": 1, "base": 3}, "measurements.json: base: wanted str, got int"),
+    ],
+)
+def test_an_artifact_of_another_shape_is_one_line(tmp_path: Path, name: str, value: Any, told: str) -> None:
+    (write_run_folder(tmp_path) / f"{name}.json").write_text(json.dumps(value))
+    with pytest.raises(BadInput, match=told) as refused:
         make_card(tmp_path)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_plan_of_other_groups_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"groups\.json: has no group 'other' of plan\.json"):
+        make_card(write_run_folder(tmp_path, plan=with_group(plan(), 0, name="other"), groups=groups(plan())))
 
 
 def test_nothing_changed_is_said(tmp_path: Path) -> None:
-    none = plan(bytes_saved=0, tensor_bytes=plan()["base_tensor_bytes"])
-    for row in none["groups"]:
-        row |= {"chosen_type": "base", "decision": "kept"}
-    card = card_of(tmp_path, plan=none)
+    none = plan(bytes_saved=0, tensor_bytes=plan().base_tensor_bytes)
+    rows = tuple(replace(row, chosen_type="base", decision="kept") for row in none.groups)
+    card = card_of(tmp_path, plan=replace(none, groups=rows))
     assert "Nothing: the file is the base." in card
     assert SHIPPED[0] in card
 

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from conftest import Cerebellum, Finished
 from filelock import FileLock
-from tiny import Ran, Recorder, command, is_root, ledger_rows, run_process, tiny_run, write_llama
+from tiny import Ran, command, is_root, ledger_rows, run_process, tiny_run, write_llama
 
-from cerebellum import imatrix, workspace
-from cerebellum.errors import BadInput
+from cerebellum import imatrix
+from cerebellum.folder import RunFolder
 from cerebellum.imatrix import Entry
+from cerebellum.settings import Limit
 from cerebellum.source import open_source
 
 PIPELINE = [
@@ -174,10 +175,12 @@ def test_wrong_use(cerebellum: Cerebellum, embedded: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["I8", "I32", "Q8_K", "Q8_1", "F64"])
-def test_a_type_that_no_weight_can_have(embedded: Path, tmp_path: Path, kind: str) -> None:
-    """`run MODEL --base F16 --demote I8` ends in ggml's abort; asked of the settings, which is quicker."""
-    with pytest.raises(BadInput, match=kind):
-        workspace.Workspace(tmp_path, workspace.Settings(source=embedded, demote=kind), Recorder())
+def test_a_type_that_no_weight_can_have(
+    cerebellum: Cerebellum, embedded: Path, tmp_path: Path, kind: str
+) -> None:
+    """`run MODEL --base F16 --demote I8` would end in ggml's abort."""
+    ran = cerebellum("run", embedded, "-o", tmp_path / "run", "--base", "F16", "--demote", kind)
+    assert ran.code == 2 and kind in ran.complaint and not (tmp_path / "run").exists()
 
 
 def test_an_unknown_preset(cerebellum: Cerebellum, embedded: Path, select_text: Path, tmp_path: Path) -> None:
@@ -445,16 +448,17 @@ def test_an_interrupt_while_the_matrix_is_made_is_130(embedded: Path, tmp_path: 
 
 
 def test_settings_are_kept_for_the_stages_that_follow(finished: Finished) -> None:
-    kept = workspace.Settings.load(finished.folder / "settings.json")
-    assert kept.ctx == 64 and kept.max_increase_pct == 999.0 and kept.base == "Q3_K_M"
-    assert json.loads((finished.folder / "settings.json").read_text())["chunks"] == 4
+    kept = RunFolder(finished.folder).settings()
+    assert isinstance(kept.goal, Limit) and kept.goal.max_increase_pct == 999.0
+    assert kept.ctx == 64 and kept.base == "Q3_K_M" and kept.goal.chunks == 4
     assert os.path.isabs(kept.source) and sys.version_info >= (3, 11)
 
 
 def test_what_c_libraries_print_stays_off_stdout() -> None:
     """A line written to file descriptor 1 from under Python, as HiGHS does, must not spoil the JSON."""
     program = (
-        "import os, sys; from cerebellum import doctor; from cerebellum.cli import commands as cli; real = doctor.examine\n"
+        "import os, sys; from cerebellum import doctor; from cerebellum.cli import commands as cli\n"
+        "real = doctor.examine\n"
         "def noisy(folder):\n    os.write(1, b'a line from C\\n'); return real(folder)\n"
         "doctor.examine = noisy; sys.argv = ['cerebellum', 'doctor', '--json']; cli.main()"
     )

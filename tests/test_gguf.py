@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from odd_gguf import any_kv
 
 from cerebellum import files
 from cerebellum.errors import BadInput
@@ -42,7 +43,6 @@ from cerebellum.gguf import (
     tensor_bytes,
     write_gguf,
 )
-from cerebellum.gguf.reader import decode_record
 
 T, V = GGMLQuantizationType, GGUFValueType
 
@@ -170,16 +170,6 @@ def equal(read: Any, given_value: Any) -> bool:
     return list(read) == list(given_value) if isinstance(read, np.ndarray) else read == given_value
 
 
-def test_whole_numbers_on_both_sides_of_two_to_the_63_stay_exact() -> None:
-    """numpy makes a list of them floats, which hold neither."""
-    kinds = (GGUFValueType.ARRAY, GGUFValueType.UINT64)
-    values = [0, 2**63, 2**64 - 1]
-    assert list(decode_record(encode_kv("key", values, *kinds))) == values
-    for wrong in ([0, 2**64], [0, 2**63, -1], [0, 2**63, 0.5], [None, 1]):
-        with pytest.raises(BadInput):
-            encode_kv("key", wrong, *kinds)
-
-
 @IN_ONE_FOLDER
 @given(metadata=METADATA, tensors=tensor_sources(), alignment=st.sampled_from([8, 32, 64, 4096]))
 def test_what_is_written_is_read_back(
@@ -189,7 +179,7 @@ def test_what_is_written_is_read_back(
     alignment: int,
 ) -> None:
     path = tmp_path / "a.gguf"
-    records = [encode_kv(key, *value) for key, value in metadata.items()]
+    records = [any_kv(key, *value) for key, value in metadata.items()]
     if alignment != 32:
         records.append(encode_kv("general.alignment", alignment, V.UINT32))
     n_bytes = write_gguf(path, records, tensors, alignment)
@@ -213,9 +203,9 @@ def test_what_is_written_is_read_back(
 def test_metadata_is_copied_as_bytes(tmp_path: Path) -> None:
     nan = struct.unpack("<f", b"\x01\x02\xc0\x7f")[0]
     records = [
-        encode_kv("odd.nan", nan, V.FLOAT32),
-        encode_kv("odd.bytes", b"\xff\xfe", V.STRING),
-        encode_kv("odd.list", [b"\xf0\x9f", "ok"], V.ARRAY, V.STRING),
+        any_kv("odd.nan", nan, V.FLOAT32),
+        any_kv("odd.bytes", b"\xff\xfe", V.STRING),
+        any_kv("odd.list", [b"\xf0\x9f", "ok"], V.ARRAY, V.STRING),
     ]
     write_gguf(tmp_path / "a.gguf", records, [])
     first = read_gguf(tmp_path / "a.gguf")
@@ -239,41 +229,39 @@ def test_the_bytes_a_hand_can_derive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "kind", "item"),
+    ("value", "value_type"),
     [
-        (300, V.UINT8, None),
-        (-1, V.UINT64, None),
-        (1 << 64, V.UINT64, None),
-        ("text", V.INT32, None),
-        (1.5, V.INT32, None),
-        (7, V.STRING, None),
-        ([1, "a"], V.ARRAY, V.INT32),
-        ([[1], [2]], V.ARRAY, V.ARRAY),
-        (1e300, V.FLOAT32, None),
+        (1 << 16, V.UINT16),
+        (-1, V.UINT32),
+        (1 << 31, V.INT32),
+        ("text", V.INT32),
+        (1.5, V.INT32),
+        (7, V.STRING),
+        (["a", 1], V.ARRAY),
+        ([[1], [2]], V.ARRAY),
+        (0.5, V.FLOAT32),
     ],
 )
-def test_values_that_do_not_fit_their_type_are_refused(
-    value: Any, kind: GGUFValueType, item: GGUFValueType | None
-) -> None:
+def test_values_that_do_not_fit_their_type_are_refused(value: Any, value_type: GGUFValueType) -> None:
     with pytest.raises(BadInput, match=r"'some\.key'"):
-        encode_kv("some.key", value, kind, item)
+        encode_kv("some.key", value, value_type)
 
 
-def test_arrays_without_an_item_type_take_gguf_pys_choice_or_their_dtype(tmp_path: Path) -> None:
-    given_values = {
-        "strings": ["a", "b"],
-        "ints": [1, 2],
-        "floats": [0.5],
-        "bools": [True, False],
-        "i64": np.array([1 << 40]),
-        "u8": np.array([7], dtype=np.uint8),
-    }
-    write_gguf(tmp_path / "a.gguf", [encode_kv(k, v, V.ARRAY) for k, v in given_values.items()], [])
-    file = read_gguf(tmp_path / "a.gguf")
-    for key, value in given_values.items():
-        assert equal(file.value(key), value)
-    assert file.value("ints").dtype == np.int32
-    assert file.value("i64").dtype == np.int64
+@pytest.mark.parametrize(
+    ("value", "value_type", "item_type"),
+    [
+        ("caf\u00e9", V.STRING, None),
+        (65_535, V.UINT16, None),
+        (4_294_967_295, V.UINT32, None),
+        (-2_147_483_648, V.INT32, None),
+        (["a", "\u00e9"], V.ARRAY, V.STRING),
+        ([], V.ARRAY, V.STRING),
+    ],
+)
+def test_what_is_written_has_gguf_pys_bytes(
+    value: Any, value_type: GGUFValueType, item_type: GGUFValueType | None
+) -> None:
+    assert encode_kv("some.key", value, value_type) == any_kv("some.key", value, value_type, item_type)
 
 
 # ---- gguf-py ----
@@ -292,7 +280,7 @@ def test_gguf_py_reads_ours(tmp_path: Path) -> None:
         [
             encode_kv("general.architecture", "llama", V.STRING),
             encode_kv("llama.block_count", 2, V.UINT32),
-            encode_kv("tokens", ["a", "\u00e9"], V.ARRAY, V.STRING),
+            encode_kv("tokens", ["a", "\u00e9"], V.ARRAY),
         ],
         [
             TensorSource(name="w", shape=(256, 2), type=T.F32, chunks=lambda: [weights]),

@@ -8,14 +8,16 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from odd_gguf import any_kv
 from sparse import write_sparse_granite
 
+from cerebellum.codec import Artifact, Record, as_json, read_artifact, write_artifact
 from cerebellum.errors import BadInput
 from cerebellum.gguf import (
     GGMLQuantizationType,
@@ -26,7 +28,17 @@ from cerebellum.gguf import (
     tensor_bytes,
     write_gguf,
 )
-from cerebellum.groups import describe, is_protected, layer_of, make_groups, role_of
+from cerebellum.groups import (
+    Groups,
+    SourceFile,
+    describe,
+    is_protected,
+    layer_of,
+    make_groups,
+    record_of,
+    role_of,
+    source_file,
+)
 from cerebellum.source import Source, open_source
 
 T, V = GGMLQuantizationType, GGUFValueType
@@ -52,7 +64,7 @@ def write_model(
     for key, value in metadata.items():
         name = key.replace("__", ".")
         name = name if name.partition(".")[0] in ("general", "split") else f"{architecture}.{name}"
-        records.append(encode_kv(name, *value))
+        records.append(any_kv(name, *value))
     sources = [
         TensorSource(
             name=name,
@@ -74,7 +86,7 @@ def test_the_32b_hybrid_is_described_from_its_header(granite: Path) -> None:
     assert granite.stat().st_blocks * 512 < 32 << 20
     started = time.monotonic()
     source = open_source(granite)
-    found = describe(source, make_groups(source))
+    found = plain(describe(source, make_groups(source)))
     seconds = time.monotonic() - started
     print(f"described in {seconds:.3f} s")
     assert seconds < 10
@@ -268,9 +280,14 @@ def test_glm5_next_has_a_list_of_its_own() -> None:
 # ---- other families ----
 
 
+def plain(value: Artifact | Record) -> Any:
+    """A typed artifact as its file holds it."""
+    return json.loads(json.dumps(as_json(value)))
+
+
 def described(path: Path) -> dict[str, Any]:
     source = open_source(path)
-    return describe(source, make_groups(source))
+    return plain(describe(source, make_groups(source)))
 
 
 def test_a_dense_model(tmp_path: Path) -> None:
@@ -466,3 +483,60 @@ def test_sources_of_the_same_file_are_equal(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", "llama", ONE)
     first: Source = open_source(path)
     assert first == open_source(path)
+
+
+# ---- artifacts ----
+
+
+@pytest.fixture
+def written(granite: Path, tmp_path: Path) -> Path:
+    """A folder with the source.json and groups.json of the large hybrid."""
+    source = open_source(granite)
+    records = tuple(record_of(group) for group in make_groups(source))
+    write_artifact(tmp_path / "source.json", source_file(source, "a" * 64))
+    write_artifact(tmp_path / "groups.json", Groups(groups=records))
+    return tmp_path
+
+
+def test_source_and_groups_are_read_back_as_written(written: Path, granite: Path) -> None:
+    source = open_source(granite)
+    found = read_artifact(written / "source.json", SourceFile, "run it again")
+    assert found == source_file(source, "a" * 64)
+    assert found.path == granite.name and found.metadata["chat_template"] is False
+    groups = read_artifact(written / "groups.json", Groups, "run it again").groups
+    assert [group.name for group in groups] == [group.name for group in make_groups(source)]
+    assert plain(groups) == described(granite)["groups"]
+
+
+def spoil(path: Path, change: Callable[[Any], Any]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("source", lambda raw: [raw], r"source\.json: holds an array where an object was wanted; run it"),
+        ("source", lambda raw: raw | {"format": 2}, r"has format 2, this version reads format 1"),
+        ("source", lambda raw: {k: v for k, v in raw.items() if k != "format"}, "has no format number"),
+        ("source", lambda raw: {k: v for k, v in raw.items() if k != "sha256"}, "has no key 'sha256'"),
+        ("source", lambda raw: raw | {"layers": "40"}, "layers: wanted int, got str"),
+        ("source", lambda raw: raw | {"metadata": []}, "metadata: wanted object, got array"),
+        ("source", lambda raw: raw | {"sha265": ""}, "has the unknown key 'sha265'"),
+        ("groups", lambda raw: raw["groups"], "holds an array where an object was wanted"),
+        ("groups", lambda raw: raw | {"groups": raw["groups"][0]}, "groups: wanted array, got object"),
+        (
+            "groups",
+            lambda raw: raw | {"groups": [raw["groups"][0] | {"protected": 0}]},
+            r"groups\[0\]\.protected: wanted bool, got int",
+        ),
+    ],
+)
+def test_a_damaged_artifact_is_one_line(
+    written: Path, name: str, change: Callable[[Any], Any], words: str
+) -> None:
+    path = written / f"{name}.json"
+    wanted: type[SourceFile] | type[Groups] = SourceFile if name == "source" else Groups
+    spoil(path, change)
+    with pytest.raises(BadInput, match=words) as caught:
+        read_artifact(path, wanted, "run it again")
+    assert str(caught.value).startswith(str(path)) and str(caught.value).endswith("run it again")

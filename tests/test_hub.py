@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from fake_hub import COMMIT, FakeHub, fake_hub
+from msgspec.structs import replace
 from run_folder import manifest, verify, write_run_folder
 
 REPO = "someone/tiny-GGUF"
@@ -130,8 +131,12 @@ def run_folder(folder: Path, **changed: Any) -> Path:
     """A finished run whose manifest names the files that are there, and one that must stay at home."""
     model, matrix = b"GGUF the model", b"GGUF the matrix"
     names = manifest()
-    names["result"] |= {"file": "m-Cerebellum-Q3_K_M.gguf", "sha256": hashlib.sha256(model).hexdigest()}
-    names["imatrix"]["sha256"] = hashlib.sha256(matrix).hexdigest()
+    digests = [hashlib.sha256(content).hexdigest() for content in (model, matrix)]
+    names = replace(
+        names,
+        result=replace(names.result, file="m-Cerebellum-Q3_K_M.gguf", sha256=digests[0]),
+        imatrix=replace(names.imatrix, sha256=digests[1]),
+    )
     write_run_folder(folder, **({"manifest": names} | changed))
     (folder / "m-Cerebellum-Q3_K_M.gguf").write_bytes(model)
     (folder / "imatrix.gguf").write_bytes(matrix)
@@ -183,7 +188,7 @@ def test_push_refuses_a_file_its_evidence_is_not_of(environment: dict[str, str],
 
 
 def test_push_refuses_what_failed_verification(environment: dict[str, str], tmp_path: Path) -> None:
-    folder = run_folder(tmp_path / "run", verify=verify() | {"ok": False})
+    folder = run_folder(tmp_path / "run", verify=verify(ok=False))
     done = cerebellum("push", str(folder), "someone/x", "--dry-run", env=environment)
     assert (done.returncode, "failed verification" in done.stderr) == (1, True)
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from cerebellum.bench.stage import Request, bench_files
+from cerebellum.bench.stage import BenchRequest, bench_files
 from cerebellum.bench.tasks import SAMPLES, TASKS, load_questions
 from cerebellum.engine.asking import Ask
 from cerebellum.llama.asker import open_asker
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.progress import Silent
-from cerebellum.workspace import DEMO_MODEL
+from cerebellum.settings import DEMO_MODEL
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),  # the harness and its dependencies warn as they like
@@ -97,12 +97,12 @@ def _evaluate(folder: Path) -> dict[str, Any]:
 
 
 def test_the_harness_and_our_bench_score_the_same(harness: dict[str, Any], tmp_path: Path) -> None:
-    request = Request(tasks=("arc_challenge",), protocols=("loglikelihood",), data=SAMPLES)
+    request = BenchRequest(tasks=("arc_challenge",), protocols=("loglikelihood",), data=SAMPLES)
     ours = bench_files([DEMO_MODEL], request, EngineSettings(threads=2), tmp_path, Silent())
-    for row in ours["scores"]:
-        if row["metric"] in ("acc", "acc_norm"):
-            theirs = harness["results"]["local_choice"][f"{row['metric']},none"]
-            assert theirs == pytest.approx(row["accuracy_pct"] / 100)
+    for row in ours.scores:
+        if row.metric in ("acc", "acc_norm"):
+            theirs = harness["results"]["local_choice"][f"{row.metric},none"]
+            assert theirs == pytest.approx(row.accuracy_pct / 100)
     (path,) = tmp_path.glob("*.jsonl")
     records = {r["id"]: r for r in map(json.loads, path.read_text().splitlines())}
     questions = load_questions(TASKS["arc_challenge"], SAMPLES)

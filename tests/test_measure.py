@@ -12,24 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import MATRIX_Q3, Bench, make_bench, measured
+from tiny import MATRIX_Q3, Bench, make_bench, measured, n_measured, run_sweep
 
+from cerebellum.codec import as_json
 from cerebellum.engine.fake import FakeEngine, FakeModel
 from cerebellum.engine.predictions import PredictionCache
 from cerebellum.engine.protocols import Logits, Tokens
-from cerebellum.measure.measurer import Measurer, drive, file_variant
-from cerebellum.measure.race import (
-    COLLAPSED,
-    SENSITIVE,
-    TOLERANT,
-    UNDECIDED,
-    Ask,
-    Changes,
-    Measurement,
-    Threshold,
-    chunk_order,
-    measure_fixed,
-)
+from cerebellum.measure.artifacts import MeasurementRow
+from cerebellum.measure.measurer import Measurer, file_variant
+from cerebellum.measure.race import ChunkAsk, chunk_order, measure_fixed
+from cerebellum.verdicts import COLLAPSED, SENSITIVE, TOLERANT, UNDECIDED, Changes, Measurement, Threshold
 
 LIMIT = Threshold(limit_pct=3.0)
 
@@ -40,7 +32,7 @@ def alone(bench: Bench, roles: Sequence[str] = ROLES, n_chunks: int = 20) -> dic
     ledger, measurer, shards = bench.session()
     with ledger:
         chunks = chunk_order(20, 1)[:n_chunks]
-        found = drive(measure_fixed([{role: "Q2_K"} for role in roles], chunks, 20), measurer, shards)
+        found = run_sweep(measure_fixed([{role: "Q2_K"} for role in roles], chunks, 20), measurer, shards)
         measurer.close()
     return {next(iter(m.changes)): m for m in found}
 
@@ -77,12 +69,12 @@ def test_nothing_is_measured_twice_in_a_second_session(bench: Bench) -> None:
     first = alone(bench, n_chunks=5)
     ledger, measurer, shards = bench.session()
     with ledger:
-        rows = ledger.n_rows()
-        again = drive(measure_fixed([{"ssm_in": "Q2_K"}], chunk_order(20, 1)[:5], 20), measurer, shards)
+        rows = n_measured(ledger)
+        again = run_sweep(measure_fixed([{"ssm_in": "Q2_K"}], chunk_order(20, 1)[:5], 20), measurer, shards)
         assert measurer.measured == 0 and measurer.reused == 10
         assert again[0] == first["ssm_in"]
-        more = drive(measure_fixed([{"ssm_in": "Q2_K"}], chunk_order(20, 1)[:8], 20), measurer, shards)
-        assert measurer.measured == 6 and ledger.n_rows() == rows + 6
+        more = run_sweep(measure_fixed([{"ssm_in": "Q2_K"}], chunk_order(20, 1)[:8], 20), measurer, shards)
+        assert measurer.measured == 6 and n_measured(ledger) == rows + 6
         assert more[0].delta is not None and more[0].delta.n == 8
         measurer.close()
     assert set(bench.engine.scored.values()) == {1}
@@ -154,13 +146,13 @@ def test_an_interrupt_loses_nothing_that_was_finished(bench: Bench, stop: int) -
         alone(bench, ["ssm_in"], n_chunks=10)
     ledger, measurer, shards = bench.session()
     with ledger:
-        rows, digest_before = ledger.n_rows(), ledger.digest()
+        rows, digest_before = n_measured(ledger), ledger.digest()
         # the chunk that was being scored while the next was interrupted may be lost, no other
         assert stop - 2 <= rows <= stop - 1
         bench.engine.left = 10**9
         sweep = measure_fixed([{"ssm_in": "Q2_K"}], chunk_order(20, 1)[:10], 20)
-        drive(sweep, measurer, shards)
-        assert measurer.measured + rows == 20 == ledger.n_rows()
+        run_sweep(sweep, measurer, shards)
+        assert measurer.measured + rows == 20 == n_measured(ledger)
         assert ledger.digest() != digest_before
         measurer.close()
     assert sum(bench.engine.scored.values()) <= 21
@@ -171,7 +163,7 @@ def test_a_collapse_is_a_result(bench: Bench) -> None:
     found = alone(bench, ["ssm_in"], n_chunks=4)["ssm_in"]
     assert found.delta is None
     assert LIMIT.verdict(found.delta) == COLLAPSED
-    row = found.as_json(LIMIT)
+    row = as_json(MeasurementRow.of_measurement(found, LIMIT))
     assert row["verdict"] == COLLAPSED and row["groups"] == ["ssm_in"] and row["delta_pct"] is None
     json.dumps(row, allow_nan=False)
     assert alone(bench, ["ssm_in"], n_chunks=4)["ssm_in"] == found  # from the ledger, too
@@ -179,8 +171,8 @@ def test_a_collapse_is_a_result(bench: Bench) -> None:
 
 def test_one_bad_chunk_is_a_collapse() -> None:
     sweep = measure_fixed([{"a": "Q2_K"}], (0, 1), 9)
-    assert next(sweep) == Ask(changes={}, chunks=(0, 1))
-    assert sweep.send(np.array([1.0, 2.0])) == Ask(changes={"a": "Q2_K"}, chunks=(0, 1))
+    assert next(sweep) == ChunkAsk(changes={}, chunks=(0, 1))
+    assert sweep.send(np.array([1.0, 2.0])) == ChunkAsk(changes={"a": "Q2_K"}, chunks=(0, 1))
     with pytest.raises(StopIteration) as stop:
         sweep.send(np.array([1.0, np.inf]))
     assert stop.value.value[0].delta is None
@@ -265,7 +257,7 @@ def test_a_variant_swaps_one_path_and_is_named_by_its_contents(bench: Bench, tmp
         different = [a != b for a, b in zip(base.paths, changed.paths, strict=True)]
         assert sum(different) == 1
         assert base.digest != changed.digest
-        assert shards.n_bytes("ssm_in", "base") == MATRIX_Q3
+        assert bench.layout.raw_bytes("ssm_in") == MATRIX_Q3
     twin = make_bench(tmp_path / "twin")
     ledger, _, shards = twin.session()
     with ledger:

@@ -11,28 +11,31 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import MATRIX_Q2, MATRIX_Q3, Bench, T, hybrid_base, hybrid_shapes, measured, write_hybrid
+from tiny import MATRIX_Q2, MATRIX_Q3, Bench, T, hybrid_base, hybrid_shapes, measured, run_sweep, write_hybrid
 
+from cerebellum.codec import as_json
 from cerebellum.errors import BadInput
 from cerebellum.groups import make_groups
-from cerebellum.measure.measurer import drive
-from cerebellum.measure.race import Measurement, Threshold, measure_fixed
+from cerebellum.layout import Layout
+from cerebellum.measure.artifacts import MeasurementRow, read_recorded
+from cerebellum.measure.race import measure_fixed
 from cerebellum.plan.limit import (
-    Plan,
-    Sizes,
+    Chosen,
     Unit,
     demotable,
+    limit_plan,
     make_units,
     plan_from,
-    plan_json,
-    read_measurements,
     threshold_plan,
 )
+from cerebellum.settings import Limit
 from cerebellum.source import open_source
 from cerebellum.stats.paired import as_nats, as_percent
+from cerebellum.verdicts import Measurement, Threshold, drive
 
 LIMIT_PCT = 3.0
 THRESHOLD = Threshold(limit_pct=LIMIT_PCT)
+ASKED = Limit(max_increase_pct=LIMIT_PCT, indifference_pct=0.0)
 LIMIT = as_nats(LIMIT_PCT)
 
 Combination = Mapping[str, str]
@@ -45,16 +48,15 @@ def unit(name: str, mean: float | None, n_bytes: int) -> Unit:
 
 def followed(
     units: tuple[Unit, ...], answer: Callable[[Combination], Measurement | None]
-) -> tuple[Plan, list[Combination]]:
+) -> tuple[Chosen, list[Combination]]:
     """Runs the planning to its end; every combination it asked for."""
-    planning, asked = threshold_plan(units, "Q2_K", THRESHOLD), []
-    try:
-        combination = next(planning)
-        while True:
-            asked.append(combination)
-            combination = planning.send(answer(combination))
-    except StopIteration as stop:
-        return stop.value, asked
+    asked: list[Combination] = []
+
+    def recorded(combination: Combination) -> Measurement | None:
+        asked.append(combination)
+        return answer(combination)
+
+    return drive(threshold_plan(units, THRESHOLD), recorded), asked
 
 
 def additive(units: tuple[Unit, ...], factor: float = 1.0) -> Callable[[Combination], Measurement]:
@@ -146,33 +148,33 @@ def test_each_step_puts_back_the_costliest_byte(rows: list[tuple[float | None, i
 
 def test_bytes_that_a_hand_can_derive(bench: Bench) -> None:
     """A 256-element block has 110 bytes at Q3_K and 84 at Q2_K; two layers of experts are four matrices."""
-    sizes = bench.sizes
-    assert sizes.base_bytes("ssm_in") == MATRIX_Q3 == 28_160
-    assert sizes.bytes_at("ssm_in", "Q2_K") == MATRIX_Q2 == 21_504
-    assert sizes.bytes_saved({"ssm_in": "Q2_K"}) == 6_656
-    assert sizes.bytes_saved({"ffn_gate_exps": "Q2_K", "ssm_in": "Q2_K"}) == 5 * 6_656
+    layout = bench.layout
+    assert layout.raw_bytes("ssm_in") == MATRIX_Q3 == 28_160
+    assert layout.raw_bytes("ssm_in", "Q2_K") == MATRIX_Q2 == 21_504
+    assert layout.bytes_saved({"ssm_in": "Q2_K"}) == 6_656
+    assert layout.bytes_saved({"ffn_gate_exps": "Q2_K", "ssm_in": "Q2_K"}) == 5 * 6_656
     # 4 + 4 routed, 2 shared, ssm_in, attn_q at Q3_K; embeddings F16; the rest F32
     plain = 2 * 300 * 256 + 4 * (5 * 256 + 2 * 2 * 256 + 8)
-    assert sizes.total({}) == 12 * MATRIX_Q3 + plain
-    assert sizes.total({"ssm_in": "Q2_K"}) == sizes.total({}) - 6_656
+    assert layout.tensor_bytes({}) == 12 * MATRIX_Q3 + plain
+    assert layout.tensor_bytes({"ssm_in": "Q2_K"}) == layout.tensor_bytes({}) - 6_656
 
 
 def test_what_saves_nothing_or_does_not_fit_is_no_candidate(tmp_path: Path) -> None:
     shapes = {**hybrid_shapes(), "blk.1.attn_q.weight": (576, 4)}
     source = open_source(write_hybrid(tmp_path / "odd.gguf", shapes))
     groups = {g.name: g for g in make_groups(source) if not g.protected}
-    sizes = Sizes(tensors=source.tensors, groups=groups, base=hybrid_base(source))
-    assert {"attn_q": "Q2_K"} not in demotable(sizes, "Q2_K")
-    assert {"ssm_in": "Q2_K"} in demotable(sizes, "Q2_K")
-    assert sizes.why_not("attn_q", "Q2_K") == "illegal"
-    assert sizes.why_not("ssm_in", "Q4_K") == "nothing to save"
-    assert sizes.why_not("ssm_in", "Q3_K") == "nothing to save"
-    assert demotable(sizes, "Q6_K") == [{"attn_q": "Q6_K"}] or demotable(sizes, "Q6_K") == []
-    plan = plan_from([measured({"ssm_in": "Q2_K"}, 0.01)], sizes, "Q2_K", THRESHOLD)
-    rows = {row["name"]: row for row in plan_json(plan, sizes)["groups"]}
+    layout = Layout(tensors=source.tensors, groups=groups, base=hybrid_base(source))
+    assert {"attn_q": "Q2_K"} not in demotable(layout, "Q2_K")
+    assert {"ssm_in": "Q2_K"} in demotable(layout, "Q2_K")
+    assert layout.why_not("attn_q", "Q2_K") == "illegal"
+    assert layout.why_not("ssm_in", "Q4_K") == "nothing to save"
+    assert layout.why_not("ssm_in", "Q3_K") == "nothing to save"
+    assert demotable(layout, "Q6_K") == [{"attn_q": "Q6_K"}] or demotable(layout, "Q6_K") == []
+    plan = plan_from([measured({"ssm_in": "Q2_K"}, 0.01)], layout, ASKED)
+    rows = {row["name"]: row for row in as_json(limit_plan(plan, layout, ASKED))["groups"]}
     assert rows["attn_q"]["verdict"] == "illegal" and rows["attn_q"]["bytes_saved"] == 0
     assert rows["attn_q"]["decision"] == "kept" and rows["ssm_in"]["decision"] == "demoted"
-    assert plan_json(plan, sizes)["tensor_types"]["blk.1.attn_q.weight"] == T.F16.name
+    assert as_json(limit_plan(plan, layout, ASKED))["tensor_types"]["blk.1.attn_q.weight"] == T.F16.name
 
 
 # ---- joint and single measurements ----
@@ -181,9 +183,9 @@ def test_what_saves_nothing_or_does_not_fit_is_no_candidate(tmp_path: Path) -> N
 def test_a_joint_measurement_goes_down_together_or_not_at_all(bench: Bench) -> None:
     joint = measured({"ssm_in": "Q2_K", "attn_q": "Q2_K"}, 0.02)
     alone = measured({"ffn_gate_exps": "Q2_K"}, 0.5)
-    plan = plan_from([joint, alone], bench.sizes, "Q2_K", THRESHOLD)
+    plan = plan_from([joint, alone], bench.layout, ASKED)
     assert set(plan.changes) == {"ssm_in", "attn_q"} and plan.measured == joint
-    found = plan_json(plan, bench.sizes)
+    found = as_json(limit_plan(plan, bench.layout, ASKED))
     rows = {row["name"]: row for row in found["groups"]}
     assert rows["ssm_in"]["measured_with"] == ["attn_q"]
     assert rows["ssm_in"]["bytes_saved"] == 6_656
@@ -197,17 +199,17 @@ def test_groups_measured_alone_are_planned_alone(bench: Bench) -> None:
         measured({"ssm_in": "Q2_K"}, 0.01),
         measured({"attn_q": "Q2_K"}, 0.01),
     ]
-    assert [dict(u.changes) for u in make_units(both, bench.sizes)] == [
+    assert [dict(u.changes) for u in make_units(both, bench.layout)] == [
         {"ssm_in": "Q2_K"},
         {"attn_q": "Q2_K"},
     ]
-    plan = plan_from(both, bench.sizes, "Q2_K", THRESHOLD)
+    plan = plan_from(both, bench.layout, ASKED)
     assert plan.measured == both[0] and set(plan.changes) == {"ssm_in", "attn_q"}
 
 
 def test_a_combination_that_nobody_measured_says_so(bench: Bench) -> None:
     singles = [measured({"ssm_in": "Q2_K"}, 0.01), measured({"attn_q": "Q2_K"}, 0.01)]
-    found = plan_json(plan_from(singles, bench.sizes, "Q2_K", THRESHOLD), bench.sizes)
+    found = as_json(limit_plan(plan_from(singles, bench.layout, ASKED), bench.layout, ASKED))
     assert found["measured_delta_pct"] is None and found["ci_pct"] is None
     assert found["predicted_delta_pct"] == pytest.approx(as_percent(0.02))
 
@@ -228,7 +230,7 @@ GROUP_CONTRACT = {
 
 def test_plan_json_keeps_its_contract(bench: Bench) -> None:
     measurements = [measured({"ssm_in": "Q2_K"}, 0.01), measured({"attn_q": "Q2_K"}, None)]
-    found = plan_json(plan_from(measurements, bench.sizes, "Q2_K", THRESHOLD), bench.sizes)
+    found = as_json(limit_plan(plan_from(measurements, bench.layout, ASKED), bench.layout, ASKED))
     assert set(found) >= CONTRACT
     assert all(set(row) >= GROUP_CONTRACT for row in found["groups"])
     assert found["mode"] == "threshold" and found["threshold_pct"] == LIMIT_PCT
@@ -243,12 +245,14 @@ def test_plan_json_keeps_its_contract(bench: Bench) -> None:
 
 def test_on_the_fake_engine_the_tolerant_are_demoted_and_the_whole_is_measured(bench: Bench) -> None:
     """0.01 + 0.05 nats would be over 3%; 0.01 alone holds. ssm_in and ffn_down_exps never come up."""
-    sizes, chunks = bench.sizes, tuple(range(6))
+    layout, chunks = bench.layout, tuple(range(6))
     ledger, measurer, shards = bench.session()
     with ledger:
-        singles = drive(measure_fixed(demotable(sizes, "Q2_K"), chunks, 20), measurer, shards)
-        units = make_units(singles, sizes)
-        plan, asked = followed(units, lambda c: drive(measure_fixed([c], chunks, 20), measurer, shards)[0])
+        singles = run_sweep(measure_fixed(demotable(layout, "Q2_K"), chunks, 20), measurer, shards)
+        units = make_units(singles, layout)
+        plan, asked = followed(
+            units, lambda c: run_sweep(measure_fixed([c], chunks, 20), measurer, shards)[0]
+        )
         measurer.close()
     assert set(plan.changes) == {"ffn_gate_shexp", "attn_q"}
     assert len(asked) == 1
@@ -270,7 +274,7 @@ def test_measurements_are_read_as_a_hand_writes_them(tmp_path: Path) -> None:
         {"groups": ["c"], "type": "Q2_K", "delta_pct": -0.5, "ci_pct": [-1, 0.1], "chunks": 9},
         {"groups": ["d"], "type": "Q2_K", "delta_pct": None, "verdict": "collapsed"},
     ]
-    joint, single, gone = read_measurements(written(tmp_path / "m.json", {"measurements": rows}))
+    joint, single, gone = read_recorded(written(tmp_path / "m.json", {"measurements": rows}))
     assert joint.changes == {"a": "Q2_K", "b": "Q2_K"} and joint.delta.mean == pytest.approx(as_nats(1.9))
     assert (single.delta.low, single.delta.n) == (pytest.approx(as_nats(-1)), 9)
     assert gone.delta is None
@@ -292,22 +296,22 @@ def test_measurements_are_read_as_a_hand_writes_them(tmp_path: Path) -> None:
 )
 def test_measurements_that_are_none_are_refused_in_a_line(tmp_path: Path, content: Any) -> None:
     with pytest.raises(BadInput) as caught:
-        read_measurements(written(tmp_path / "m.json", content))
+        read_recorded(written(tmp_path / "m.json", content))
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_group_that_the_model_lacks_is_refused_by_name(bench: Bench) -> None:
     with pytest.raises(BadInput, match="ffn_nowhere"):
-        plan_from([measured({"ffn_nowhere": "Q2_K"}, 0.01)], bench.sizes, "Q2_K", THRESHOLD)
+        plan_from([measured({"ffn_nowhere": "Q2_K"}, 0.01)], bench.layout, ASKED)
 
 
 def test_a_measurement_at_an_illegal_type_is_refused(tmp_path: Path) -> None:
     shapes = {**hybrid_shapes(), "blk.1.attn_q.weight": (576, 4)}
     source = open_source(write_hybrid(tmp_path / "odd.gguf", shapes))
     groups = {g.name: g for g in make_groups(source) if not g.protected}
-    sizes = Sizes(tensors=source.tensors, groups=groups, base=hybrid_base(source))
+    layout = Layout(tensors=source.tensors, groups=groups, base=hybrid_base(source))
     with pytest.raises(BadInput, match="576"):
-        plan_from([measured({"attn_q": "Q2_K"}, 0.01)], sizes, "Q2_K", THRESHOLD)
+        plan_from([measured({"attn_q": "Q2_K"}, 0.01)], layout, ASKED)
 
 
 def test_measurements_come_back_whole(tmp_path: Path) -> None:
@@ -330,8 +334,8 @@ def test_measurements_come_back_whole(tmp_path: Path) -> None:
     }
     path = tmp_path / "measurements.json"
     path.write_text(json.dumps({"measurements": [row]}))
-    (found,) = read_measurements(path)
-    again = found.as_json(Threshold(limit_pct=3.0))
+    (found,) = read_recorded(path)
+    again = as_json(MeasurementRow.of_measurement(found, Threshold(limit_pct=3.0)))
     assert {key: again[key] for key in row if key not in ("delta_pct", "ci_pct", "trace")} == {
         key: row[key] for key in row if key not in ("delta_pct", "ci_pct", "trace")
     }

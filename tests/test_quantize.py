@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 
 from cerebellum.errors import BadInput
-from cerebellum.gguf import LADDER, GGMLQuantizationType, bits_per_weight, needs_imatrix, row_bytes
+from cerebellum.gguf import (
+    LADDER,
+    GGMLQuantizationType,
+    bits_per_weight,
+    needs_imatrix,
+    parse_preset,
+    preset_names,
+    row_bytes,
+)
 from cerebellum.llama.library import llama
-from cerebellum.llama.presets import parse_preset, preset_names, preset_types
+from cerebellum.llama.presets import preset_types
 from cerebellum.llama.quantize import QuantizeJob, quantize, to_float
 from cerebellum.source import Source, open_source
 

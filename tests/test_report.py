@@ -12,11 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folder import GROUPS, manifest, measurements, plan, source, write_run_folder
+from msgspec.structs import replace
+from run_folder import (
+    GROUPS,
+    changed_at,
+    manifest,
+    measurements,
+    plan,
+    source,
+    write_run_folder,
+)
 
-from cerebellum.card.drawings import drawings
-from cerebellum.card.evidence import read_evidence
-from cerebellum.card.stage import make_card
+from cerebellum.card.stage import make_card, read_story
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MARKS = {
@@ -132,11 +139,14 @@ def test_nothing_overflows(report: Path, width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_names_of_any_length_do_not_overflow(tmp_path: Path, width: int) -> None:
     name = "a_name_that_goes_on_" * 9
-    long = plan(base=name)
-    for row in long["groups"]:
-        row["name"] = f"{row['name']}_{name}"
-    run = {"file": f"{name}.gguf", "sha256": "2" * 64, "bytes": 1}
-    made = write_run_folder(tmp_path, source=source(name=name), plan=long, manifest=manifest(result=run))
+    rows = tuple(replace(row, name=f"{row.name}_{name}") for row in plan().groups)
+    run = replace(manifest().result, file=f"{name}.gguf", bytes=1)
+    made = write_run_folder(
+        tmp_path,
+        source=source(name=name),
+        plan=plan(base=name, groups=rows),
+        manifest=manifest(result=run),
+    )
     make_card(made)
     seen = looked(tmp_path / "report.html", width)
     assert (seen["scrolls"], seen["overflowing"], seen["cut"]) == (0, [], [])
@@ -188,30 +198,26 @@ def test_ids_are_unique(report: Path) -> None:
 
 
 def test_charts_are_drawn_the_same_twice(tmp_path: Path) -> None:
-    evidence = read_evidence(write_run_folder(tmp_path))
-    first, second = drawings(evidence), drawings(evidence)
+    story = read_story(write_run_folder(tmp_path))
+    first, second = story.drawings(), story.drawings()
     assert {name: (p.wide, p.png) for name, p in first.items()} == {
         name: (p.wide, p.png) for name, p in second.items()
     }
 
 
 def test_a_chart_without_data_is_not_there(tmp_path: Path) -> None:
-    one = plan(predicted_delta_pct=None)
-    one["groups"] = one["groups"][:1]
-    alone = measurements() | {"measurements": []}
-    found = drawings(read_evidence(write_run_folder(tmp_path, plan=one, measurements=alone)))
+    one = plan(predicted_delta_pct=None, groups=plan().groups[:1])
+    alone = measurements(measurements=())
+    found = read_story(write_run_folder(tmp_path, plan=one, measurements=alone)).drawings()
     assert set(found) == {"sensitivity"}
 
 
 def test_a_heat_map_where_a_role_was_measured_in_spans(tmp_path: Path) -> None:
-    zoomed = plan()
-    for row, half in zip(zoomed["groups"][:2], ("0-19", "20-39"), strict=True):
-        row["name"] = f"ffn_down[{half}]"
-    described = [
-        {"name": f"ffn_down[{first}-{last}]", "role": "ffn_down", "layers": list(range(first, last + 1))}
-        for first, last in ((0, 19), (20, 39))
-    ]
-    found = drawings(read_evidence(write_run_folder(tmp_path, plan=zoomed, groups=described)))
+    rows = plan().groups
+    for place, layers in enumerate((range(20), range(20, 40))):
+        name = f"ffn_down[{layers[0]}-{layers[-1]}]"
+        rows = changed_at(rows, place, name=name, role="ffn_down", layers=tuple(layers))
+    found = read_story(write_run_folder(tmp_path, plan=plan(groups=rows))).drawings()
     assert len(re.findall(r'id="layers-w-cell-\d+-\d+"', found["layers"].wide)) == 40
 
 

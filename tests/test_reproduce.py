@@ -11,18 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from run_folder import verify
 
 from cerebellum import imatrix
 from cerebellum.cli.commands import main
+from cerebellum.codec import as_json, write_artifact, write_json
 from cerebellum.errors import BadInput
 from cerebellum.imatrix import Entry
+from cerebellum.llama.native import LlamaEngine
 from cerebellum.manifest import make_manifest
 from cerebellum.progress import Silent
-from cerebellum.reproduce import Request, reproduce
-from cerebellum.run import build_stage, planned_changes, replan
+from cerebellum.reproduce import Reproduction, reproduce
+from cerebellum.run import build_stage, way_of
+from cerebellum.settings import DEMO_MODEL, Settings
 from cerebellum.source import open_source
-from cerebellum.workspace import DEMO_MODEL, Settings, Workspace, write_json
+from cerebellum.workspace import Workspace
 
 DEMOTED = {"ffn_down_exps": 0.5, "ssm_out": 0.9}
 
@@ -37,15 +41,15 @@ def finished_run(folder: Path, elsewhere: Path, **changed: Any) -> Path:
         report_text=texts[1],
         ctx=32,
     )
-    workspace = Workspace(folder, replace(settings, **changed), Silent())
+    workspace = Workspace(folder, structs.replace(settings, **changed), LlamaEngine(), Silent())
     with workspace.locked():
         workspace.write_source()
+        workspace.save_settings()
         write_json(folder / "measurements.json", _measurements())
-        write_json(folder / "verify.json", verify())
-        write_json(folder / "plan.json", replan(workspace, folder / "measurements.json"))
+        write_artifact(folder / "verify.json", verify())
+        way_of(workspace.settings.goal).replan(workspace, folder / "measurements.json")
         build_stage(workspace)
-        make_manifest(workspace, planned_changes(workspace))
-    workspace.ledger.close()
+        make_manifest(workspace)
     return folder
 
 
@@ -95,7 +99,7 @@ def again(run: Path, source: Path = DEMO_MODEL, **changed: Any) -> dict[str, Any
     for word, path in zip(("choose", "report"), texts.values(), strict=True):
         if not path.exists():
             _text(path, word)
-    request = Request(
+    request = Reproduction(
         manifest=run / "manifest.json",
         source=source,
         out=run / "reproduced",
@@ -103,7 +107,7 @@ def again(run: Path, source: Path = DEMO_MODEL, **changed: Any) -> dict[str, Any
         texts=texts,
         threads=2,
     )
-    return reproduce(replace(request, **changed), Silent())
+    return as_json(reproduce(replace(request, **changed), LlamaEngine(), Silent()))
 
 
 def details(found: Mapping[str, Any]) -> dict[str, str]:
@@ -191,7 +195,7 @@ def test_a_manifest_cannot_point_out_of_its_folder(run: Path, name: str) -> None
 
 def test_an_older_manifest_is_told_apart(run: Path) -> None:
     (run / "manifest.json").write_text('{"source": {}}')
-    with pytest.raises(BadInput, match="not a manifest that can be reproduced"):
+    with pytest.raises(BadInput, match="it cannot be reproduced"):
         again(run)
 
 

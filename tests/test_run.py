@@ -12,10 +12,10 @@ import pytest
 from conftest import Cerebellum, Finished
 from tiny import split_by_hand, tensors_of, tiny_run, write_llama
 
-from cerebellum.gguf import read_gguf
+from cerebellum.gguf import parse_preset, read_gguf
 from cerebellum.ledger import Ledger
 from cerebellum.llama.native import LlamaEngine
-from cerebellum.llama.presets import parse_preset, preset_types
+from cerebellum.llama.presets import preset_types
 from cerebellum.shards import shard_tensors
 from cerebellum.source import open_source
 
@@ -24,7 +24,7 @@ def test_the_artifacts_of_the_contract_are_there(finished: Finished) -> None:
     source = finished.read("source.json")
     assert source["architecture"] == "granitehybrid" and source["experts"] > source["experts_used"] >= 2
     assert source["sha256"] == hashlib.sha256(Path(str(finished.arguments[1])).read_bytes()).hexdigest()
-    groups = finished.read("groups.json")
+    groups = finished.read("groups.json")["groups"]
     assert {"ffn_gate_exps", "ssm_in", "attn_q"} <= {group["name"] for group in groups}
     plan = finished.read("plan.json")
     contract = {"mode", "threshold_pct", "base", "groups", "predicted_delta_pct", "measured_delta_pct"}

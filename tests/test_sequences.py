@@ -16,7 +16,7 @@ from cerebellum.engine.protocols import Tokens
 from cerebellum.engine.scoring import token_nll
 from cerebellum.llama.asker import Room, Sequences, open_asker
 from cerebellum.llama.native import EngineSettings, LlamaEngine
-from cerebellum.workspace import DEMO_MODEL, REPORT_TEXT
+from cerebellum.settings import DEMO_MODEL, REPORT_TEXT
 
 # nats, on average and at most. llama.cpp sums a batch of another shape in another order: one plain
 # sequence beside another in a batch comes out 0.0005 off on average and 0.009 at most on this model.

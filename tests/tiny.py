@@ -8,11 +8,13 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from odd_gguf import any_kv
 
 from cerebellum.base import Base
 from cerebellum.engine.fake import FakeEngine
@@ -26,17 +28,20 @@ from cerebellum.gguf import (
     write_gguf,
 )
 from cerebellum.groups import make_groups, role_of
+from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
+from cerebellum.llama.native import LlamaEngine
 from cerebellum.measure.measurer import Measurer
-from cerebellum.measure.race import Measurement
-from cerebellum.plan.limit import Sizes
+from cerebellum.measure.race import Sweep
+from cerebellum.settings import DEMO_MODEL
 from cerebellum.shards import Recipe, Shards
 from cerebellum.source import Source, open_source
 from cerebellum.stats.paired import Interval
 from cerebellum.texts import Corpus, load_corpus
-from cerebellum.workspace import DEMO_MODEL
+from cerebellum.verdicts import Measurement, drive
 
 T, V = GGMLQuantizationType, GGUFValueType
+Found = TypeVar("Found")
 
 MATRIX = (256, 256)
 MATRIX_Q3, MATRIX_Q2 = 256 * 110, 256 * 84  # bytes of a 256 x 256 matrix: a Q3_K block has 110, Q2_K 84
@@ -129,7 +134,7 @@ def write_llama(path: Path, n_embd: int = 576, n_ff: int = 1536, layers: int = 2
         encode_kv("general.name", "Tiny 576", V.STRING),
         encode_kv("general.file_type", 1, V.UINT32),
         *(encode_kv(f"{arch}.{key}", number, V.UINT32) for key, number in numbers.items()),
-        encode_kv(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5, V.FLOAT32),
+        any_kv(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5, V.FLOAT32),
         *(record for key, record in demo.kv_records.items() if key.startswith("tokenizer.")),
     ]
     write_gguf(path, records, [random_tensor(n, s, _plain_type(n, s)) for n, s in shapes.items()])
@@ -214,9 +219,9 @@ class Bench:
     damage: dict[str, float] = field(default_factory=dict)
 
     @property
-    def sizes(self) -> Sizes:
+    def layout(self) -> Layout:
         groups = {g.name: g for g in make_groups(self.source) if not g.protected}
-        return Sizes(tensors=self.source.tensors, groups=groups, base=self.base)
+        return Layout(tensors=self.source.tensors, groups=groups, base=self.base)
 
     def corpus(self) -> Corpus:
         return load_corpus(self.engine, self.source.path, self.text, self.ctx)
@@ -225,13 +230,18 @@ class Bench:
         ledger = Ledger(self.folder / "ledger.sqlite")
         recipe = Recipe(
             source=self.source,
-            base=self.base,
+            layout=self.layout,
             matrix=None,
-            groups=make_groups(self.source),
+            engine=LlamaEngine(),
             folder=self.folder / "shards",
             threads=2,
         )
         return ledger, Measurer(self.engine, ledger, self.corpus()), Shards(recipe, ledger)
+
+
+def run_sweep(sweep: Sweep[Found], measurer: Measurer, shards: Shards) -> Found:
+    """Drives a sweep to its end: every question is measured on real shards."""
+    return drive(sweep, lambda ask: measurer.chunk_means(shards.variant(ask.changes), ask.chunks))
 
 
 def hybrid_base(source: Source) -> Base:
@@ -307,6 +317,12 @@ def tiny_run(source: Path, folder: Path, select: Path, report: Path, *more: obje
     sizes = "--ctx 64 --chunks 4 --imatrix-chunks 2 --report-chunks 3 --threads 2 --max-increase 999%"
     texts = ("--select-text", select, "--report-text", report)
     return ["run", source, "-o", folder, *sizes.split(), *texts, *more]
+
+
+def n_measured(ledger: Ledger) -> int:
+    """How many chunks a ledger holds."""
+    with closing(sqlite3.connect(ledger.path)) as database:
+        return int(database.execute("SELECT count(*) FROM chunk").fetchone()[0])
 
 
 def ledger_rows(folder: Path) -> dict[tuple[Any, ...], bytes]:

@@ -1,7 +1,7 @@
 """Writes a checkpoint as an F16 GGUF that stock llama.cpp loads.
 
-Types follow llama.cpp's own converter: matrices in F16, everything 1-D or belonging to the
-recurrence or the router in F32. The few tensors whose shape or value differs are in `gguf_tensors`.
+Types follow llama.cpp's own converter: matrices in F16, everything 1-D or belonging to the recurrence or the
+router in F32. The few tensors whose shape or value differs are in `gguf_tensors`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ KEEP_F32 = ("ssm_conv1d", "ssm_norm", "ffn_gate_inp")
 
 
 def gguf_tensors(state: dict[str, torch.Tensor]) -> Iterator[tuple[str, np.ndarray]]:
-    """(GGUF name, value): llama.cpp wants A itself, and A, D and the gated norm as 2-D."""
+    """Yields (GGUF name, value) of every tensor as llama.cpp wants it.
+
+    It wants A itself and not its logarithm, A, D and the gated norm as 2-D, and the convolution without its
+    middle dimension.
+    """
     for name, tensor in state.items():
         value = tensor.float().numpy()
         if name.endswith("ssm_a_log"):
-            name, value = name.removesuffix("_log"), -np.exp(value)[:, None]
+            name = name.removesuffix("_log")
+            value = -np.exp(value)[:, None]
         elif name.endswith("ssm_d"):
             value = value[:, None]
         elif name.endswith("ssm_dt_bias"):
@@ -40,6 +45,7 @@ def gguf_tensors(state: dict[str, torch.Tensor]) -> Iterator[tuple[str, np.ndarr
 
 
 def add_shape(w: gguf.GGUFWriter, c: Config) -> None:
+    """Writes the keys that say how large the model is; layers without attention have no key heads."""
     kv_heads = [c.n_head_kv if i in c.attention_layers else 0 for i in range(c.n_layer)]
     w.add_vocab_size(c.n_vocab)
     w.add_context_length(4096)
@@ -55,7 +61,10 @@ def add_shape(w: gguf.GGUFWriter, c: Config) -> None:
 
 
 def add_granite(w: gguf.GGUFWriter, c: Config) -> None:
-    """Multipliers and the recurrent part; `rope.scaling.finetuned = false` is how llama.cpp spells "no rope"."""
+    """Writes the multipliers and the recurrent part.
+
+    `rope.scaling.finetuned = false` is how llama.cpp spells that the model has no rotary positions.
+    """
     w.add_rope_dimension_count(c.d_head)
     w.add_rope_scaling_finetuned(False)
     w.add_embedding_scale(c.embedding_scale)
@@ -70,6 +79,9 @@ def add_granite(w: gguf.GGUFWriter, c: Config) -> None:
 
 
 def add_tokenizer(w: gguf.GGUFWriter, path: Path) -> None:
+    """Writes the vocabulary and its merges from a tokenizer.json; the first special token begins and ends a
+    text.
+    """
     spec = json.loads(path.read_text("utf-8"))
     special = {t["id"] for t in spec["added_tokens"]}
     tokens = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].__getitem__)
@@ -86,6 +98,7 @@ def add_tokenizer(w: gguf.GGUFWriter, path: Path) -> None:
 
 
 def add_names(w: gguf.GGUFWriter, n_parameters: int) -> None:
+    """Writes who made the model, under which licence, and what it is for."""
     millions = f"{n_parameters / 1e6:.0f}M"
     w.add_type("model")
     w.add_name(f"Cerebellum Demo {millions}")
@@ -100,7 +113,7 @@ def add_names(w: gguf.GGUFWriter, n_parameters: int) -> None:
 
 
 def write(checkpoint: dict, tokenizer: Path, out: Path) -> None:
-    """Written beside and renamed, so that a reader never sees half a file."""
+    """Writes the GGUF beside its place and renames it, so that a reader never sees half a file."""
     config = Config(**checkpoint["config"])
     tensors = list(gguf_tensors(checkpoint["model"]))
     beside = out.with_name(out.name + ".part")

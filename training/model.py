@@ -1,8 +1,8 @@
-"""A miniature of Granite-4.0-H-Small that computes exactly what llama.cpp's `granitehybrid` does.
+"""Computes a miniature of Granite-4.0-H-Small exactly as llama.cpp's `granitehybrid` does.
 
-Modules are named like the GGUF tensors they become (`blk.0.ssm_in.weight`), so the exporter is a
-copy and a mismatch of names cannot hide. Mamba-2 runs in its chunked matmul form: on a CPU, dense
-products over chunks of 64 are the only form of the scan that trains at a useful speed.
+Modules are named like the GGUF tensors they become (`blk.0.ssm_in.weight`), so the exporter is a copy and a
+mismatch of names cannot hide. Mamba-2 runs in its chunked matmul form: on a CPU, dense products over chunks
+of 64 are the only form of the scan that trains at a useful speed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Shape and Granite multipliers. Row lengths are multiples of 256 so that every k-quant is legal."""
+    """Holds the model's shape and Granite's multipliers.
+
+    Row lengths are multiples of 256, so that every k-quant is legal for the matrices.
+    """
 
     n_vocab: int = 4096
     n_embd: int = 256
@@ -46,12 +49,12 @@ class Config:
 
     @property
     def d_conv_channels(self) -> int:
-        """The convolution runs over x, B and C together (one group)."""
+        """Returns the channels of the convolution, which runs over x, B and C together (one group)."""
         return self.d_inner + 2 * self.d_state
 
 
 class Weight(nn.Module):
-    """A bare `.weight`: a norm's gain, or the matrices of all experts stacked."""
+    """Holds a bare `.weight`: a norm's gain, or the matrices of all experts stacked."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -59,22 +62,28 @@ class Weight(nn.Module):
 
 
 def linear(n_in: int, n_out: int) -> nn.Linear:
+    """Returns a layer without a bias whose outputs have about the variance of its inputs."""
     layer = nn.Linear(n_in, n_out, bias=False)
     nn.init.normal_(layer.weight, std=n_in**-0.5)
     return layer
 
 
 def experts(n: int, n_in: int, n_out: int) -> Weight:
+    """Returns the matrices of ``n`` experts in one stack, (n, n_out, n_in), as GGUF keeps them."""
     return Weight(torch.randn(n, n_out, n_in) * n_in**-0.5)
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """Returns ``x`` divided by its root mean square over the last dimension, times ``gain``, in float32."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
 
 
 class Permute(torch.autograd.Function):
-    """Rows by a permutation. The backward is a gather too: index_add, the default, is serial on a CPU."""
+    """Reorders rows by a permutation.
+
+    The backward is a gather by the inverse too, because index_add, the default, is serial on a CPU.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -87,8 +96,10 @@ class Permute(torch.autograd.Function):
 
 
 def run_all_experts(x_TD: Tensor, chosen_TK: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The same outputs (T, K, D) from every expert on every token: on a GPU four times the products cost
-    less than sorting, whose counts the host must wait for."""
+    """Returns the outputs (T, K, D) of the chosen experts by running every expert on every token.
+
+    On a GPU four times the products cost less than sorting, whose counts the host must wait for.
+    """
     hidden_ETF = F.silu(x_TD @ gate.mT) * (x_TD @ up.mT)
     outs_TED = (hidden_ETF @ down.mT).transpose(0, 1)
     return outs_TED.gather(1, chosen_TK[..., None].expand(-1, -1, x_TD.shape[-1]))
@@ -96,7 +107,9 @@ def run_all_experts(x_TD: Tensor, chosen_TK: Tensor, gate: Tensor, up: Tensor, d
 
 @torch.compiler.disable
 def run_experts(x_TD: Tensor, chosen_TK: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Outputs (T, K, D) of the chosen experts: rows sorted by expert, then one product per expert."""
+    """Returns the outputs (T, K, D) of the chosen experts: rows sorted by expert, then one product for each
+    expert.
+    """
     n_tokens, n_used = chosen_TK.shape
     flat = chosen_TK.flatten()
     order = flat.argsort(stable=True)
@@ -110,19 +123,23 @@ def run_experts(x_TD: Tensor, chosen_TK: Tensor, gate: Tensor, up: Tensor, down:
 
 
 def balance_loss(probs_TE: Tensor, chosen_TK: Tensor) -> Tensor:
-    """Switch Transformer's load-balancing loss (Fedus et al. 2021, eq. 4); 1 when balanced."""
+    """Returns Switch Transformer's load-balancing loss (Fedus et al. 2021, eq. 4), which is 1
+    when balanced.
+    """
     n_expert = probs_TE.shape[-1]
     share = F.one_hot(chosen_TK, n_expert).float().mean((0, 1))
     return n_expert * (share * probs_TE.mean(0)).sum()
 
 
 class Block(nn.Module):
-    """Mixer, then routed experts plus one shared expert, each added at `residual_scale`."""
+    """Is a layer: a mixer, then routed experts plus one shared expert, each added at `residual_scale`."""
 
     def __init__(self, c: Config, dropout: float) -> None:
         super().__init__()
-        self.c, self.dropout = c, nn.Dropout(dropout)
-        self.attn_norm, self.ffn_norm = Weight(torch.ones(c.n_embd)), Weight(torch.ones(c.n_embd))
+        self.c = c
+        self.dropout = nn.Dropout(dropout)
+        self.attn_norm = Weight(torch.ones(c.n_embd))
+        self.ffn_norm = Weight(torch.ones(c.n_embd))
         self.ffn_gate_inp = linear(c.n_embd, c.n_expert)
         self.ffn_gate_exps = experts(c.n_expert, c.n_embd, c.n_ff_exp)
         self.ffn_up_exps = experts(c.n_expert, c.n_embd, c.n_ff_exp)
@@ -141,7 +158,10 @@ class Block(nn.Module):
         return x_BLD + self.c.residual_scale * self.dropout(fed), balance
 
     def feed(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Softmax over the selected logits: llama.cpp's softmax over all, renormalised, is the same."""
+        """Returns the experts' output and the load-balancing loss.
+
+        The softmax is over the selected logits only: llama.cpp's softmax over all, renormalised, is the same.
+        """
         x_TD = x_BLD.flatten(0, 1)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD, self.ffn_gate_inp.weight)
@@ -158,13 +178,15 @@ class Block(nn.Module):
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products run in: autocast's type where it is on."""
+    """Returns the type that matrix products run in: autocast's where it is on, else the type of ``x``."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class AttentionBlock(Block):
-    """Grouped-query attention without positions: the Mamba layers below it carry the order."""
+    """Mixes by grouped-query attention without positions, because the Mamba layers below it
+    carry the order.
+    """
 
     def __init__(self, c: Config, dropout: float) -> None:
         super().__init__(c, dropout)
@@ -185,11 +207,12 @@ class AttentionBlock(Block):
 
 
 def inverse_softplus(y: Tensor) -> Tensor:
+    """Returns the x whose softplus is ``y``, so that a time step can be initialised by its value."""
     return y + torch.log(-torch.expm1(-y))
 
 
 class MambaBlock(Block):
-    """Mamba-2 with one group; initialised as in Dao & Gu 2024 (A in 1..16, dt in 1e-3..1e-1)."""
+    """Mixes by Mamba-2 with one group, initialised as in Dao & Gu 2024 (A in 1..16, dt in 1e-3..1e-1)."""
 
     def __init__(self, c: Config, dropout: float) -> None:
         super().__init__(c, dropout)
@@ -203,7 +226,9 @@ class MambaBlock(Block):
         self.ssm_out = linear(c.d_inner, c.n_embd)
 
     def convolve(self, x_BLC: Tensor) -> Tensor:
-        """Causal depthwise convolution as shifted sums, which a compiler fuses into its neighbours."""
+        """Returns the causal depthwise convolution as shifted sums, which a compiler fuses into its
+        neighbours.
+        """
         length, kernel = x_BLC.shape[1], self.ssm_conv1d.weight
         padded = F.pad(x_BLC, (0, 0, self.c.d_conv - 1, 0))
         taps = [padded[:, k : k + length] * kernel[:, 0, k] for k in range(self.c.d_conv)]
@@ -222,14 +247,15 @@ class MambaBlock(Block):
 
 
 def scan(x_BLHP: Tensor, dt_BLH: Tensor, a_H: Tensor, b_BLN: Tensor, c_BLN: Tensor, chunk: int) -> Tensor:
-    """h = exp(dt a) h + dt b x, y = c h, in chunks of Q steps (Dao & Gu 2024, listing 1).
+    """Returns y of h = exp(dt a) h + dt b x, y = c h, in chunks of Q steps (Dao & Gu 2024, listing 1).
 
     Sizes: B sequences, K chunks of Q steps, H heads of P, state N; decays stay in float32.
     """
     length = x_BLHP.shape[1]
     x_BLHP = x_BLHP * dt_BLH[..., None]
     pad = -length % chunk
-    x, decay = F.pad(x_BLHP, (0, 0, 0, 0, 0, pad)), F.pad(dt_BLH * a_H, (0, 0, 0, pad))
+    x = F.pad(x_BLHP, (0, 0, 0, 0, 0, pad))
+    decay = F.pad(dt_BLH * a_H, (0, 0, 0, pad))
     b, c = (F.pad(t, (0, 0, 0, pad)).unflatten(1, (-1, chunk)) for t in (b_BLN, c_BLN))
     x_BKHQP = x.unflatten(1, (-1, chunk)).transpose(2, 3)
     sums_BKHQ = decay.unflatten(1, (-1, chunk)).transpose(2, 3).cumsum(-1)
@@ -242,15 +268,22 @@ def scan(x_BLHP: Tensor, dt_BLH: Tensor, a_H: Tensor, b_BLN: Tensor, c_BLN: Tens
 
 
 def lower_decay(sums: Tensor) -> Tensor:
-    """exp(sums[i] - sums[j]) for j <= i, else 0; masked before exp, which would overflow above the diagonal."""
+    """Returns exp(sums[i] - sums[j]) for j <= i and 0 elsewhere.
+
+    The mask comes before exp, which would overflow above the diagonal.
+    """
     n = sums.shape[-1]
     keep = torch.ones(n, n, dtype=torch.bool, device=sums.device).tril()
     return torch.exp((sums[..., :, None] - sums[..., None, :]).masked_fill(~keep, -torch.inf))
 
 
 def carried(states_BKHNP: Tensor, decay_BKH: Tensor) -> Tensor:
-    """The state before each chunk. A loop: there are 8 chunks, and it is cheaper than a product over them."""
-    state, before = torch.zeros_like(states_BKHNP[:, 0]), []
+    """Returns the state before each chunk, by a loop.
+
+    There are 8 chunks, and for so few a loop is cheaper than a product over all of them.
+    """
+    state = torch.zeros_like(states_BKHNP[:, 0])
+    before = []
     for k in range(states_BKHNP.shape[1]):
         before.append(state)
         state = state * decay_BKH[:, k, :, None, None].exp() + states_BKHNP[:, k]
@@ -258,17 +291,21 @@ def carried(states_BKHNP: Tensor, decay_BKH: Tensor) -> Tensor:
 
 
 class Model(nn.Module):
+    """Is the whole model: embedding, blocks, norm, and an output head that shares the embedding's matrix."""
+
     def __init__(self, c: Config, dropout: float = 0.0) -> None:
         super().__init__()
         self.c = c
         self.token_embd = nn.Embedding(c.n_vocab, c.n_embd)
         nn.init.normal_(self.token_embd.weight, std=0.05)
-        kinds = [AttentionBlock if i in c.attention_layers else MambaBlock for i in range(c.n_layer)]
-        self.blk = nn.ModuleList(kind(c, dropout) for kind in kinds)
+        blocks = [AttentionBlock if i in c.attention_layers else MambaBlock for i in range(c.n_layer)]
+        self.blk = nn.ModuleList(block(c, dropout) for block in blocks)
         self.output_norm = Weight(torch.ones(c.n_embd))
 
     def hidden(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream after the last block, and the mean load-balancing loss of the layers."""
+        """Returns the residual stream after the last block, and the mean load-balancing loss of
+        the layers.
+        """
         x = self.token_embd(tokens_BL) * self.c.embedding_scale
         balances = []
         for block in self.blk:
@@ -277,12 +314,16 @@ class Model(nn.Module):
         return x, torch.stack(balances).mean()
 
     def logits(self, x_BLD: Tensor) -> Tensor:
-        """The scale divides the 256 inputs and not the 4,096 outputs: the same value, far less memory traffic."""
+        """Returns the logits, (B, L, V).
+
+        The scale divides the 256 inputs and not the 4,096 outputs: the value is the same for far less memory
+        traffic.
+        """
         x_BLD = rms_norm(x_BLD, self.output_norm.weight, self.c.rms_eps)
         return F.linear(x_BLD / self.c.logit_scale, self.token_embd.weight)
 
     def loss(self, x_BLD: Tensor, targets_BL: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token."""
+        """Returns the mean cross-entropy of the targets in nats per token."""
         return F.cross_entropy(self.logits(x_BLD).float().flatten(0, 1), targets_BL.flatten())
 
     def forward(self, tokens_BL: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Splits the Wikipedia text: 97% of the articles train, the last 3% never do.
 
-The held-out articles give the selection text (the package measures demotions on it) and a rest that
-only measures the held-out loss, so no text both trains the model and judges it.
+The held-out articles give the selection text (the package measures demotions on it) and a rest that only
+measures the held-out loss, so no text both trains the model and judges it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ TITLE = re.compile(r"(?m)^(?= = [^=\n][^\n]* = *$)")
 
 
 def articles(text: str) -> list[str]:
-    """Articles in order, each from its ` = Title = ` line on; sub-headings have more than one `=`."""
+    """Returns the articles in order, each from its ` = Title = ` line on; sub-headings have more than one
+    `=`.
+    """
     starts = [m.start() for m in TITLE.finditer(text)]
     return [text[a:b] for a, b in zip(starts, starts[1:] + [len(text)])]
 
 
 def take_bytes(parts: list[str], limit: int) -> int:
-    """How many whole articles from the start fit in `limit` bytes."""
+    """Returns how many whole articles from the start fit in `limit` bytes of UTF-8."""
     used = 0
     for i, part in enumerate(parts):
         used += len(part.encode())
@@ -40,8 +42,11 @@ def main() -> None:
     found = articles(gzip.open(a.source, "rt", encoding="utf-8").read())
     n_train = round(len(found) * (1 - a.heldout))
     n_selection = take_bytes(found[n_train:], a.selection_bytes)
-    selection, heldout = found[n_train : n_train + n_selection], found[n_train + n_selection :]
-    cuts = {"train": found[:n_train], "selection": selection, "heldout": heldout}
+    cuts = {
+        "train": found[:n_train],
+        "selection": found[n_train : n_train + n_selection],
+        "heldout": found[n_train + n_selection :],
+    }
     a.out.mkdir(parents=True, exist_ok=True)
     for name, part in cuts.items():
         (a.out / f"{name}.txt").write_text("".join(part), encoding="utf-8", newline="")

@@ -1,4 +1,4 @@
-"""Byte-level BPE on the training articles, and the token files that training reads.
+"""Trains a byte-level BPE on the training articles and writes the token files that training reads.
 
 The pre-tokenizer is GPT-2's regular expression, which llama.cpp implements as `tokenizer.ggml.pre = gpt-2`;
 check.py proves that both split a real text the same way.
@@ -17,6 +17,7 @@ EOS = "<|endoftext|>"
 
 
 def train(texts: list[str], n_vocab: int) -> Tokenizer:
+    """Returns a byte-level BPE of ``n_vocab`` tokens, the end-of-text token and all 256 bytes among them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -27,7 +28,7 @@ def train(texts: list[str], n_vocab: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """All articles in one row, each closed by the end-of-text token."""
+    """Returns all articles in one row of uint16 tokens, each closed by the end-of-text token."""
     eos = [tokenizer.token_to_id(EOS)]
     rows = [np.array(e.ids + eos, dtype=np.uint16) for e in tokenizer.encode_batch(texts)]
     return np.concatenate(rows)

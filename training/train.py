@@ -21,8 +21,10 @@ from torch import Tensor
 
 @torch.no_grad()
 def orthogonalised(g: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly, by Newton-Schulz (Jordan 2024); stacks at once."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+    """Returns roughly the nearest semi-orthogonal matrix, by Newton-Schulz (Jordan 2024); a stack goes at
+    once.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315  # the coefficients of Jordan's quintic
     tall = g.shape[-2] > g.shape[-1]
     x = g.mT if tall else g
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(torch.bfloat16 if g.is_cuda else torch.float32)
@@ -33,7 +35,9 @@ def orthogonalised(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised. A stack of expert matrices is orthogonalised matrix by matrix."""
+    """Steps along the momentum, orthogonalised; a stack of expert matrices is orthogonalised matrix by
+    matrix.
+    """
 
     def __init__(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -50,7 +54,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model: Model, a: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices; AdamW for embedding, router, convolution and vectors."""
+    """Returns Muon for the hidden matrices, and AdamW for embedding, router, convolution and vectors."""
     small = ("token_embd", "ffn_gate_inp", "conv1d")
     named = list(model.named_parameters())
     hidden = [p for n, p in named if p.ndim > 1 and not any(s in n for s in small)]
@@ -65,7 +69,10 @@ def optimizers(model: Model, a: argparse.Namespace) -> list[torch.optim.Optimize
 
 @dataclass
 class Windows:
-    """Every window of the text once per pass, in a seeded order that shifts and changes with the pass."""
+    """Gives every window of the text once per pass, in a seeded order that shifts and changes with the pass.
+
+    ``length`` counts tokens in a window and ``used`` the windows given so far, which a checkpoint keeps.
+    """
 
     tokens: np.ndarray
     length: int
@@ -78,6 +85,7 @@ class Windows:
         return (len(self.tokens) - self.length - 1) // self.length
 
     def order(self, index: int) -> np.ndarray:
+        """Returns where the windows of pass ``index`` start, shuffled and shifted by less than one window."""
         if index not in self.orders:
             rng = np.random.default_rng((self.seed, index))
             starts = rng.permutation(self.per_pass) * self.length
@@ -85,7 +93,7 @@ class Windows:
         return self.orders[index]
 
     def batch(self, size: int) -> Tensor:
-        """(size, length + 1) tokens: inputs and, shifted by one, targets."""
+        """Returns (size, length + 1) tokens: the inputs and, shifted by one, the targets."""
         rows = []
         for i in range(self.used, self.used + size):
             start = self.order(i // self.per_pass)[i % self.per_pass]
@@ -99,17 +107,21 @@ class Windows:
 
 
 def lr_factor(progress: float, warmup: float) -> float:
-    """Linear warmup, then a cosine to zero; `progress` runs from 0 to 1."""
+    """Returns the factor of the peak rate: linear warmup, then a cosine to zero; `progress`
+    runs from 0 to 1.
+    """
     if progress < warmup:
         return (progress + 1e-3) / (warmup + 1e-3)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
 
 
 class Trainer:
-    """Everything a checkpoint must hold for a run to go on as if it had not stopped."""
+    """Holds everything that a checkpoint must hold for a run to go on as if it had not stopped."""
 
     def __init__(self, a: argparse.Namespace) -> None:
-        self.a, self.step, self.seconds = a, 0, 0.0
+        self.a = a
+        self.step = 0
+        self.seconds = 0.0
         torch.manual_seed(a.seed)
         self.config = Config()
         self.model = Model(self.config, a.dropout).to(a.device)
@@ -139,21 +151,23 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        self.step, self.seconds, self.train.used = state["step"], state["seconds"], state["used"]
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self.train.used = state["used"]
 
     @property
     def progress(self) -> float:
         return max(self.seconds / (60 * self.a.minutes), self.train.passes / self.a.passes)
 
     def losses(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy in nats per token, and the load-balancing loss."""
+        """Returns the mean cross-entropy in nats per token, and the load-balancing loss."""
         tokens = tokens.to(self.a.device)
         with torch.autocast(self.a.device, torch.bfloat16, enabled=self.a.bf16):
             x, balance = self.model.hidden(tokens[:, :-1])
             return self.head(x, tokens[:, 1:]), balance
 
     def update(self) -> tuple[float, float]:
-        """One step of all optimizers over `micro` batches; returns the mean losses."""
+        """Takes one step of all optimizers over `micro` batches and returns the mean losses."""
         total = torch.zeros(2)
         for _ in range(self.a.micro):
             loss, balance = self.losses(self.train.batch(self.a.batch))
@@ -171,7 +185,9 @@ class Trainer:
 
     @torch.no_grad()
     def heldout_loss(self) -> float:
-        """On a few windows, for the log; check.py measures the final one on all of the text."""
+        """Returns the loss on a few held-out windows, for the log; check.py measures the final one on all of
+        the text.
+        """
         self.model.eval()
         n = self.a.batch * self.a.length
         parts = [self.heldout[i * n : (i + 1) * n + 1] for i in range(2)]
@@ -191,7 +207,8 @@ class Trainer:
         n = sum(p.numel() for p in self.model.parameters())
         settings = {k: v for k, v in vars(self.a).items() if not isinstance(v, Path)}
         self.log(f"# {n} parameters, {self.train.per_pass * self.a.length} tokens a pass, {settings}")
-        recent, saved = [], time.monotonic()
+        recent = []
+        saved = time.monotonic()
         while self.progress < 1:
             began = time.monotonic()
             recent.append(self.update())

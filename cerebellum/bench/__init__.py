@@ -1,1 +1,3 @@
-"""Asks the finished file and its base the same benchmark questions and pairs the answers."""
+"""Asks the finished file and its base the same benchmark questions and pairs the answers, question by
+question.
+"""

@@ -1,4 +1,4 @@
-"""A model's own chat template, rendered as llama-server and transformers render it."""
+"""Renders a model's own chat template as llama-server and transformers render it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from cerebellum.errors import BadInput
 
 
 def render_chat(vocabulary: Vocabulary, messages: Sequence[Mapping[str, str]], *, reply: bool = True) -> str:
-    """The prompt up to where the answer begins. Thinking is switched off where a template has a switch.
+    """Returns the prompt up to where the answer begins, with thinking switched off where a template has a
+    switch.
 
-    A BOS that the tokenizer adds by itself is left out, so that no prompt starts with two.
+    A BOS that the tokenizer adds by itself is left out, so that no prompt starts with two. Raises BadInput
+    where the model has no template or it cannot be rendered.
     """
     if vocabulary.chat_template is None:
         raise BadInput("the model has no chat template; ask with a plain prompt")
@@ -39,7 +41,9 @@ def render_chat(vocabulary: Vocabulary, messages: Sequence[Mapping[str, str]], *
 
 @cache
 def _compiled(template: str) -> Template:
-    """Templates come from model files, so they run in a sandbox."""
+    """Compiles a template for a sandbox, because templates come from model files that anybody may have
+    written.
+    """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )

@@ -1,4 +1,4 @@
-"""One JSON line a question, written when it is answered and never changed: benchmarks resume from it."""
+"""Keeps the answers: one JSON line a question, written once and never changed, so that benchmarks resume."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+import msgspec
 from filelock import FileLock, Timeout
 
+from cerebellum.bench.artifacts import Answer
+from cerebellum.codec import as_json, write_json
 from cerebellum.errors import BadInput
-from cerebellum.files import atomic_write_text, write_refusal
-
-Record = Mapping[str, Any]
+from cerebellum.files import write_refusal
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """The folder for this process alone, made where missing: two at once would ask everything twice."""
+    """Holds the folder for this process alone and makes it where it is missing.
+
+    Two benches at once would ask every question twice. Raises BadInput where another one is at work.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
@@ -30,68 +34,68 @@ def held(folder: Path) -> Iterator[None]:
         raise BadInput(f"{folder}: another bench is at work in it; wait, or use -o") from error
 
 
-class Evidence:
-    """The answers of one model to one benchmark in one protocol; ``with`` closes and syncs the file.
+class Answers:
+    """Holds the answers of one model to one benchmark in one protocol, in memory and in a file.
 
-    The file is named by ``key``: everything that can change an answer and nothing else. What the key
-    was is written beside it. A last line that was cut off by a crash is dropped; its question is asked
-    again, and no other.
+    The file is named by ``key``: everything that can change an answer and nothing else. What the key was is
+    written beside it. A last line that a crash cut off is dropped, and its question alone is asked again.
+    ``with`` syncs the file to the disk and closes it. Raises BadInput for a damaged line.
     """
 
-    def __init__(self, folder: Path, name: str, key: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, name: str, key: Mapping[str, str | int], wanted: type[Answer]) -> None:
         canonical = json.dumps(key, sort_keys=True, ensure_ascii=False)
         digest = hashlib.sha256(canonical.encode()).hexdigest()
         self.path = folder / f"{name}.{digest[:12]}.jsonl"
-        self.records: dict[str, Record] = {}
+        self.by_id: dict[str, Answer] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._stream: BinaryIO = open(self.path, "a+b")  # noqa: SIM115 - closed by __exit__
         except OSError as error:
             raise write_refusal(self.path, error) from error
         try:
-            atomic_write_text(self.path.with_suffix(".key.json"), json.dumps(key, indent=2) + "\n")
-            self._read()
+            write_json(self.path.with_suffix(".key.json"), key)
+            self._read(wanted)
         except BaseException:
             self._stream.close()
             raise
 
-    def _read(self) -> None:
+    def _read(self, wanted: type[Answer]) -> None:
+        """Reads all whole lines and cuts off what follows the last of them."""
         self._stream.seek(0)
         good = 0
         for number, line in enumerate(self._stream, 1):
             if not line.endswith(b"\n"):
                 break
             try:
-                record = json.loads(line)
-                self.records[record["id"]] = record
-            except (ValueError, KeyError, TypeError) as error:
+                answer = msgspec.json.decode(line, type=wanted)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 raise BadInput(
-                    f"{self.path}: line {number} is damaged; remove the line or the file"
+                    f"{self.path}: line {number} is damaged ({error}); remove the line or the file"
                 ) from error
+            self.by_id[answer.id] = answer
             good += len(line)
         self._stream.truncate(good)
 
     def known(self, question: str, prompt_sha256: str, golds: Mapping[str, int]) -> bool:
-        """Whether exactly this question, with these labels, has its answer already."""
-        record = self.records.get(question)
-        return (
-            record is not None and record["prompt_sha256"] == prompt_sha256 and record["golds"] == dict(golds)
-        )
+        """Says whether exactly this question, in these words and with these labels, has its answer."""
+        answer = self.by_id.get(question)
+        return answer is not None and answer.prompt_sha256 == prompt_sha256 and answer.golds == dict(golds)
 
-    def append(self, record: Record) -> None:
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    def append(self, answer: Answer) -> None:
+        """Writes one finished answer; BadInput where the disk has no room for it."""
+        line = json.dumps(as_json(answer), ensure_ascii=False, allow_nan=False) + "\n"
         try:
             self._stream.write(line.encode())
             self._stream.flush()
         except OSError as error:
             raise write_refusal(self.path, error) from error
-        self.records[record["id"]] = record
+        self.by_id[answer.id] = answer
 
-    def __enter__(self) -> Evidence:
+    def __enter__(self) -> Answers:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stream.flush()
         os.fsync(self._stream.fileno())

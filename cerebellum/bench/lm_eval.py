@@ -1,10 +1,10 @@
-"""lm-evaluation-harness over llama.cpp: a model class of ours under the harness's own runner.
+"""Runs lm-evaluation-harness over llama.cpp: a model class of ours under the harness's own runner.
 
     cerebellum-lm-eval run --model cerebellum --model_args path=F.gguf --tasks hellaswag
 
-is ``lm_eval`` itself with the class registered. The harness finds models by import alone, so from
-Python: ``import cerebellum.lm_eval_model``, then ``lm_eval.simple_evaluate(model="cerebellum", ...)``.
-Needs the extra ``lm-eval``; nothing else in Cerebellum imports this file.
+is ``lm_eval`` itself with the class registered. The harness finds models by import alone, so from Python
+import ``cerebellum.bench.lm_eval`` and then call ``lm_eval.simple_evaluate(model="cerebellum", ...)``. This
+file needs the extra ``lm-eval``, and nothing else in Cerebellum imports it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ except ImportError as missing:  # pragma: no cover - depends on what is installe
     ) from missing
 
 from cerebellum.bench.chat import render_chat
-from cerebellum.bench.stage import candidate_from
+from cerebellum.bench.stage import examinee_from
 from cerebellum.engine.asking import Ask, TokenIds
 from cerebellum.errors import BadInput
 from cerebellum.llama.asker import open_asker
@@ -38,9 +38,11 @@ _DEFAULT_NEW_TOKENS = 256
 
 @register_model("cerebellum")
 class CerebellumLM(TemplateLM):  # type: ignore[misc]
-    """Loglikelihood, rolling loglikelihood and greedy generation of a GGUF, shared prompts decoded once.
+    """Is the harness's model class over llama.cpp: loglikelihood, rolling loglikelihood and greedy
+    generation.
 
-    Arguments of ``--model_args``: path, threads, gpu_layers, max_length.
+    Prompts that requests share are decoded once. Arguments of ``--model_args``: path, threads, gpu_layers,
+    max_length (in tokens).
     """
 
     def __init__(
@@ -52,10 +54,10 @@ class CerebellumLM(TemplateLM):  # type: ignore[misc]
         **_harness: Any,  # batch_size, device and their kin, which mean nothing here
     ) -> None:
         super().__init__()
-        self.candidate = candidate_from(Path(path))
+        self.examinee = examinee_from(Path(path))
         settings = EngineSettings(threads=int(threads or os.cpu_count() or 1), gpu_layers=int(gpu_layers))
         self._stack = ExitStack()
-        self.asker = self._stack.enter_context(open_asker(LlamaEngine(settings), self.candidate.paths))
+        self.asker = self._stack.enter_context(open_asker(LlamaEngine(settings), self.examinee.paths))
         self.max_length = int(max_length or self.asker.context_length)
 
     def close(self) -> None:
@@ -65,7 +67,7 @@ class CerebellumLM(TemplateLM):  # type: ignore[misc]
     def eot_token_id(self) -> int:
         eos = self.asker.vocabulary.eos
         if eos is None:
-            raise BadInput(f"{self.candidate.name}: the vocabulary has no end-of-text token")
+            raise BadInput(f"{self.examinee.name}: the vocabulary has no end-of-text token")
         return eos
 
     @property
@@ -79,10 +81,12 @@ class CerebellumLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        return self.candidate.sha256
+        return self.examinee.sha256
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_harness: Any) -> list[int]:
-        """As the model's own tokenizer: BOS where the model wants one and the text has none yet."""
+        """Returns tokens as the model's own tokenizer does: BOS where the model wants one and the text has
+        none yet.
+        """
         vocabulary = self.asker.vocabulary
         begun = bool(vocabulary.bos_text) and string.startswith(vocabulary.bos_text)
         special = not begun if add_special_tokens is None else add_special_tokens
@@ -102,7 +106,10 @@ class CerebellumLM(TemplateLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         **_harness: Any,
     ) -> list[tuple[float, bool]]:
-        """Requests with the same context become one ask; each answer goes to the harness's cache."""
+        """Answers (log-probability in nats, whether greedy) for each request; one context becomes one ask.
+
+        Each answer goes to the harness's cache as soon as it is there.
+        """
         pairs = [_fitted(tuple(c), tuple(e), self.max_length) for _, c, e in requests]
         asks, members = _grouped(pairs)
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
@@ -115,7 +122,10 @@ class CerebellumLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The whole text, cut into the harness's windows; every token is predicted once."""
+        """Returns the log-probability of each whole text in nats, cut into the harness's windows.
+
+        Every token is predicted exactly once.
+        """
         windows = [list(self._windows(request.args[0])) for request in requests]
         flat = [(None, context, ending) for some in windows for context, ending in some]
         scored = iter(self._loglikelihood_tokens(flat))
@@ -134,7 +144,9 @@ class CerebellumLM(TemplateLM):  # type: ignore[misc]
         return map(make_disjoint_window, rolling)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy only: a benchmark that samples is refused rather than answered with something else."""
+        """Returns greedy continuations; a benchmark that samples is refused rather than answered with
+        something else.
+        """
         found = [""] * len(requests)
         for settings, places in _by_settings(requests).items():
             new_tokens, stops = settings
@@ -147,13 +159,13 @@ class CerebellumLM(TemplateLM):  # type: ignore[misc]
 
 
 def _fitted(context: TokenIds, ending: TokenIds, max_length: int) -> tuple[TokenIds, TokenIds]:
-    """Cut from the left, as the harness does, so that the ending and what is left of the context fit."""
+    """Cuts from the left, as the harness does, so that the ending and what is left of the context fit."""
     ending = ending[-max_length:]
     return context[-max(1, max_length - len(ending) + 1) :], ending
 
 
 def _grouped(pairs: Sequence[tuple[TokenIds, TokenIds]]) -> tuple[list[Ask], list[list[int]]]:
-    """(asks, for each the places of its endings among the pairs)."""
+    """Returns the asks and, for each of them, the places of its endings among the pairs."""
     members: dict[TokenIds, list[int]] = {}
     for place, (context, _) in enumerate(pairs):
         members.setdefault(context, []).append(place)
@@ -162,7 +174,7 @@ def _grouped(pairs: Sequence[tuple[TokenIds, TokenIds]]) -> tuple[list[Ask], lis
 
 
 def _by_settings(requests: Sequence[Any]) -> dict[tuple[int, tuple[str, ...]], list[int]]:
-    """Places of the requests that may be generated together: (new tokens, stops) -> places."""
+    """Groups the places of requests that may be generated together, by (new tokens, stops)."""
     found: dict[tuple[int, tuple[str, ...]], list[int]] = {}
     for place, request in enumerate(requests):
         asked = request.args[1]
@@ -178,7 +190,7 @@ def _by_settings(requests: Sequence[Any]) -> dict[tuple[int, tuple[str, ...]], l
 
 
 def main() -> None:
-    """``lm_eval``'s own command line, with this model registered."""
+    """Runs ``lm_eval``'s own command line with this model registered."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

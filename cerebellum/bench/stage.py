@@ -1,6 +1,6 @@
-"""Question benchmarks, paired: every model answers the same questions, every answer is kept.
+"""Asks every model the same benchmark questions, keeps every answer and pairs the models by question.
 
-questions -> prompts -> asks -> replies -> one record a question (evidence) -> scores, pairs, audit
+questions -> prompts -> asks -> replies -> one answer a question (evidence) -> scores, pairs, audit
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from cerebellum.bench.answers import Exam, Prepared, answers, prepare
-from cerebellum.bench.evidence import Evidence, held
-from cerebellum.bench.scores import Candidate, Sitting, bench_json
+from cerebellum.bench.answers import ANSWER_TYPES, Exam, answers, prepare
+from cerebellum.bench.artifacts import BenchResults, DataFile, RequestRow
+from cerebellum.bench.evidence import Answers, held
+from cerebellum.bench.scores import Examinee, Sitting, bench_results
 from cerebellum.bench.tasks import (
     LETTER,
     PROMPT_VERSION,
@@ -27,19 +27,21 @@ from cerebellum.bench.tasks import (
 )
 from cerebellum.engine.asking import Asker
 from cerebellum.files import sha256_file
-from cerebellum.llama.asker import open_asker
-from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.progress import Reporter
 from cerebellum.source import open_source
 
 Opener = Callable[[Sequence[Path]], AbstractContextManager[Asker]]
+"""Opens a model's files to be asked, and closes them when the block ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What was asked of the bench. ``limit`` 0 means every question, ``generate`` 0 no generated text.
+class BenchRequest:
+    """Says what is asked of the bench.
 
-    ``rotations`` asks every letter question that often, its options turned by one place each time.
+    ``limit`` questions of each benchmark (0: all of them) are chosen in an order that ``seed`` decides.
+    ``rotations`` asks every letter question so often, with its options turned by one place each time, and
+    ``generate`` is the most tokens of text to generate for one (0: none). ``data`` is the folder of the
+    benchmark files; without it they are looked for in CEREBELLUM_DATA, then on the Hub.
     """
 
     tasks: tuple[str, ...] = ("hellaswag", "arc_challenge", "mmlu_redux")
@@ -52,49 +54,64 @@ class Request:
 
 
 def bench(
-    candidates: Sequence[Candidate], request: Request, opener: Opener, folder: Path, reporter: Reporter
-) -> dict[str, Any]:
-    """bench.json: the first candidate against each of the others, on the same questions."""
+    examinees: Sequence[Examinee], request: BenchRequest, opener: Opener, folder: Path, reporter: Reporter
+) -> BenchResults:
+    """Asks all examinees the same questions and returns bench.json: the first against each of the others.
+
+    The answers lie in ``folder``, and what they hold already is not asked again. One model is open at a
+    time. Raises BadInput where the questions are missing or another bench holds the folder.
+    """
     exams = make_exams(request)
     sittings: list[Sitting] = []
-    for candidate in candidates:
-        with held(folder), opener(candidate.paths) as asker:
-            sittings += [sit(asker, exam, candidate, folder, reporter) for exam in exams]
-    return bench_json(candidates, request_json(request), sittings)
+    for examinee in examinees:
+        with held(folder), opener(examinee.paths) as asker:
+            sittings += [sit(asker, exam, examinee, folder, reporter) for exam in exams]
+    return bench_results(examinees, request_row(request), sittings)
 
 
-def request_json(request: Request) -> dict[str, Any]:
-    """What was asked, the files of questions by name and content: where they lie is nobody's business."""
+def request_row(request: BenchRequest) -> RequestRow:
+    """Returns the request as bench.json repeats it: files by name and content, not by where they lie."""
     files = {name: questions_file(task_named(name), request.data) for name in request.tasks}
-    data = {name: {"file": f.name, "sha256": sha256_file(f)} if f else None for name, f in files.items()}
-    return asdict(request) | {"data": data}
+    return RequestRow(
+        tasks=request.tasks,
+        protocols=request.protocols,
+        limit=request.limit,
+        seed=request.seed,
+        rotations=request.rotations,
+        generate=request.generate,
+        data={
+            name: DataFile(file=path.name, sha256=sha256_file(path)) if path else None
+            for name, path in files.items()
+        },
+    )
 
 
 def bench_files(
-    models: Sequence[Path], request: Request, settings: EngineSettings, folder: Path, reporter: Reporter
-) -> dict[str, Any]:
-    """The first file against each of the others."""
-    candidates = distinct([candidate_from(m) for m in models])
-    return bench(candidates, request, llama_opener(settings), folder, reporter)
+    models: Sequence[Path], request: BenchRequest, opener: Opener, folder: Path, reporter: Reporter
+) -> BenchResults:
+    """Benches GGUF files, the first against each of the others; see ``bench``."""
+    examinees = distinct([examinee_from(model) for model in models])
+    return bench(examinees, request, opener, folder, reporter)
 
 
-def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates whose names tell them apart: files of one name get the first digits of their sha256."""
-    often = Counter(candidate.name for candidate in candidates)
-    return [replace(c, name=f"{c.name} {c.sha256[:8]}") if often[c.name] > 1 else c for c in candidates]
+def distinct(examinees: Sequence[Examinee]) -> list[Examinee]:
+    """Returns the examinees with names that differ: equal ones get the first digits of their SHA-256."""
+    often = Counter(examinee.name for examinee in examinees)
+    return [replace(e, name=f"{e.name} {e.sha256[:8]}") if often[e.name] > 1 else e for e in examinees]
 
 
-def llama_opener(settings: EngineSettings) -> Opener:
-    return lambda paths: open_asker(LlamaEngine(settings), paths)
+def examinee_from(path: Path, name: str | None = None) -> Examinee:
+    """Returns the model at ``path`` with all of its splits, named ``name`` or as its file is.
 
-
-def candidate_from(path: Path, name: str | None = None) -> Candidate:
+    Reads every byte for the SHA-256. Raises BadInput where the files cannot be read or are no model.
+    """
     source = open_source(path, allow_requantize=True)
     paths = tuple(file.path for file in source.files)
-    return Candidate(name=name or path.name, paths=paths, sha256=source.sha256())
+    return Examinee(name=name or path.name, paths=paths, sha256=source.sha256())
 
 
-def make_exams(request: Request) -> list[Exam]:
+def make_exams(request: BenchRequest) -> list[Exam]:
+    """Returns every benchmark in every protocol with its questions chosen; only letters are turned."""
     exams = []
     for task in (task_named(name) for name in request.tasks):
         questions = tuple(choose(load_questions(task, request.data), request.limit, request.seed))
@@ -112,31 +129,31 @@ def make_exams(request: Request) -> list[Exam]:
     return exams
 
 
-def sit(asker: Asker, exam: Exam, candidate: Candidate, folder: Path, reporter: Reporter) -> Sitting:
-    """Asks what the evidence does not answer yet; each answer is written as it comes."""
-    key = {
+def sit(asker: Asker, exam: Exam, examinee: Examinee, folder: Path, reporter: Reporter) -> Sitting:
+    """Asks what the evidence does not answer yet and returns all answers; each is written as it comes."""
+    key: dict[str, str | int] = {
         "task": exam.task.name,
         "protocol": exam.protocol,
-        "model_sha256": candidate.sha256,
+        "model_sha256": examinee.sha256,
         "engine": asker.identity,
         "prompt_version": PROMPT_VERSION,
         "rotations": exam.rotations,
         "generate": exam.generate,
     }
-    with Evidence(folder, exam.name, key) as evidence:
-        sitting = Sitting(exam=exam, candidate=candidate, evidence=evidence.path)
+    with Answers(folder, exam.name, key, ANSWER_TYPES[exam.protocol]) as kept:
         prepared = [prepare(asker, exam, question) for question in exam.questions]
-        missing = [p for p in prepared if not _known(evidence, p)]
+        missing = [p for p in prepared if not kept.known(p.question.id, p.prompt_sha256, p.question.golds)]
         started = time.perf_counter()
         if missing:
-            with reporter.task(f"{candidate.name}: {exam.name}", len(missing)) as tick:
-                for record in answers(asker, exam, missing):
-                    evidence.append(record)
+            with reporter.task(f"{examinee.name}: {exam.name}", len(missing)) as tick:
+                for answer in answers(asker, exam, missing):
+                    kept.append(answer)
                     tick()
-        sitting.asked, sitting.seconds = len(missing), time.perf_counter() - started
-        sitting.records = [evidence.records[p.question.id] for p in prepared]
-    return sitting
-
-
-def _known(evidence: Evidence, p: Prepared) -> bool:
-    return evidence.known(p.question.id, p.prompt_sha256, p.question.golds)
+        return Sitting(
+            exam=exam,
+            examinee=examinee,
+            evidence=kept.path,
+            answers=tuple(kept.by_id[p.question.id] for p in prepared),
+            asked=len(missing),
+            seconds=time.perf_counter() - started,
+        )

@@ -1,9 +1,9 @@
-"""Question benchmarks: where the questions come from, and what they look like in each protocol.
+"""Knows the question benchmarks: where the questions come from, and what they look like in each protocol.
 
-letter          the question with lettered options through the model's chat template (a plain prompt
-                where it has none); the answer is the likeliest letter. What model cards publish.
-loglikelihood   each option as a continuation of the question, as lm-evaluation-harness defines
-                hellaswag, arc_challenge and mmlu's continuation variant. For models without chat.
+In the protocol `letter` the model sees the question with lettered options through its own chat template
+(a plain prompt where it has none) and answers with the likeliest letter; model cards publish this. In
+`loglikelihood` each option is scored as a continuation of the question, as lm-evaluation-harness defines
+hellaswag, arc_challenge and mmlu's continuation variant; it suits models without chat.
 """
 
 from __future__ import annotations
@@ -16,32 +16,38 @@ import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from cerebellum.bench.chat import render_chat
 from cerebellum.engine.asking import Vocabulary
 from cerebellum.errors import BadInput
 
-LETTER, LOGLIKELIHOOD = "letter", "loglikelihood"
+LETTER = "letter"
+LOGLIKELIHOOD = "loglikelihood"
 PROTOCOLS = (LETTER, LOGLIKELIHOOD)
-ORIGINAL, CORRECTED, PUBLISHED = "original", "corrected", "published_subset"
+
+ORIGINAL = "original"
+CORRECTED = "corrected"
+PUBLISHED = "published_subset"
+"""The sets of labels: as the benchmark has them, after a review, and those of an earlier evaluation."""
 
 PROMPT_VERSION = 1  # 1: first release. Part of the key of every answer; bump it with any wording below
 DATA_VARIABLE = "CEREBELLUM_DATA"
 SAMPLES = Path(__file__).parents[1] / "data" / "benchmarks"
 
-Row = Mapping[str, Any]
 _MMLU_REDUX = "edinburgh-dawg/mmlu-redux-2.0"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question. ``golds`` holds the right option for each set of labels that covers it.
+    """Is one question; ``golds`` holds the right option, counted from 0, for each set of labels that covers
+    it.
 
-    ``stem`` is the question for people and for the letter protocol, ``context`` what the options
-    continue in the loglikelihood protocol.
+    ``stem`` is the question for people and for the letter protocol, ``context`` what the options continue in
+    the loglikelihood protocol.
     """
 
     id: str
@@ -54,18 +60,22 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A benchmark: its file, its place on the Hub, how a row becomes a question."""
+    """Describes a benchmark: its file, its place on the Hub, and how a row becomes a question."""
 
     name: str
     title: str
     file: str
     instruction: str
-    parse: Callable[[int, Row], Question]
-    fetch: Callable[[Any], Iterable[Row]]
+    parse: Callable[[int, object], Question]
+    fetch: Callable[[_Hub], Iterable[object]]
 
 
 def questions_file(task: Task, data: Path | None = None) -> Path | None:
-    """The file in ``data``, else in CEREBELLUM_DATA, plain where there is no gzipped one; None: the Hub."""
+    """Returns the file of the questions in ``data`` or else in CEREBELLUM_DATA, or None where there is no
+    folder.
+
+    The plain file is taken where there is no gzipped one. With None the questions come from the Hub.
+    """
     folder = data or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
     if folder is None:
         return None
@@ -75,39 +85,44 @@ def questions_file(task: Task, data: Path | None = None) -> Path | None:
 
 
 def load_questions(task: Task, data: Path | None = None) -> list[Question]:
-    """Every question, in the benchmark's order: from its file, else from the Hub."""
+    """Returns every question in the benchmark's order, from its file or else from the Hub.
+
+    Raises BadInput where neither can be read, or the rows are not this benchmark's.
+    """
     path = questions_file(task, data)
     rows = _read_rows(path) if path else _fetch_rows(task)
     try:
         return [task.parse(index, row) for index, row in enumerate(rows)]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (msgspec.ValidationError, ValueError) as error:
         where = path or "the Hub"
-        raise BadInput(f"{where}: not the questions of {task.name} ({error!r}); fetch them again") from error
+        raise BadInput(f"{where}: not the questions of {task.name} ({error}); fetch them again") from error
 
 
 def choose(questions: Sequence[Question], limit: int, seed: int) -> list[Question]:
-    """``limit`` questions (0: all) in a seeded order, so that a larger limit only adds questions.
+    """Returns ``limit`` questions (0: all) in a seeded order, so that a larger limit only adds questions.
 
-    The first N of a benchmark are not a sample of it: HellaSwag's come from one of its two sources,
-    MMLU's from one subject.
+    The first N of a benchmark are not a sample of it: HellaSwag's come from one of its two sources, MMLU's
+    from one subject.
     """
     order = np.random.default_rng(seed).permutation(len(questions))
     return [questions[i] for i in order[: limit or len(questions)]]
 
 
 def letters(question: Question) -> str:
-    """``ABCD``, or as many as there are options; ARC's numbers are letters here too."""
+    """Returns ``ABCD``, or as many letters as there are options; ARC's numbers are letters here too."""
     return string.ascii_uppercase[: len(question.options)]
 
 
 def rotated(question: Question, turns: int) -> tuple[str, ...]:
-    """The options, each moved ``turns`` places up: option i is shown at place (i - turns) mod n."""
+    """Returns the options, each moved ``turns`` places up: option i is shown at place (i - turns) mod n."""
     turns %= len(question.options)
     return question.options[turns:] + question.options[:turns]
 
 
 def letter_prompt(task: Task, question: Question, vocabulary: Vocabulary, turns: int = 0) -> str:
-    """The question with lettered options, up to where the letter comes."""
+    """Returns the question with lettered options, up to where the letter comes, in the model's own chat
+    format.
+    """
     shown = zip(letters(question), rotated(question, turns), strict=True)
     options = "\n".join(f"{letter}. {option.strip()}" for letter, option in shown)
     instruction = f"{task.instruction} Reply with the letter of the right option only."
@@ -126,7 +141,7 @@ _LETTER_PATTERNS = (
 
 
 def read_letter(text: str, allowed: str) -> str | None:
-    """The letter that generated text answers with; None where it names none of the allowed.
+    """Returns the letter that generated text answers with, or None where it names none of the allowed.
 
     Every letter has the same rules: what could be the article "A" or the pronoun "I" is no answer.
     """
@@ -138,8 +153,8 @@ def read_letter(text: str, allowed: str) -> str | None:
     return None
 
 
-def _read_rows(path: Path) -> list[Row]:
-    """JSON lines, gzipped or not."""
+def _read_rows(path: Path) -> list[object]:
+    """Returns the rows of a file of JSON lines, gzipped or not."""
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
@@ -150,7 +165,7 @@ def _read_rows(path: Path) -> list[Row]:
         raise BadInput(f"{path}: cannot be read ({error}); fetch it again") from error
 
 
-def _fetch_rows(task: Task) -> Iterable[Row]:
+def _fetch_rows(task: Task) -> Iterable[object]:
     try:
         import datasets
     except ImportError as error:
@@ -165,91 +180,172 @@ def _fetch_rows(task: Task) -> Iterable[Row]:
 
 
 def _hellaswag_text(text: str) -> str:
-    """lm-evaluation-harness's cleaning: brackets are left over from the WikiHow part."""
+    """Returns a text with lm-evaluation-harness's cleaning: the brackets are left over from the
+    WikiHow part.
+    """
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def _hellaswag(index: int, row: Row) -> Question:
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    cleaned = _hellaswag_text(context)
+class _HellaswagRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds what is used of a row of HellaSwag; ``line`` is where a sample's row stood in the whole file."""
+
+    activity_label: str
+    ctx_a: str
+    ctx_b: str
+    endings: tuple[str, ...]
+    label: int
+    line: int | None = None
+
+
+def _hellaswag(index: int, raw: object) -> Question:
+    row = msgspec.convert(raw, _HellaswagRow, strict=False)
+    cleaned = _hellaswag_text(f"{row.activity_label}: {row.ctx_a} {row.ctx_b.capitalize()}")
     return Question(
-        id=f"hellaswag/{row.get('line', index)}",  # `ind` is not unique; a sample says its lines
+        id=f"hellaswag/{index if row.line is None else row.line}",  # the rows' own `ind` is not unique
         subject=None,
         stem=cleaned,
         context=cleaned,
-        options=tuple(_hellaswag_text(ending) for ending in row["endings"]),
-        golds={ORIGINAL: int(row["label"])},
+        options=tuple(_hellaswag_text(ending) for ending in row.endings),
+        golds={ORIGINAL: row.label},
     )
 
 
-def _arc(_index: int, row: Row) -> Question:
+class _ArcRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds what is used of a row of ARC-Challenge; ``answer`` counts the choices from 0."""
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def _arc(_index: int, raw: object) -> Question:
+    row = msgspec.convert(raw, _ArcRow, strict=False)
     return Question(
-        id=str(row["id"]),
+        id=row.id,
         subject=None,
-        stem=row["question"],
-        context=f"Question: {row['question']}\nAnswer:",
-        options=tuple(row["choices"]),
-        golds={ORIGINAL: int(row["answer"])},
+        stem=row.question,
+        context=f"Question: {row.question}\nAnswer:",
+        options=row.choices,
+        golds={ORIGINAL: row.answer},
     )
 
 
-def _mmlu_redux(_index: int, row: Row) -> Question:
-    golds = {ORIGINAL: int(row["answer"])}
+class _MmluRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds what is used of a row of MMLU-Redux; answers count the choices from 0.
+
+    ``error_type`` is the verdict of its reviewers, ``correct_answer_idx`` the places they hold right, and
+    ``cerebellum_idx`` is there for the 2,400 questions of an earlier published evaluation.
+    """
+
+    id: str
+    subject: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    error_type: str
+    correct_answer_idx: tuple[int, ...] | None
+    cerebellum_idx: int | None = None
+
+
+def _mmlu_redux(_index: int, raw: object) -> Question:
+    row = msgspec.convert(raw, _MmluRow, strict=False)
+    golds = {ORIGINAL: row.answer}
     corrected = _corrected(row)
     if corrected is not None:
         golds[CORRECTED] = corrected
-    if row.get("cerebellum_idx") is not None:
-        golds[PUBLISHED] = int(row["answer"])
+    if row.cerebellum_idx is not None:
+        golds[PUBLISHED] = row.answer
+    stem = row.question.strip()
     return Question(
-        id=str(row["id"]),
-        subject=str(row["subject"]),
-        stem=row["question"].strip(),
-        context=f"Question: {row['question'].strip()}\nAnswer:",
-        options=tuple(row["choices"]),
+        id=row.id,
+        subject=row.subject,
+        stem=stem,
+        context=f"Question: {stem}\nAnswer:",
+        options=row.choices,
         golds=golds,
     )
 
 
-def _corrected(row: Row) -> int | None:
-    """The label after MMLU-Redux's review; None for a question that it found broken or left open."""
-    if row["error_type"] == "ok":
-        return int(row["answer"])
-    found = row["correct_answer_idx"]
-    if row["error_type"] == "wrong_groundtruth" and found and len(found) == 1:
-        return int(found[0])
-    return None
+def _corrected(row: _MmluRow) -> int | None:
+    """Returns the label after MMLU-Redux's review, or None for a question found broken or left open."""
+    if row.error_type == "ok":
+        return row.answer
+    found = row.correct_answer_idx or ()
+    return found[0] if row.error_type == "wrong_groundtruth" and len(found) == 1 else None
 
 
-def _fetch_hellaswag(hub: Any) -> Iterator[Row]:
-    yield from hub.load_dataset("Rowan/hellaswag", split="validation")
+class _Hub(Protocol):
+    """Describes what is used of the `datasets` library."""
+
+    def load_dataset(self, path: str, name: str | None = None, *, split: str) -> Iterable[object]: ...
+
+    def get_dataset_config_names(self, path: str) -> list[str]: ...
 
 
-def _fetch_arc(hub: Any) -> Iterator[Row]:
-    for row in hub.load_dataset("allenai/ai2_arc", "ARC-Challenge", split="test"):
-        labels = list(row["choices"]["label"])
+def _fetch_hellaswag(hub: _Hub) -> Iterable[object]:
+    return hub.load_dataset("Rowan/hellaswag", split="validation")
+
+
+class _HubChoices(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds the options of a row of ARC on the Hub, and the letter or number before each."""
+
+    text: tuple[str, ...]
+    label: tuple[str, ...]
+
+
+class _HubArcRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds what is used of a row of ARC on the Hub, under its names there."""
+
+    id: str
+    question: str
+    choices: _HubChoices
+    answerKey: str
+
+
+def _fetch_arc(hub: _Hub) -> Iterator[object]:
+    for raw in hub.load_dataset("allenai/ai2_arc", "ARC-Challenge", split="test"):
+        row = msgspec.convert(raw, _HubArcRow, strict=False)
         yield {
-            "id": row["id"],
-            "question": row["question"],
-            "choices": list(row["choices"]["text"]),
-            "answer": labels.index(row["answerKey"]),
+            "id": row.id,
+            "question": row.question,
+            "choices": row.choices.text,
+            "answer": row.choices.label.index(row.answerKey),
         }
 
 
-def _fetch_mmlu_redux(hub: Any) -> Iterator[Row]:
+class _HubMmluRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds what is used of a row of MMLU-Redux on the Hub; ``correct_answer`` is the reviewers' text."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    error_type: str
+    correct_answer: str | int | None = None
+
+
+def _fetch_mmlu_redux(hub: _Hub) -> Iterator[object]:
     for subject in hub.get_dataset_config_names(_MMLU_REDUX):
-        for index, row in enumerate(hub.load_dataset(_MMLU_REDUX, subject, split="test")):
-            raw = str(row.get("correct_answer") or "").strip()
-            place = "ABCD".find(raw) if raw in tuple("ABCD") else (int(raw) if raw in tuple("0123") else None)
+        for index, raw in enumerate(hub.load_dataset(_MMLU_REDUX, subject, split="test")):
+            row = msgspec.convert(raw, _HubMmluRow, strict=False)
+            place = _reviewed_place(str(row.correct_answer or "").strip())
             yield {
                 "id": f"{subject}/{index}",
                 "subject": subject,
-                "question": row["question"],
-                "choices": list(row["choices"]),
-                "answer": row["answer"],
-                "error_type": row["error_type"],
+                "question": row.question,
+                "choices": row.choices,
+                "answer": row.answer,
+                "error_type": row.error_type,
                 "correct_answer_idx": None if place is None else [place],
             }
+
+
+def _reviewed_place(text: str) -> int | None:
+    """Returns the place that a reviewer names by one letter or one digit, or None for anything else."""
+    if text in tuple("ABCD"):
+        return "ABCD".index(text)
+    return int(text) if text in tuple("0123") else None
 
 
 TASKS: Mapping[str, Task] = {
@@ -284,6 +380,7 @@ TASKS: Mapping[str, Task] = {
 
 
 def task_named(name: str) -> Task:
+    """Returns the benchmark of that name; BadInput lists the names where there is none."""
     if name not in TASKS:
         raise BadInput(f"--tasks {name}: no such benchmark; there are {', '.join(TASKS)}")
     return TASKS[name]

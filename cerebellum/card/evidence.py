@@ -1,37 +1,33 @@
-"""The artifacts of a run folder, read once and joined: what the card and the report are made from."""
+"""The artifacts of a run folder, read once and joined: what the card and the report are made from.
+
+There are two kinds of evidence, for a run has one of two goals, and their measurements have nothing in
+common: groups alone against the base under a limit, curves of damage against bytes for a budget. What
+every run has is in ``FinishedRun``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
+from cerebellum.bench.artifacts import BenchResults, PairRow, ScoreRow
+from cerebellum.card.merged import MergedRow, merged_rows, points_together
+from cerebellum.card.numbers import DIVERGENCE, PERPLEXITY, ByteUnit, Change, Scale
 from cerebellum.errors import BadInput
-from cerebellum.stats.paired import as_percent
-from cerebellum.workspace import read_curves, read_json
-
-BASE = "base"
-
-Json = Mapping[str, Any]
-_NEEDED = ("source", "groups", "plan", "verify", "manifest")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """A change with its interval: of perplexity in percent, of KL divergence in nats a token."""
-
-    mean: float
-    low: float
-    high: float
-
-    def excludes(self, value: float) -> bool:
-        return value < self.low or value > self.high
+from cerebellum.folder import GROUPS, PLAN, RunFolder
+from cerebellum.groups import SourceFile
+from cerebellum.manifest import Manifest
+from cerebellum.measure.artifacts import Curves, MeasurementRow, Measurements
+from cerebellum.plan.artifacts import BudgetPlan, GpuMemory, LimitPlan, Plan, PlanRow, PointRow
+from cerebellum.verify import Report, Verified
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
-    """What was known after so many chunks, on the way to a verdict."""
+class SeenAt:
+    """Holds what was known of a group's damage after so many chunks, on the way to its verdict.
+
+    The change is of perplexity, in percent, with the interval that the sequential test had then.
+    """
 
     chunks: int
     change: Change
@@ -39,51 +35,56 @@ class Look:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupRow:
-    """One group: what it was, what was seen, what was decided. ``change`` is None if nothing was."""
+    """One group as people see it: what it was, what was seen, what was decided.
+
+    ``change`` (of perplexity, percent) and ``kld`` (nats a token) are None where nothing was measured.
+    ``chosen_type`` is None where the group stays at its base types; ``tried_type`` is then the type that its
+    figures are of. ``bytes_saved`` is negative where the decision adds bytes.
+    """
 
     name: str
     role: str
     layers: tuple[int, ...]
     tensors: int
-    parameters: int
     base_type: str
-    chosen_type: str
+    chosen_type: str | None
     tried_type: str
     bytes_saved: int
     change: Change | None
+    kld: Change | None
     chunks: int | None
     verdict: str
-    together_with: tuple[str, ...]
-    kld: Change | None
-    agreement: float | None
-    trace: tuple[Look, ...]
     near_tie: bool
-    members: tuple[str, ...]
-    """The groups it stands for: several where a budget gave neighbouring layers the same type."""
+    together_with: tuple[str, ...]
+    trace: tuple[SeenAt, ...] = ()
 
     @property
     def changed(self) -> bool:
-        return self.chosen_type != BASE
+        """Says whether the group leaves its base types; one that was tried and kept counts as unchanged."""
+        return self.chosen_type is not None
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurvePoint:
-    """One group at one type: bytes in the file, change of KL divergence from the source in nats a token
-    (against the base's own), change of perplexity in percent; None where the model broke."""
+class Combination:
+    """Holds what was measured of several groups changed together.
 
-    group: str
-    role: str
-    layers: tuple[int, ...]
-    kind: str
-    base_type: str
-    n_bytes: int
+    ``agreement`` is the share of tokens whose most likely token is the base's; ``kld`` is from the
+    base, nats a token.
+    """
+
+    groups: tuple[str, ...]
+    change: Change
+    verdict: str
     kld: Change | None
-    change: Change | None
+    agreement: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proposal:
-    """A combination that a budget proposed and that was measured whole; KL divergence as of a point."""
+class MeasuredPlan:
+    """A combination that was proposed for a budget and measured whole.
+
+    ``kld`` is its KL divergence from the source against the base's own, nats a token.
+    """
 
     n_bytes: int
     kld: float
@@ -91,21 +92,12 @@ class Proposal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Combination:
-    """Groups that were measured together."""
-
-    groups: tuple[str, ...]
-    change: Change
-    verdict: str
-    chunks: int | None
-    kld: Change | None
-    agreement: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One way of scoring one benchmark, in percent of its questions; ``difference`` to the base,
-    with McNemar's p, where both were asked the same questions."""
+    """One way of scoring one benchmark, in percent of its questions.
+
+    ``difference`` to the base, in points, and McNemar's ``p`` are there where both were asked the same
+    questions. ``detectable`` is the smallest difference that they would have shown 8 times of 10.
+    """
 
     task: str
     protocol: str
@@ -116,12 +108,14 @@ class Benchmark:
     difference: Change | None
     p: float | None
     detectable: float | None
-    """The smallest difference that these questions would have shown, in points, 8 times of 10."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What the audit of a benchmark found: a model, where, and a sentence with its numbers."""
+    """Holds what the audit of a benchmark found: which model, in which task, and a sentence with its
+    numbers. The card prints it among its limits, because a score with a problem says less than it seems
+    to.
+    """
 
     model: str
     where: str
@@ -129,267 +123,318 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """A finished run. The raw artifacts stay at hand for what is only shown, never computed with."""
+class FinishedRun:
+    """Holds what every finished run left, whatever its goal was.
 
-    source: Json
-    measured: Json
-    plan: Json
-    verify: Json
-    manifest: Json
-    rows: tuple[GroupRow, ...]
-    combinations: tuple[Combination, ...]
+    Both stories tell sizes, checks, benchmarks and provenance from it in the same words.
+    """
+
+    source: SourceFile
+    verified: Verified
+    manifest: Manifest
     benchmarks: tuple[Benchmark, ...]
     problems: tuple[Problem, ...]
-    curves: tuple[CurvePoint, ...]
 
     @property
-    def base_kld(self) -> float:
-        """By budget: KL divergence of the base itself from the source, nats a token."""
-        return float(self.measured["base_kld"])
-
-    @property
-    def limit(self) -> float | None:
-        return self.plan.get("threshold_pct")
-
-    @property
-    def report(self) -> Json:
-        found: Json = self.verify["report"]
-        return found
+    def report(self) -> Report:
+        """Returns what verify measured on the report text: the perplexities of source, base and
+        finished file, and the paired change.
+        """
+        return self.verified.report
 
     @property
     def reported(self) -> Change | None:
-        """The finished file against the base on the report text; None where it is not finite."""
-        return _change(self.report["delta_pct"], self.report["ci_pct"])
+        """Returns the change of the finished file against the base on the report text, in percent;
+        None where it is not finite, which means that the file is broken.
+        """
+        return Change.of(self.report.delta_pct, self.report.ci_pct)
 
-    @property
-    def whole(self) -> Change | None:
-        """What was shipped, measured whole on the selection text."""
-        return _change(self.plan.get("measured_delta_pct"), self.plan.get("ci_pct"))
 
-    @property
-    def divergence(self) -> Change | None:
-        """By budget: KL divergence from the source of what was shipped, against the base's."""
-        return _change(self.plan.get("measured_kld"), self.plan.get("kld_ci"))
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Joins a finished run with its plan and its measurements: the part that both kinds of evidence share.
 
-    @property
-    def proposals(self) -> tuple[Proposal, ...]:
-        """Combinations measured for a budget."""
-        return tuple(
-            Proposal(
-                n_bytes=row["file_bytes"],
-                kld=row["measured_kld"],
-                shipped=row["file_bytes"] == self.plan["file_bytes"]
-                and row["measured_kld"] == self.plan["measured_kld"],
-            )
-            for row in self.plan.get("candidates", ())
-            if row.get("measured_kld") is not None
-        )
+    Nothing here asks what the goal was; a subclass knows the types of its plan and of its measurements.
+    """
+
+    run: FinishedRun
+    plan: Plan
+    measured: Measurements | Curves
+    rows: tuple[GroupRow, ...]
 
     @property
     def changed(self) -> tuple[GroupRow, ...]:
+        """Returns the groups that leave their base types, in the order of the plan, so that tables
+        and sentences name them alike.
+        """
         return tuple(row for row in self.rows if row.changed)
 
     @property
+    def alone(self) -> tuple[GroupRow, ...]:
+        """Returns the groups that have a change of perplexity of their own.
+
+        One that was measured together with others is left out, for its figure is of all of them.
+        """
+        return tuple(row for row in self.rows if row.change is not None and not row.together_with)
+
+    @property
+    def whole(self) -> Change | None:
+        """Returns the change of perplexity of what was shipped, measured whole on the selection
+        text, in percent; None where nobody measured it.
+        """
+        return Change.of(self.plan.measured_delta_pct, self.plan.ci_pct)
+
+    @property
+    def unit(self) -> ByteUnit:
+        """Returns the unit that bytes are told in.
+
+        It follows from the size of the base and not of a group, so that rates can be compared.
+        """
+        return ByteUnit.for_model(self.plan.base_tensor_bytes)
+
+    @property
+    def planned_memory(self) -> GpuMemory | None:
+        """Returns the memory on the gpu that the plan was made for; None where it was made for no gpu."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitEvidence(Evidence):
+    """Holds a run under a limit: each group alone against the base, then combinations of the tolerant ones.
+
+    Damage has a price here, for every group was tried at the same cheaper type.
+    """
+
+    plan: LimitPlan
+    measured: Measurements
+    combinations: tuple[Combination, ...]
+
+    @property
+    def limit(self) -> float:
+        """Returns the most that a group alone may add to perplexity, in percent; verdicts are
+        against it.
+        """
+        return self.plan.threshold_pct
+
+    @property
     def shipped(self) -> Combination | None:
-        """The measurement of exactly what was shipped, if it was made of the whole."""
+        """Returns the measurement of exactly the groups that were shipped, if they were measured
+        together; a single group was measured alone and has none.
+        """
         wanted = {row.name for row in self.changed}
         return next((c for c in self.combinations if set(c.groups) == wanted), None)
 
+    @property
+    def scale(self) -> Scale:
+        """Returns what damage is told in: KL divergence where every group has it, for it is far
+        less noisy near the base; else the change of perplexity.
+        """
+        measured = [row for row in self.rows if row.change is not None]
+        return DIVERGENCE if measured and all(row.kld for row in measured) else PERPLEXITY
 
-def read_evidence(folder: Path) -> Evidence:
-    """Everything the run folder holds; BadInput names the artifact that is missing or is not ours."""
-    read = {name: read_json(folder / f"{name}.json") for name in _NEEDED}
-    try:
-        by_budget = read["plan"].get("mode") == "budget"
-        measured = read_curves(folder) if by_budget else read_json(folder / "measurements.json")
-        points = tuple(_points(measured)) if by_budget else ()
-        path = folder / "bench.json"
-        bench = read_json(path) if path.exists() else None
-        return Evidence(
-            source=read["source"],
-            measured=measured,
-            plan=read["plan"],
-            verify=read["verify"],
-            manifest=read["manifest"],
-            rows=_rows(read, measured, points),
-            combinations=tuple(_combinations(measured)),
-            benchmarks=tuple(_benchmarks(bench)) if bench else (),
-            problems=tuple(_problems(bench)) if bench else (),
-            curves=points,
-        )
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise BadInput(
-            f"{folder}: its artifacts are not as Cerebellum writes them ({type(error).__name__}: {error}); "
-            "run the stages again"
-        ) from error
+    def damage(self, row: GroupRow) -> Change | None:
+        """Returns a group's damage on the scale of this run, with its interval; None where it was
+        not measured or has collapsed.
+        """
+        return row.kld if self.scale is DIVERGENCE else row.change
 
+    def rate(self, row: GroupRow) -> Change | None:
+        """Returns a group's damage for each unit of bytes saved; None where it saves nothing by itself."""
+        damage = self.damage(row)
+        if damage is None or row.bytes_saved <= 0 or row.together_with:
+            return None
+        return damage / self.unit.of(row.bytes_saved)
 
-def _rows(read: Json, measured: Json, points: Sequence[CurvePoint]) -> tuple[GroupRow, ...]:
-    described = {group["name"]: group for group in read["groups"]}
-    alone = {m["groups"][0]: m for m in measured.get("measurements", ()) if len(m["groups"]) == 1}
-    plan = read["plan"]
-    rows = [
-        _row(row, described.get(row["name"], {}), alone.get(row["name"], {}), plan) for row in plan["groups"]
-    ]
-    return tuple(_with_step(row, points) for row in rows)
+    @property
+    def rated(self) -> list[tuple[GroupRow, Change]]:
+        """Returns the groups that have a rate, with it, the cheapest byte first.
+
+        Rates span decades, so the order says more than any mean.
+        """
+        found = [(row, per) for row in self.rows if (per := self.rate(row)) is not None]
+        return sorted(found, key=lambda pair: pair[1].mean)
 
 
-def _with_step(row: GroupRow, points: Sequence[CurvePoint]) -> GroupRow:
-    """By budget: what its curve says of the chosen type; of a group that was kept, of one step down."""
-    own = together(points, row.members)
-    if not own:
-        return row
-    base = next(point.n_bytes for point in own if point.kind == BASE)
-    chosen = next((point for point in own if point.kind == row.chosen_type), None)
-    if row.changed:
-        return replace(row, kld=chosen.kld if chosen else None)
-    step = max((p for p in own if p.n_bytes < base), key=lambda point: point.n_bytes, default=None)
-    if step is None:
-        return replace(row, verdict="nothing smaller")
-    saved = base - step.n_bytes
-    return replace(row, tried_type=step.kind, bytes_saved=saved, change=step.change, kld=step.kld)
-
-
-def together(points: Sequence[CurvePoint], members: Sequence[str]) -> list[CurvePoint]:
-    """The curve of several groups at one type: bytes and changes add up; types that all of them have.
-
-    A group whose base has a type has no other point for it.
+@dataclass(frozen=True, kw_only=True)
+class BudgetEvidence(Evidence):
+    """Holds a run for a budget: its rows are neighbouring layers merged, its damages KL divergences
+    from the source. They come from the plan's points, with what whole plans taught.
     """
-    curves = [{p.kind: p for p in points if p.group == name} for name in members]
-    if not all(curves):
-        return []
-    if len({curve[BASE].base_type for curve in curves}) > 1:
-        for curve in curves:
-            own = curve[BASE].base_type
-            curve.setdefault(own, replace(curve[BASE], kind=own))
-    common = [kind for kind in curves[0] if all(kind in curve for curve in curves)]
-    return [_added([curve[kind] for curve in curves]) for kind in common]
 
+    plan: BudgetPlan
+    measured: Curves
 
-def _added(points: Sequence[CurvePoint]) -> CurvePoint:
-    return replace(
-        points[0],
-        layers=tuple(layer for point in points for layer in point.layers),
-        n_bytes=sum(point.n_bytes for point in points),
-        kld=_sum([point.kld for point in points]),
-        change=_sum([point.change for point in points]),
-    )
+    @property
+    def divergence(self) -> Change | None:
+        """Returns the KL divergence from the source of what was shipped against the base's own,
+        nats a token; below zero it is nearer to the source than the base is.
+        """
+        return Change.of(self.plan.measured_kld, self.plan.kld_ci)
 
+    @property
+    def measured_plans(self) -> tuple[MeasuredPlan, ...]:
+        """Returns the combinations that were measured whole, with the one that was shipped marked.
 
-def _sum(changes: Sequence[Change | None]) -> Change | None:
-    known = [change for change in changes if change is not None]
-    if len(known) < len(changes):
-        return None
-    low, mean, high = (sum(getattr(change, part) for change in known) for part in ("low", "mean", "high"))
-    return Change(low=low, mean=mean, high=high)
-
-
-def _points(curves: Json) -> Iterator[CurvePoint]:
-    """Of every group that a plan may treat apart, as the fit has it (sensitivity.py)."""
-    for row in curves["points"]:
-        kld, nll = row["kld"], row["nll"]
-        yield CurvePoint(
-            group=row["group"],
-            role=row.get("role", row["group"]),
-            layers=tuple(row.get("layers", ())),
-            base_type="+".join(row.get("base_types", ())),
-            kind=row["type"],
-            n_bytes=row["bytes"],
-            kld=Change(mean=kld["mean"], low=kld["low"], high=kld["high"]) if kld else None,
-            change=Change(**{key: as_percent(nll[key]) for key in ("mean", "low", "high")}) if nll else None,
+        It is known again by its bytes and its divergence, because plan.json lists all candidates
+        alike.
+        """
+        return tuple(
+            MeasuredPlan(
+                n_bytes=row.file_bytes,
+                kld=row.measured_kld,
+                shipped=row.file_bytes == self.plan.file_bytes and row.measured_kld == self.plan.measured_kld,
+            )
+            for row in self.plan.candidates
+            if row.measured_kld is not None
         )
 
+    @property
+    def planned_memory(self) -> GpuMemory | None:
+        """Returns the memory on the gpu that the plan was made for; None where it was made for no gpu."""
+        return self.plan.memory
 
-def _row(row: Json, group: Json, measured: Json, plan: Json) -> GroupRow:
-    chosen = row["chosen_type"]
-    return GroupRow(
-        name=row["name"],
-        role=row.get("role") or group.get("role", row["name"]),
-        layers=tuple(row.get("layers") or group.get("layers", ())),
-        tensors=row["tensors"],
-        parameters=group.get("parameters", 0),
-        base_type=row["base_type"],
-        chosen_type=chosen,
-        tried_type=chosen if chosen != BASE else plan.get("demote", ""),
-        bytes_saved=row["bytes_saved"],
-        change=_change(row.get("delta_pct"), row.get("ci_pct")),
-        chunks=row.get("chunks"),
-        verdict=row["verdict"],
-        together_with=tuple(row.get("measured_with", ())),
-        kld=_change(measured.get("kld_mean"), measured.get("kld_ci")),
-        agreement=measured.get("top1_agreement"),
-        trace=tuple(_looks(measured.get("trace") or ())),
-        near_tie=bool(row.get("near_tie")),
-        members=tuple(row.get("members") or (row["name"],)),
+
+def read_limit_evidence(folder: RunFolder, plan: LimitPlan) -> LimitEvidence:
+    """Reads what a run under a limit left; BadInput names the artifact that is missing or is not ours."""
+    measured = folder.measurements()
+    alone = {row.groups[0]: row for row in measured.measurements if len(row.groups) == 1}
+    return LimitEvidence(
+        run=_read_run(folder, plan),
+        plan=plan,
+        measured=measured,
+        rows=tuple(_limit_row(row, alone.get(row.name), plan.demote) for row in plan.groups),
+        combinations=tuple(_combinations(measured)),
     )
 
 
-def _looks(trace: Sequence[Json]) -> Iterator[Look]:
-    """Those after which there was an interval at all."""
-    for step in trace:
-        bounds: Any = step.get("ci_pct") or (None, None)
-        if step.get("delta_pct") is not None and None not in bounds:
-            low, high = bounds
-            yield Look(chunks=step["chunks"], change=Change(mean=step["delta_pct"], low=low, high=high))
+def read_budget_evidence(folder: RunFolder, plan: BudgetPlan) -> BudgetEvidence:
+    """Reads what a run for a budget left; BadInput names the artifact that is missing or is not ours."""
+    return BudgetEvidence(
+        run=_read_run(folder, plan),
+        plan=plan,
+        measured=folder.curves(),
+        rows=tuple(_budget_row(found, points_together(plan, found.members)) for found in merged_rows(plan)),
+    )
 
 
-def _combinations(measured: Json) -> Iterator[Combination]:
-    for row in measured.get("measurements", ()):
-        change = _change(row["delta_pct"], row.get("ci_pct"))
-        if len(row["groups"]) > 1 and change is not None:
+def _read_run(folder: RunFolder, plan: Plan) -> FinishedRun:
+    """Reads what every run left; refuses groups and a plan that are not of one run."""
+    known = {group.name for group in folder.groups().groups}
+    strange = next((row.name for row in plan.groups if row.name not in known), None)
+    if strange is not None:
+        raise BadInput(f"{folder / GROUPS}: has no group {strange!r} of {PLAN}; run `cerebellum plan` again")
+    bench = folder.bench()
+    return FinishedRun(
+        source=folder.source(),
+        verified=folder.verified(),
+        manifest=folder.manifest(),
+        benchmarks=tuple(_benchmarks(bench)) if bench else (),
+        problems=tuple(_problems(bench)) if bench else (),
+    )
+
+
+def _row(row: PlanRow, tried: str) -> GroupRow:
+    return GroupRow(
+        name=row.name,
+        role=row.role,
+        layers=row.layers,
+        tensors=row.tensors,
+        base_type=row.base_type,
+        chosen_type=row.chosen_type if row.changed else None,
+        tried_type=row.chosen_type if row.changed else tried,
+        bytes_saved=row.bytes_saved,
+        change=Change.of(row.delta_pct, row.ci_pct),
+        kld=None,
+        chunks=row.chunks,
+        verdict=row.verdict,
+        near_tie=row.near_tie,
+        together_with=row.measured_with,
+    )
+
+
+def _limit_row(row: PlanRow, alone: MeasurementRow | None, demote: str) -> GroupRow:
+    """Joins a row of the plan with the measurement of that group alone, where there is one."""
+    found = _row(row, tried=demote)
+    if alone is None:
+        return found
+    return replace(found, kld=Change.of(alone.kld_mean, alone.kld_ci), trace=tuple(_looks(alone)))
+
+
+def _looks(measured: MeasurementRow) -> Iterator[SeenAt]:
+    """Yields the looks after which there was an interval at all; after one chunk there is only a mean,
+    which a chart of intervals cannot show.
+    """
+    for look in measured.trace:
+        change = Change.of(look.delta_pct, look.ci_pct)
+        if change is not None and look.ci_pct is not None and look.chunks is not None:
+            yield SeenAt(chunks=look.chunks, change=change)
+
+
+def _budget_row(found: MergedRow, points: list[PointRow]) -> GroupRow:
+    """Joins a merged row with its curve: the damage of its type or, where it was kept, of one step down."""
+    row = _row(found.row, tried="none")
+    base = next((point for point in points if point.type is None), None)
+    if base is None:
+        return row
+    if row.changed:
+        chosen = next((point for point in points if point.type == row.chosen_type), None)
+        return replace(row, kld=Change.in_nats(chosen.kld) if chosen else None)
+    step = max((p for p in points if p.bytes < base.bytes), key=lambda point: point.bytes, default=None)
+    if step is None or step.type is None:
+        return replace(row, verdict="nothing smaller")
+    return replace(
+        row,
+        tried_type=step.type,
+        bytes_saved=base.bytes - step.bytes,
+        change=Change.in_percent(step.nll),
+        kld=Change.in_nats(step.kld),
+    )
+
+
+def _combinations(measured: Measurements) -> Iterator[Combination]:
+    for row in measured.measurements:
+        change = Change.of(row.delta_pct, row.ci_pct)
+        if len(row.groups) > 1 and change is not None:
             yield Combination(
-                groups=tuple(row["groups"]),
+                groups=row.groups,
                 change=change,
-                verdict=row["verdict"],
-                chunks=row.get("chunks"),
-                kld=_change(row.get("kld_mean"), row.get("kld_ci")),
-                agreement=row.get("top1_agreement"),
+                verdict=row.verdict,
+                kld=Change.of(row.kld_mean, row.kld_ci),
+                agreement=row.top1_agreement,
             )
 
 
-def _change(mean: float | None, interval: Sequence[float | None] | None) -> Change | None:
-    """None where nothing was measured; a mean without an interval is its own."""
-    if mean is None:
-        return None
-    low, high = interval or (mean, mean)
-    return Change(mean=mean, low=mean if low is None else low, high=mean if high is None else high)
+def _benchmarks(bench: BenchResults) -> Iterator[Benchmark]:
+    """Joins the scores of the finished file, the first model, with those of its base, the second."""
+    names = [model.name for model in bench.models]
+    against = names[1] if len(names) > 1 else None
+    scores = {_way(row): row for row in bench.scores if row.model == against}
+    pairs = {_way(row): row for row in bench.paired if row.against == against}
+    for row in bench.scores:
+        if row.model == names[0]:
+            yield _benchmark(row, scores.get(_way(row)), pairs.get(_way(row)))
 
 
-def _benchmarks(bench: Json) -> Iterator[Benchmark]:
-    """The first model of bench.json is the finished file, the second its base."""
-    names = [model["name"] for model in bench["models"]]
-    scores = {(row["model"], *_way(row)): row for row in bench["scores"]}
-    pairs = {(row["against"], *_way(row)): row for row in bench["paired"]}
-    for row in bench["scores"]:
-        if row["model"] != names[0]:
-            continue
-        base = scores.get((names[1], *_way(row))) if len(names) > 1 else None
-        pair = pairs.get((names[1], *_way(row))) if len(names) > 1 else None
-        yield Benchmark(
-            task=row["task"],
-            protocol=row["protocol"],
-            metric=row["metric"] if row["labels"] == "original" else f"{row['metric']}, {row['labels']}",
-            n=row["n"],
-            accuracy=_interval(row["accuracy_pct"], row["ci_pct"]),
-            base=base["accuracy_pct"] if base else None,
-            difference=_interval(pair["difference_pct"], pair["ci_pct"]) if pair else None,
-            p=pair["p_value"] if pair else None,
-            detectable=pair.get("detectable_pct") if pair else None,
-        )
+def _benchmark(row: ScoreRow, base: ScoreRow | None, pair: PairRow | None) -> Benchmark:
+    return Benchmark(
+        task=row.task,
+        protocol=row.protocol,
+        metric=row.metric if row.labels == "original" else f"{row.metric}, {row.labels}",
+        n=row.n,
+        accuracy=Change(mean=row.accuracy_pct, low=row.ci_pct[0], high=row.ci_pct[1]),
+        base=base.accuracy_pct if base else None,
+        difference=Change.of(pair.difference_pct, pair.ci_pct) if pair else None,
+        p=pair.p_value if pair else None,
+        detectable=pair.detectable_pct if pair else None,
+    )
 
 
-def _problems(bench: Json) -> Iterator[Problem]:
-    for check in bench["audit"].get("checks", ()):
-        for text in check["problems"]:
-            where = f"{check['task']} ({check['protocol']})"
-            yield Problem(model=check["model"], where=where, text=text)
+def _way(row: ScoreRow | PairRow) -> tuple[str, str, str, str]:
+    """Returns what was asked and how it was scored: only scores of one way may be compared."""
+    return (row.task, row.protocol, row.metric, row.labels)
 
 
-def _way(row: Json) -> tuple[str, str, str, str]:
-    """What was asked and how it was scored."""
-    return (row["task"], row["protocol"], row["metric"], row["labels"])
-
-
-def _interval(mean: float, bounds: Sequence[float]) -> Change:
-    return Change(mean=mean, low=bounds[0], high=bounds[1])
+def _problems(bench: BenchResults) -> Iterator[Problem]:
+    for check in bench.audit.checks:
+        for text in check.problems:
+            yield Problem(model=check.model, where=f"{check.task} ({check.protocol})", text=text)

@@ -1,4 +1,4 @@
-"""The card's front matter, by the Hub's own classes: what the Hub indexes a model by."""
+"""The card's front matter, made by the Hub's own classes: it is what the Hub indexes a model by."""
 
 from __future__ import annotations
 
@@ -46,9 +46,12 @@ _SOURCES = (
 
 
 def front_matter(evidence: Evidence, repo: str | None) -> ModelCardData:
-    """License, base model, tags and results; what the metadata does not tell is left out."""
-    metadata = evidence.source["metadata"]
-    name = one_line(evidence.source["name"])
+    """Returns license, base model, tags and results.
+
+    What the metadata does not tell is left out and not guessed, for the Hub would index the guess.
+    """
+    metadata = evidence.run.source.metadata
+    name = one_line(evidence.run.source.name)
     return ModelCardData(
         **_license(metadata),
         model_name=name,
@@ -56,7 +59,7 @@ def front_matter(evidence: Evidence, repo: str | None) -> ModelCardData:
         base_model_relation="quantized" if base_model(metadata) else None,
         library_name="gguf",
         pipeline_tag="text-generation",
-        language=_words(metadata.get("general.languages")),
+        language=_languages(metadata.get("general.languages")),
         tags=_tags(evidence),
         quantized_by=repo.partition("/")[0] if repo else "Cerebellum",
         eval_results=list(_results(evidence)),
@@ -64,7 +67,9 @@ def front_matter(evidence: Evidence, repo: str | None) -> ModelCardData:
 
 
 def checked(content: str, path: str) -> str:
-    """The card, once the Hub's own reader has read its front matter back without an error."""
+    """Returns the card once the Hub's own reader has read its front matter back; BadInput, naming
+    ``path``, where it cannot, so that no broken card is ever written.
+    """
     try:
         ModelCard(content, ignore_metadata_errors=False)
     except (ValueError, KeyError, TypeError) as error:
@@ -74,8 +79,11 @@ def checked(content: str, path: str) -> str:
     return content
 
 
-def base_model(metadata: Mapping[str, Any]) -> str | None:
-    """The Hub's id of what was quantized, or None where the file does not tell a usable one."""
+def base_model(metadata: Mapping[str, object]) -> str | None:
+    """Returns the Hub's id of what was quantized, or None where the file does not tell a usable one.
+
+    Any text may stand in a GGUF, so only a valid id passes.
+    """
     given = [metadata.get(key) for key in _SOURCES]
     owner, name = (metadata.get(f"general.base_model.0.{part}") for part in ("organization", "name"))
     if owner and name:
@@ -83,7 +91,8 @@ def base_model(metadata: Mapping[str, Any]) -> str | None:
     return next((repo for value in given if (repo := _repo_id(value))), None)
 
 
-def _repo_id(value: Any) -> str | None:
+def _repo_id(value: object) -> str | None:
+    """Returns ``owner/name`` of a value that is that or an address on the Hub, if the Hub would take it."""
     match = _HUB.match(value) if isinstance(value, str) else None
     if match is None:
         return None
@@ -94,53 +103,59 @@ def _repo_id(value: Any) -> str | None:
     return match[1]
 
 
-def _license(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """An identifier that the Hub knows, or ``other`` with the name and link that the file gives."""
+def _license(metadata: Mapping[str, object]) -> dict[str, Any]:
+    """Returns an identifier that the Hub knows, or ``other`` with the name and link that the file
+    gives; a license that nobody stated is not stated here either.
+    """
     given = str(metadata.get("general.license", "")).strip()
     if given.lower() in _LICENSES:
         return {"license": given.lower()}
     found = {"license": "other"} if given else {}
     name = metadata.get("general.license.name") or given
-    link = metadata.get("general.license.link", "")
+    link = str(metadata.get("general.license.link", ""))
     slug = re.sub(r"[^a-z0-9.]+", "-", str(name).lower()).strip("-")[:64]
     if found and slug:
-        found["license_name"] = slug
-    if found and str(link).startswith("https://"):
-        found["license_link"] = str(link)
+        found |= {"license_name": slug}
+    if found and link.startswith("https://"):
+        found |= {"license_link": link}
     return found
 
 
 def _tags(evidence: Evidence) -> list[str]:
+    """Returns what people filter models by on the Hub: the format, how it was made, its architecture,
+    the base, and what kind of model it is.
+    """
+    source = evidence.run.source
     tags = ["gguf", "quantized", "cerebellum", "mixed-precision", "imatrix", "llama.cpp"]
-    source = evidence.source
-    tags += [source["architecture"], evidence.plan["base"]]
-    tags += ["moe"] if source["experts"] else []
-    tags += ["hybrid"] if source["recurrent_layers"] and source["attention_layers"] else []
-    if source["metadata"].get("chat_template"):
-        tags.append("conversational")
+    tags += [source.architecture, evidence.plan.base]
+    tags += ["moe"] if source.experts else []
+    tags += ["hybrid"] if source.recurrent_layers and source.attention_layers else []
+    tags += ["conversational"] if source.metadata.get("chat_template") else []
     return tags
 
 
-def _words(value: Any) -> list[str] | None:
-    words = [w for w in value or () if isinstance(w, str) and re.fullmatch(r"[a-z]{2,3}", w)]
+def _languages(value: object) -> list[str] | None:
+    """Returns those of a list that are language codes; None where there is none, or no list."""
+    given = value if isinstance(value, list) else []
+    words = [w for w in given if isinstance(w, str) and re.fullmatch(r"[a-z]{2,3}", w)]
     return words or None
 
 
 def _results(evidence: Evidence) -> Iterator[EvalResult]:
-    """Perplexity on the report text, where there is one, and each benchmark in percent."""
-    report = evidence.report
-    if report["result"]["ppl"] is not None:
+    """Yields the perplexity on the report text, where it is finite, and each benchmark in percent."""
+    report = evidence.run.report
+    if report.result.ppl is not None:
         yield EvalResult(
             task_type="text-generation",
             task_name="Text Generation",
             dataset_type="text",
-            dataset_name=one_line(report["text"]),
-            dataset_args={"chunks": report["chunks"], "ctx": evidence.measured["ctx"]},
+            dataset_name=one_line(report.text),
+            dataset_args={"chunks": report.chunks, "ctx": evidence.measured.ctx},
             metric_type="perplexity",
             metric_name="Perplexity",
-            metric_value=round(report["result"]["ppl"], 4),
+            metric_value=round(report.result.ppl, 4),
         )
-    for bench in evidence.benchmarks:
+    for bench in evidence.run.benchmarks:
         yield _benchmark(bench)
 
 

@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import msgspec
 
 from cerebellum import __version__, units
 from cerebellum.bench.tasks import LOGLIKELIHOOD, PROTOCOLS, SAMPLES, TASKS
 from cerebellum.cli import tables
-from cerebellum.errors import BadInput, CerebellumError
-from cerebellum.measure.curves import ANCHOR, K_LADDER, KLD, OBJECTIVES
-from cerebellum.units import parse_size
-from cerebellum.workspace import (
-    DEMO_MODEL,
-    REPORT_TEXT,
-    SELECTION_TEXT,
-    Settings,
-    Workspace,
-    read_json,
-    write_json,
+from cerebellum.cli.options import (
+    PathArgument,
+    Percent,
+    PresetName,
+    WeightType,
+    bench_options,
+    ctx_option,
+    engine_options,
+    first_chunks_option,
+    folder_option,
+    json_option,
+    size_options,
+    source_options,
+    take_goal,
+    take_size,
+    text_option,
 )
-
-_PIPE_COLUMNS = 110  # rich assumes 80 where there is no terminal, and tables would wrap
-
-_TITLE_COLUMNS = 64
-_SECONDS_BETWEEN_LINES = 10.0
-
-OUT = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
-ERR = Console(stderr=True)
-
-Command = Callable[..., Any]
-PathArgument = click.Path(path_type=Path)
+from cerebellum.cli.progress import ERR, OUT, ProgressReporter
+from cerebellum.codec import as_json as plain
+from cerebellum.codec import write_artifact
+from cerebellum.engine.protocols import Engine
+from cerebellum.errors import BadInput, CerebellumError
+from cerebellum.folder import MEASUREMENTS
+from cerebellum.plan.artifacts import AnyPlan
+from cerebellum.settings import DEMO_MODEL, SELECTION_TEXT, Goal, Limit, Settings
+from cerebellum.workspace import Workspace
 
 
 class Pipeline(click.Group):
@@ -51,184 +48,6 @@ class Pipeline(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
-
-
-class ProgressReporter:
-    """Progress on stderr: a bar with the time left on a terminal, now and then a line elsewhere."""
-
-    @contextmanager
-    def task(self, title: str, total: int) -> Iterator[Callable[[], None]]:
-        if not ERR.is_terminal:
-            yield LineProgress(title, total).tick
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        )
-        with Progress(*columns, console=ERR) as progress:
-            task = progress.add_task(title[:_TITLE_COLUMNS], total=total)
-            yield lambda: progress.advance(task)
-
-    def note(self, text: str) -> None:
-        ERR.print(text, style="dim", highlight=False)
-
-
-class LineProgress:
-    """For logs and pipes: a line at the start, then one every ten seconds with the time left."""
-
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total, self.done = title, total, 0
-        self.started = self.said = time.monotonic()
-        ERR.print(f"{title}: {total} steps", highlight=False, soft_wrap=True)
-
-    def tick(self) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if now - self.said >= _SECONDS_BETWEEN_LINES and self.done < self.total:
-            left = (now - self.started) / self.done * (self.total - self.done)
-            line = f"{self.title}: {self.done} of {self.total}, {left:.0f} s left"
-            ERR.print(line, highlight=False, soft_wrap=True)
-            self.said = now
-
-
-class Percent(click.ParamType[float]):
-    """``3%`` or ``3``."""
-
-    name = "percent"
-
-    def __init__(self, low: float = 1e-9) -> None:
-        self.low = low
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(str(value).removesuffix("%"))
-        except ValueError:
-            self.fail(f"{value!r} is not a percentage such as 3%", param, ctx)
-        if not self.low <= number < 1000:
-            self.fail(f"{value} is not between 0% and 1000%", param, ctx)
-        return number
-
-
-class Size(click.ParamType[int]):
-    """``14.2GB``, ``13GiB`` or bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return parse_size(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several click options as one decorator, shown in the order given."""
-
-    def apply(command: Command) -> Command:
-        return functools.reduce(lambda wrapped, option: option(wrapped), reversed(decorators), command)
-
-    return apply
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, nothing else there.")
-ctx_option = click.option(
-    "--ctx", type=click.IntRange(8), default=512, show_default=True, help="Chunk length."
-)
-engine_options = options(
-    click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True),
-    click.option("--gpu-layers", type=int, default=0, show_default=True, help="-1 offloads all."),
-)
-text_option = click.option(
-    "--text", type=PathArgument, default=REPORT_TEXT, help="UTF-8 text [default: WikiText-2 test]."
-)
-first_chunks_option = click.option(
-    "--chunks", type=click.IntRange(0), default=0, help="The first N chunks of the text [default: all]."
-)
-source_options = options(
-    click.option("--base", default="Q3_K_M", show_default=True, help="Preset everything is compared with."),
-    click.option("--base-file", type=PathArgument, help="A base made already, instead of --base."),
-    click.option("--demote", default="Q2_K", show_default=True, help="Type that groups are tried at."),
-    click.option("--max-increase", type=Percent(), default="3%", show_default=True, help="Limit on damage."),
-    click.option("--budget", help="Instead of a limit: the best file of this SIZE or PRESET's size."),
-    click.option("--fit", help="The best file for a card of this SIZE at --ctx tokens [default: 4096]."),
-    click.option(
-        "--types",
-        default=",".join(K_LADDER),
-        show_default=True,
-        help="With --budget: the types that every group is measured at.",
-    ),
-    click.option(
-        "--fine-types/--no-fine-types",
-        default=True,
-        show_default=True,
-        help="With --budget: try IQ types too, where the plan could want them.",
-    ),
-    click.option(
-        "--zoom/--no-zoom",
-        default=True,
-        show_default=True,
-        help="With --budget: treat the layers of a role apart where they differ.",
-    ),
-    click.option(
-        "--objective",
-        type=click.Choice(OBJECTIVES),
-        default=KLD,
-        show_default=True,
-        help="With --budget: what is made least, KL divergence from the source or perplexity.",
-    ),
-    click.option(
-        "--anchor",
-        default=ANCHOR,
-        show_default=True,
-        help="With --budget: the type of the rest while a group is measured; smaller saves memory.",
-    ),
-    click.option("--imatrix", type=PathArgument, help="An importance matrix (GGUF or .dat)."),
-    click.option("--imatrix-text", type=PathArgument, help="Text to make one from [default: --select-text]."),
-    click.option("--imatrix-chunks", type=click.IntRange(0), default=0, help="First N of it [default: all]."),
-    click.option("--select-text", type=PathArgument, default=SELECTION_TEXT, help="Text that decides."),
-    click.option("--report-text", type=PathArgument, default=REPORT_TEXT, help="Text that reports."),
-    ctx_option,
-    click.option(
-        "--chunks",
-        type=click.IntRange(0),
-        default=0,
-        help="Exactly N chunks for every group [default: as many as a verdict takes].",
-    ),
-    click.option(
-        "--max-chunks", type=click.IntRange(0), default=0, help="A limit for each group [default: the text]."
-    ),
-    click.option(
-        "--indifference",
-        type=Percent(0),
-        default="0.2%",
-        show_default=True,
-        help="A near-tie this close to the limit may be called either way.",
-    ),
-    click.option(
-        "--alpha",
-        type=click.FloatRange(0, 1, min_open=True, max_open=True),
-        default=0.05,
-        show_default=True,
-        help="Chance that any verdict is wrong.",
-    ),
-    click.option(
-        "--kld-cache", type=Size(), help="Disk for predictions [default: 1GiB; with --budget 8GiB]."
-    ),
-    click.option("--report-chunks", type=click.IntRange(0), default=0, help="First N of --report-text."),
-    engine_options,
-    click.option("--seed", type=int, default=1, show_default=True, help="Order of the chunks."),
-    click.option("--allow-requantize", is_flag=True, help="Accept a source that is quantized already."),
-)
-bench_options = options(
-    click.option("--bench", is_flag=True, help="Question benchmarks of base and result at the end."),
-    click.option("--bench-limit", type=click.IntRange(0), default=400, show_default=True, help="0: all."),
-    click.option(
-        "--data", type=PathArgument, help="Folder of the benchmark files [default: CEREBELLUM_DATA]."
-    ),
-)
-folder_option = click.option("-o", "--out", type=PathArgument, required=True, help="The run folder.")
 
 
 @click.group(
@@ -263,7 +82,7 @@ def demo(out: Path, threads: int, gpu_layers: int, bench: bool, as_json: bool) -
         threads=threads,
         gpu_layers=gpu_layers,
     )
-    _run(Workspace(out, settings, ProgressReporter()), as_json, _DEMO_BENCH if bench else None)
+    _run(_workspace(out, settings), as_json, _DEMO_BENCH if bench else None)
 
 
 @cli.command()
@@ -275,7 +94,7 @@ def demo(out: Path, threads: int, gpu_layers: int, bench: bool, as_json: bool) -
 def run(as_json: bool, out: Path, bench: bool, bench_limit: int, data: Path | None, **asked: Any) -> None:
     """The whole pipeline: SOURCE (a GGUF, or hf:owner/repo/file.gguf) to a smaller GGUF with its evidence."""
     request = {"limit": bench_limit, "data": data, "seed": asked["seed"]} if bench else None
-    _run(Workspace(out, _settings(asked), ProgressReporter()), as_json, request)
+    _run(_workspace(out, _settings(asked)), as_json, request)
 
 
 @cli.command()
@@ -283,17 +102,16 @@ def run(as_json: bool, out: Path, bench: bool, bench_limit: int, data: Path | No
 @json_option
 def inspect(model: Path, as_json: bool) -> None:
     """What a GGUF is made of: its groups, and the types each may take."""
-    from cerebellum.groups import describe, make_groups
-    from cerebellum.source import open_source
+    from cerebellum import inspect as inspected
 
-    source = open_source(model, allow_requantize=True)
-    described = describe(source, make_groups(source))
+    described = inspected(model)
     _answer(described, as_json, *tables.inspect_tables(described))
 
 
 @cli.command()
 @click.argument("source", type=PathArgument)
 @click.option("-o", "--out", type=PathArgument, required=True, help="The GGUF to write.")
+@click.option("--force", is_flag=True, help="Replace a file that is no matrix made here.")
 @click.option("--imatrix-text", "--text", type=PathArgument, default=SELECTION_TEXT, help="UTF-8 text.")
 @ctx_option
 @first_chunks_option
@@ -307,16 +125,18 @@ def imatrix(
     chunks: int,
     threads: int,
     gpu_layers: int,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Importance matrix of SOURCE, in llama.cpp's format."""
-    from cerebellum.imatrix import compute_or_reuse
-    from cerebellum.llama.native import EngineSettings, LlamaEngine
+    from cerebellum.imatrix import compute_or_reuse, refuse_foreign
     from cerebellum.source import open_source
     from cerebellum.texts import load_corpus
 
+    if not force:
+        refuse_foreign(out)
     opened = open_source(source, allow_requantize=True)
-    engine = LlamaEngine(EngineSettings(threads=threads, gpu_layers=gpu_layers))
+    engine = _engine(threads, gpu_layers)
     corpus = load_corpus(engine, source, imatrix_text, ctx)
     matrix = compute_or_reuse(
         engine=engine,
@@ -345,48 +165,40 @@ def imatrix(
 @source_options
 @json_option
 def measure(as_json: bool, out: Path, **asked: Any) -> None:
-    """Every group of SOURCE alone at the demoted type, into the ledger of the run folder."""
+    """Every group of SOURCE alone at the demoted type, or with --budget at every type, into the run folder."""
     from cerebellum.run import measure_stage
 
-    workspace = Workspace(out, _settings(asked), ProgressReporter())
-    with workspace.locked():
-        found = measure_stage(workspace)
-    _answer(found, as_json, tables.measurements_table(found), tables.tokens_saved(found), _counts(found))
+    done = measure_stage(_workspace(out, _settings(asked)))
+    answer = plain(done.found) | {"measured": done.measured, "reused": done.reused}
+    counts = f"{done.measured} chunks measured now, {done.reused} already in the ledger"
+    _answer(answer, as_json, *tables.measured_tables(done.found), counts)
 
 
 @cli.command()
 @click.argument("target", type=PathArgument)
 @click.option("--measurements", type=PathArgument, help="Measurements to plan from, instead of the folder's.")
 @click.option("--max-increase", type=Percent(), help="Another limit than the run's.")
-@click.option("--budget", help="Another SIZE or PRESET, from the response curves of a `run --budget`.")
-@click.option("--fit", help="The best file for a card of this SIZE, with --ctx tokens.")
-@click.option("--ctx", type=click.IntRange(8), default=4096, show_default=True, help="Context for --fit.")
+@size_options
 @click.option("--frontier", is_flag=True, help="The whole curve of size against damage, from those curves.")
-@click.option("--base", help="Another preset [with a GGUF; default: Q3_K_M].")
-@click.option("--demote", help="Another type [with a GGUF; default: Q2_K].")
+@click.option("--base", type=PresetName(), help="Another preset [with a GGUF; default: Q3_K_M].")
+@click.option("--demote", type=WeightType(), help="Another type [with a GGUF; default: Q2_K].")
 @json_option
 def plan(
     target: Path,
     measurements: Path | None,
-    max_increase: float | None,
     base: str | None,
-    demote: str | None,
-    budget: str | None,
-    fit: str | None,
-    ctx: int,
     frontier: bool,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """What to demote: from a run folder, or from a GGUF (its header is enough) and --measurements."""
-    asked = {"base": base, "demote": demote, "max_increase_pct": max_increase}
-    given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
-    if budget or fit:
-        given |= {"budget": None if fit else budget, "fit": fit, "fit_ctx": ctx}
     if frontier:
         _show_frontier(target, as_json)
         return
-    make = _plan_folder if target.is_dir() else _plan_file
-    planned = make(target, measurements, given)
+    if target.is_dir():
+        planned = _plan_folder(target, measurements, asked)
+    else:
+        planned = _plan_file(target, measurements, base, asked)
     _answer(planned, as_json, *tables.planned_tables(planned))
 
 
@@ -397,7 +209,7 @@ def build(folder: Path, as_json: bool) -> None:
     """The GGUF that the run folder's plan.json describes."""
     from cerebellum.run import build_stage
 
-    workspace = Workspace.reopen(folder, ProgressReporter())
+    workspace = _reopened(folder)
     with workspace.locked():
         path = build_stage(workspace)
     answer = {"path": str(path), "bytes": path.stat().st_size}
@@ -409,14 +221,15 @@ def build(folder: Path, as_json: bool) -> None:
 @json_option
 def verify(folder: Path, as_json: bool) -> None:
     """Proof of the finished file: read again, byte by byte, and measured on the report text."""
-    from cerebellum.run import manifest_stage, verify_stage
+    from cerebellum.manifest import make_manifest
+    from cerebellum.run import verify_stage
 
-    workspace = Workspace.reopen(folder, ProgressReporter())
+    workspace = _reopened(folder)
     with workspace.locked():
         found = verify_stage(workspace)
-        manifest_stage(workspace)
+        make_manifest(workspace)
     _answer(found, as_json, tables.verify_table(found), tables.report_table(found))
-    sys.exit(0 if found["ok"] else 1)
+    sys.exit(0 if found.ok else 1)
 
 
 @cli.command()
@@ -444,21 +257,20 @@ def bench(
     **asked: Any,
 ) -> None:
     """Question benchmarks of MODEL, paired with each base; asks nothing twice."""
-    from cerebellum.bench.stage import Request, bench_files
+    from cerebellum.bench.stage import BenchRequest, bench_files
     from cerebellum.cli.bench_tables import bench_tables
-    from cerebellum.llama.native import EngineSettings
 
-    request = Request(
-        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
-        protocols=PROTOCOLS if protocol == "both" else (protocol,),
-        **asked,
-    )
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if not names:
+        raise click.UsageError(f"--tasks names none; give some of {','.join(TASKS)}")
+    request = BenchRequest(tasks=names, protocols=PROTOCOLS if protocol == "both" else (protocol,), **asked)
     folder = out or model.with_name(f"{model.stem}-bench")
-    settings = EngineSettings(threads=threads, gpu_layers=gpu_layers)
-    found = bench_files((model, *against), request, settings, folder, ProgressReporter())
-    write_json(folder / "bench.json", found)
+    found = bench_files(
+        (model, *against), request, _engine(threads, gpu_layers).asker, folder, ProgressReporter()
+    )
+    write_artifact(folder / "bench.json", found)
     _answer(found, as_json, *bench_tables(found))
-    sys.exit(0 if found["audit"]["ok"] else 1)
+    sys.exit(0 if found.audit.ok else 1)
 
 
 @cli.command()
@@ -485,7 +297,7 @@ def push(folder: Path, repo: str, dry_run: bool, private: bool, as_json: bool) -
     from cerebellum.run import card_stage
 
     found = push_run(folder, repo, lambda: card_stage(folder, repo), dry_run, private)
-    _answer(found, as_json, tables.upload_table(found), found["url"] or "nothing was uploaded (--dry-run)")
+    _answer(found, as_json, tables.upload_table(found), found.url or "nothing was uploaded (--dry-run)")
 
 
 @cli.command()
@@ -508,11 +320,11 @@ def reproduce(
     as_json: bool,
 ) -> None:
     """The same GGUF again, bit for bit, from a MANIFEST and its source; names what changed."""
-    from cerebellum.reproduce import Request
+    from cerebellum.reproduce import Reproduction
     from cerebellum.reproduce import reproduce as make_again
 
     texts = {"selection": select_text, "report": report_text}
-    request = Request(
+    request = Reproduction(
         manifest=manifest,
         source=source,
         out=out or manifest.parent / "reproduced",
@@ -520,9 +332,9 @@ def reproduce(
         texts={part: path for part, path in texts.items() if path},
         threads=threads,
     )
-    found = make_again(request, ProgressReporter())
+    found = make_again(request, _engine(threads, 0), ProgressReporter())
     _answer(found, as_json, tables.reproduced_table(found), tables.reproduced_line(found))
-    sys.exit(0 if found["ok"] else 1)
+    sys.exit(0 if found.ok else 1)
 
 
 @cli.command()
@@ -537,13 +349,13 @@ def reproduce(
 @json_option
 def compare(a: Path, b: Path, threads: int, gpu_layers: int, as_json: bool, **asked: Any) -> None:
     """B against A on the same tokens: perplexity, KL divergence, top token, with intervals."""
-    from cerebellum.compare import ComparisonSettings
-    from cerebellum.compare import compare as compare_models
-    from cerebellum.llama.native import EngineSettings, LlamaEngine
+    from cerebellum.comparison import ComparisonSettings
+    from cerebellum.comparison import compare as compare_models
 
     asked["until_pct"] = asked.pop("until")
-    engine = LlamaEngine(EngineSettings(threads=threads, gpu_layers=gpu_layers))
-    found = compare_models(engine, a, b, ComparisonSettings(**asked), ProgressReporter())
+    found = compare_models(
+        _engine(threads, gpu_layers), a, b, ComparisonSettings(**asked), ProgressReporter()
+    )
     _answer(found, as_json, tables.comparison_table(found))
 
 
@@ -558,12 +370,10 @@ def perplexity(
     model: Path, text: Path, ctx: int, chunks: int, threads: int, gpu_layers: int, as_json: bool
 ) -> None:
     """Perplexity of MODEL, equal to llama-perplexity's."""
-    from cerebellum.compare import perplexity_of
-    from cerebellum.llama.native import EngineSettings, LlamaEngine
+    from cerebellum.comparison import perplexity_of
 
-    engine = LlamaEngine(EngineSettings(threads=threads, gpu_layers=gpu_layers))
-    found = perplexity_of(engine, model, text, ctx, chunks, ProgressReporter())
-    line = f"PPL = {found['ppl']:.4f} ± {found['se']:.5f}  ({found['chunks']} chunks of {ctx})"
+    found = perplexity_of(_engine(threads, gpu_layers), model, text, ctx, chunks, ProgressReporter())
+    line = f"PPL = {found.ppl:.4f} ± {found.se:.5f}  ({found.chunks} chunks of {ctx})"
     _answer(found, as_json, line)
 
 
@@ -576,7 +386,8 @@ def doctor(as_json: bool) -> None:
     found = examine(Path.cwd())
     lines = [f"{key}: {value}" for key, value in found.items() if key not in ("problems", "ok", "devices")]
     for device in found.get("devices", []):
-        free, total = units.size(device["free_bytes"]), units.size(device["total_bytes"])
+        free = units.size(device["free_bytes"])
+        total = units.size(device["total_bytes"])
         lines.append(f"device {device['name']}: {device['description']}, {free} free of {total}")
     lines += [f"[red]problem:[/] {problem}" for problem in found["problems"]] or ["[green]ready"]
     _answer(found, as_json, *lines)
@@ -584,19 +395,37 @@ def doctor(as_json: bool) -> None:
 
 
 def _settings(asked: dict[str, Any]) -> Settings:
-    asked["max_increase_pct"] = asked.pop("max_increase")
-    asked["indifference_pct"] = asked.pop("indifference")
-    asked["kld_cache_bytes"] = asked.pop("kld_cache")
-    if click.get_current_context().get_parameter_source("ctx") == ParameterSource.COMMANDLINE:
-        asked["fit_ctx"] = asked["ctx"]
-    asked["types"] = tuple(kind.strip() for kind in asked["types"].split(",") if kind.strip())
+    """Returns what a run was asked for; a source on the Hub is fetched first."""
     from cerebellum.hub import download, is_address  # huggingface_hub takes half a second to load
 
+    goal = take_goal(asked)
     address = str(asked["source"])
     if is_address(address):
         asked["source"] = download(address, ProgressReporter().note)
-    given: dict[str, Any] = {k: v.absolute() if isinstance(v, Path) else v for k, v in asked.items()}
-    return Settings(**given)
+    asked["kld_cache_bytes"] = asked.pop("kld_cache")
+    values: dict[str, Any] = {
+        key: value.absolute() if isinstance(value, Path) else value for key, value in asked.items()
+    }
+    return Settings(goal=goal, **values)
+
+
+def _engine(threads: int, gpu_layers: int) -> Engine:
+    """Returns llama.cpp; it is loaded when it is first asked for something."""
+    from cerebellum.llama.native import EngineSettings, LlamaEngine
+
+    return LlamaEngine(EngineSettings(threads=threads, gpu_layers=gpu_layers))
+
+
+def _engine_for(settings: Settings) -> Engine:
+    return _engine(settings.threads, settings.gpu_layers)
+
+
+def _workspace(folder: Path, settings: Settings) -> Workspace:
+    return Workspace(folder, settings, _engine_for(settings), ProgressReporter())
+
+
+def _reopened(folder: Path) -> Workspace:
+    return Workspace.reopen(folder, _engine_for, ProgressReporter())
 
 
 # The demo's model is no chat model: a letter from it would say nothing.
@@ -604,75 +433,86 @@ _DEMO_BENCH = {"protocols": (LOGLIKELIHOOD,), "data": SAMPLES}
 
 
 def _run(workspace: Workspace, as_json: bool, bench_request: dict[str, Any] | None = None) -> None:
-    from cerebellum.bench.stage import Request
+    from cerebellum.bench.stage import BenchRequest
     from cerebellum.cli.bench_tables import bench_tables
     from cerebellum.run import run_all
 
-    manifest = run_all(workspace, Request(**bench_request) if bench_request else None)
-    planned, verified = (read_json(workspace.path(f"{name}.json")) for name in ("plan", "verify"))
-    path = workspace.path(manifest["result"]["file"])
-    answer = {"file": str(path), "plan": planned, "verify": verified, "manifest": manifest}
-    benched = read_json(workspace.path("bench.json")) if bench_request else None
-    if benched:
-        answer["bench"] = benched
+    manifest = run_all(workspace, BenchRequest(**bench_request) if bench_request else None)
+    folder = workspace.artifacts
+    plan = folder.plan()
+    verified = folder.verified()
+    benched = folder.bench() if bench_request else None
+    path = workspace.path(manifest.result.file)
+    answer = {"file": str(path), "plan": plan, "verify": verified, "manifest": manifest}
     _answer(
-        answer,
+        answer | ({"bench": benched} if benched else {}),
         as_json,
-        *_plan_shown(workspace, planned),
+        *_plan_shown(workspace, plan),
         tables.verify_table(verified),
         tables.report_table(verified),
         *(bench_tables(benched) if benched else ()),
         f"[bold]{path}[/]  {units.size(path.stat().st_size)}",
         f"card {workspace.path('README.md')}, report {workspace.path('report.html')}",
-        tables.run_instructions(path, planned.get("memory")),
+        tables.run_instructions(path, plan.memory),
     )
-    sys.exit(0 if verified["ok"] else 1)
+    sys.exit(0 if verified.ok else 1)
 
 
-def _plan_shown(workspace: Workspace, planned: dict[str, Any]) -> tuple[Any, ...]:
-    shown = tables.planned_tables(planned)
-    if planned["mode"] == "budget":
-        return shown
-    return *shown, tables.tokens_saved(read_json(workspace.path("measurements.json")))
+def _plan_shown(workspace: Workspace, plan: AnyPlan) -> tuple[Any, ...]:
+    measured = workspace.path(MEASUREMENTS).exists()
+    saved = (tables.tokens_saved(workspace.artifacts.measurements()),) if measured else ()
+    return *tables.planned_tables(plan), *saved
 
 
 def _show_frontier(folder: Path, as_json: bool) -> None:
-    from cerebellum.plan.by_budget import frontier_of
+    from cerebellum.plan.budget import frontier
 
-    curve = frontier_of(Workspace.reopen(folder, ProgressReporter(), planning=True))
+    workspace = Workspace.reopen(folder, _engine_for, ProgressReporter(), planning=True)
+    curve = frontier(workspace.artifacts.curves(), workspace.layout, workspace.settings.goal.objective)
     _answer(curve, as_json, tables.frontier_table(curve))
 
 
-def _plan_folder(folder: Path, measurements: Path | None, given: dict[str, Any]) -> dict[str, Any]:
-    from cerebellum.plan.by_budget import rebudget
-    from cerebellum.run import replan
+def _plan_folder(folder: Path, measurements: Path | None, asked: dict[str, Any]) -> AnyPlan:
+    """Plans in a folder; where that fails, the folder stays as it was."""
+    from cerebellum.run import way_of
 
-    workspace = Workspace.reopen(folder, ProgressReporter(), planning=True, **given)
-    with workspace.locked(save=False):  # a plan that fails leaves the folder as it was
-        by_budget = given.get("budget") or given.get("fit")
-        found = measurements or workspace.path("measurements.json")
-        planned = rebudget(workspace) if by_budget else replan(workspace, found)
-        write_json(workspace.path("plan.json"), planned)
+    def changed(settings: Settings) -> Settings:
+        return msgspec.structs.replace(settings, goal=_replanned_goal(settings.goal, asked))
+
+    workspace = Workspace.reopen(folder, _engine_for, ProgressReporter(), planning=True, changed=changed)
+    with workspace.locked():
+        planned = way_of(workspace.settings.goal).replan(workspace, measurements)
         workspace.save_settings()
     return planned
 
 
-def _plan_file(model: Path, measurements: Path | None, given: dict[str, Any]) -> dict[str, Any]:
-    from cerebellum.run import plan_header
+def _replanned_goal(goal: Goal, asked: dict[str, Any]) -> Goal:
+    """Returns the folder's goal with what was asked for instead; another kind of goal replaces it."""
+    size = take_size(asked)
+    limit = {"max_increase_pct": asked["max_increase"], "demote": asked["demote"]}
+    limit = {key: value for key, value in limit.items() if value is not None}
+    if size is not None and limit:
+        raise click.UsageError(
+            "a size and a limit exclude each other: give --budget or --fit, or --max-increase and --demote"
+        )
+    if size is not None:
+        return goal.with_size(size)
+    return goal.with_limit(limit) if limit else goal
+
+
+def _plan_file(model: Path, measurements: Path | None, base: str | None, asked: dict[str, Any]) -> AnyPlan:
+    from cerebellum.run import way_of
 
     if measurements is None:
         raise BadInput(f"{model}: a GGUF has no measurements; give --measurements FILE or a run folder")
-    return plan_header(Settings(source=model, **given), measurements)
-
-
-def _counts(found: dict[str, Any]) -> str:
-    return f"{found['measured']} chunks measured now, {found['reused']} already in the ledger"
+    settings = Settings(source=model, goal=_replanned_goal(Limit(), asked), base=base or "Q3_K_M")
+    return way_of(settings.goal).plan_header(settings, _engine_for(settings), measurements)
 
 
 def _answer(value: Any, as_json: bool, *shown: Any) -> None:
     try:
         if as_json:
-            click.echo(json.dumps(value, indent=2, allow_nan=False))
+            click.echo(json.dumps(plain(value), indent=2, allow_nan=False))
             return
         for part in shown:
             OUT.print(part, highlight=False, soft_wrap=isinstance(part, str))

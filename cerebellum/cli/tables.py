@@ -1,44 +1,52 @@
-"""Results as tables a person can read. Everything here takes the JSON artifacts, nothing else."""
+"""Results as tables that a person can read. Everything here takes an artifact or a typed answer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cerebellum.card.commands import gpu_flags
+from cerebellum.card.merged import merged_rows
+from cerebellum.comparison import Comparison
+from cerebellum.groups import Description, GroupRecord
+from cerebellum.hub import Pushed
+from cerebellum.measure.artifacts import Curves, Measurements
+from cerebellum.plan.artifacts import AnyPlan, BudgetPlan, FrontierRow, GpuMemory, LimitPlan, Plan
+from cerebellum.reproduce import Reproduced
 from cerebellum.units import count, gib, nats, number, percent, size
+from cerebellum.verify import Verified
 
 _VERDICT_STYLES = {"tolerant": "green", "sensitive": "red", "collapsed": "bold red"}
+_DECISION_STYLES = {"demoted": "green", "promoted": "cyan"}
 
 
 def verdict(name: str) -> Text:
+    """Colours a verdict by its first word, so that a near tie keeps the colour of what it leans to."""
     return Text(name, style=_VERDICT_STYLES.get(name.split()[0], "yellow"))
 
 
-def inspect_tables(described: Mapping[str, Any]) -> list[Table]:
-    """The model at a glance, and its groups."""
+def inspect_tables(source: Description) -> list[Table]:
+    """Shows the model at a glance, and below it every group with the types that it may become."""
     facts = Table(show_header=False, box=None)
-    experts = "none"
-    if described["experts"]:
-        experts = f"{described['experts_used']} of {described['experts']} used"
     rows = [
-        ("architecture", escape(described["architecture"])),
-        ("parameters", count(described["parameters"])),
-        ("active", count(described["active_parameters"])),
-        ("layers", str(described["layers"])),
-        ("experts", experts),
-        ("attention layers", _layers(described["attention_layers"], described["layers"])),
-        ("recurrent layers", str(described["recurrent_layers"])),
-        ("context", f"{described['context_length']:,} tokens"),
-        ("size", size(described["bytes"])),
+        ("architecture", escape(source.architecture)),
+        ("parameters", count(source.parameters)),
+        ("active", count(source.active_parameters)),
+        ("layers", str(source.layers)),
+        ("experts", f"{source.experts_used} of {source.experts} used" if source.experts else "none"),
+        ("attention layers", _layers(source.attention_layers, source.layers)),
+        ("recurrent layers", str(source.recurrent_layers)),
+        ("context", f"{source.context_length:,} tokens"),
+        ("size", size(source.bytes)),
     ]
     for name, value in rows:
         facts.add_row(f"[bold]{name}", value)
-    return [facts, _groups_table(described["groups"])]
+    return [facts, _groups_table(source.groups)]
 
 
 def _layers(layers: Sequence[int], total: int) -> str:
@@ -47,259 +55,308 @@ def _layers(layers: Sequence[int], total: int) -> str:
     return ", ".join(str(layer) for layer in layers) or "none"
 
 
-def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table:
+def _groups_table(groups: Sequence[GroupRecord]) -> Table:
     table = Table("group", "tensors", "parameters", "size", "types", "may become", title="Groups")
     for column in (1, 2, 3):
         table.columns[column].justify = "right"
     for group in groups:
-        types = ", ".join(f"{name} x{n}" for name, n in group["types"].items())
-        legal = "protected" if group["protected"] else " ".join(group["legal_types"]) or "nothing cheaper"
         table.add_row(
-            escape(group["name"]),
-            str(group["tensors"]),
-            count(group["parameters"]),
-            size(group["bytes"]),
-            types,
-            legal,
-            style="dim" if group["protected"] else "",
+            escape(group.name),
+            str(group.tensors),
+            count(group.parameters),
+            size(group.bytes),
+            ", ".join(f"{name} x{n}" for name, n in group.types.items()),
+            "protected" if group.protected else " ".join(group.legal_types) or "nothing cheaper",
+            style="dim" if group.protected else "",
         )
     return table
 
 
-def measurements_table(measured: Mapping[str, Any]) -> Table:
-    """What measure found."""
-    title = f"To {measured['demote']} from {measured['base']}, one at a time"
+def measurements_table(measured: Measurements) -> Table:
+    """Shows every measurement against the base: the change of perplexity with its interval, the
+    divergence in nats a token, the chunks read, and the verdict.
+    """
+    title = f"To {measured.demote} from {measured.base}, one at a time"
     table = Table("groups", "type", "delta", "KL divergence", "chunks", "verdict", title=title)
-    for row in measured["measurements"]:
+    for row in measured.measurements:
         table.add_row(
-            escape(" + ".join(row["groups"])),
-            str(row["type"]),
-            percent(row["delta_pct"], row["ci_pct"]),
-            "-" if row["kld_mean"] is None else f"{row['kld_mean']:.5f}",
-            str(row["chunks"] or "-"),
-            verdict(row["verdict"] + (" (near tie)" if row["near_tie"] else "")),
+            escape(" + ".join(row.groups)),
+            str(row.type),
+            percent(row.delta_pct, row.ci_pct),
+            "-" if row.kld_mean is None else f"{row.kld_mean:.5f}",
+            str(row.chunks or "-"),
+            verdict(row.verdict + (" (near tie)" if row.near_tie else "")),
         )
     return table
 
 
-def tokens_saved(measured: Mapping[str, Any]) -> str:
-    """How much of the usual way's scoring was needed."""
-    scored, full = measured["tokens_scored"], measured["tokens_full"]
+def measured_tables(measured: Measurements | Curves) -> tuple[RenderableType, ...]:
+    """Shows what the measure stage found for either goal, and how many tokens it took."""
+    match measured:
+        case Measurements():
+            return measurements_table(measured), tokens_saved(measured)
+        case Curves():
+            return responses_table(measured), _passes(measured)
+
+
+def responses_table(curves: Curves) -> Table:
+    """Shows every part at every type it was measured at: its damage above the anchor's, nats a token."""
+    title = f"Alone at a type, all else at {curves.rounding.anchor}"
+    table = Table("part", "type", "KL divergence", "chunks", title=title)
+    for response in curves.responses:
+        kld = response.kld
+        table.add_row(
+            escape(response.part),
+            response.type,
+            "collapsed" if kld is None else f"{kld.mean:.5f}",
+            "-" if kld is None else str(kld.n),
+        )
+    return table
+
+
+def _passes(curves: Curves) -> str:
+    return f"{curves.tokens_scored:,} tokens scored, {curves.passes:.2f} passes over {escape(curves.text)}"
+
+
+def tokens_saved(measured: Measurements) -> str:
+    """Says how many tokens were scored where the usual way scores every variant on the whole text: what
+    stopping early saved.
+    """
+    scored = measured.tokens_scored
     return (
-        f"{scored:,} tokens scored where scoring every variant on the whole text takes {full:,}: "
-        f"{full / max(scored, 1):.1f}x fewer"
+        f"{scored:,} tokens scored where scoring every variant on the whole text takes "
+        f"{measured.tokens_full:,}: {measured.tokens_full / max(scored, 1):.1f}x fewer"
     )
 
 
-def plan_table(plan: Mapping[str, Any]) -> Table:
-    """The plan, a row a group."""
-    title = f"Base {plan['base']}, demoting to {plan['demote']}, limit +{plan['threshold_pct']:g}%"
+def planned_tables(plan: AnyPlan) -> tuple[RenderableType, ...]:
+    """Shows a plan and what it comes to; of a plan that was made for a gpu also the memory that it
+    takes there.
+    """
+    match plan:
+        case LimitPlan():
+            return plan_table(plan), plan_summary(plan)
+        case BudgetPlan():
+            memory = (memory_table(plan.memory),) if plan.memory else ()
+            return budget_table(plan), budget_summary(plan), *memory
+
+
+def plan_table(plan: LimitPlan) -> Table:
+    """Shows a plan under a limit, a row a group.
+
+    Figures that are of several groups together say so, for they must not be added up.
+    """
+    title = f"Base {plan.base}, demoting to {plan.demote}, limit +{plan.threshold_pct:g}%"
     table = Table("group", "tensors", "base", "saves", "delta", "verdict", "decision", title=title)
-    table.columns[0].no_wrap = table.columns[4].no_wrap = True
+    for column in (0, 4):
+        table.columns[column].no_wrap = True
     for column in (1, 3):
         table.columns[column].justify = "right"
-    for row in plan["groups"]:
-        note = f" for {1 + len(row['measured_with'])} together" if row["measured_with"] else ""
+    for row in plan.groups:
+        note = f" for {1 + len(row.measured_with)} together" if row.measured_with else ""
         table.add_row(
-            escape(row["name"]),
-            str(row["tensors"]),
-            row["base_type"],
-            size(row["bytes_saved"]),
-            percent(row["delta_pct"], row["ci_pct"]) + note,
-            verdict(row["verdict"]),
-            Text(row["decision"], style="bold green" if row["decision"] == "demoted" else "dim"),
+            escape(row.name),
+            str(row.tensors),
+            row.base_type,
+            size(row.bytes_saved),
+            percent(row.delta_pct, row.ci_pct) + note,
+            verdict(row.verdict),
+            Text(row.decision, style="bold green" if row.decision == "demoted" else "dim"),
         )
     return table
 
 
-def planned_tables(plan: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A plan of either mode, and what it comes to."""
-    if plan["mode"] == "budget":
-        return budget_tables(plan)
-    return plan_table(plan), plan_summary(plan)
-
-
-def budget_tables(plan: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The plan in budget mode, what it comes to, and the memory it takes where a card was given."""
-    memory = (memory_table(plan["memory"]),) if plan.get("memory") else ()
-    return budget_table(plan), budget_summary(plan), *memory
-
-
-def budget_table(plan: Mapping[str, Any]) -> Table:
-    """The plan in budget mode, a row a group."""
-    title = f"Best within {size(plan['budget_bytes'])}, from base {plan['base']}"
-    table = Table("group", "tensors", "base", "chosen", "saves", "KL change", "perplexity", title=title)
-    for row in plan["groups"]:
-        kld = row["kld_change"]
-        style = {"demoted": "green", "promoted": "cyan"}.get(row["decision"], "dim")
-        table.add_row(
-            escape(row["name"]),
-            str(row["tensors"]),
-            row["base_type"],
-            Text(row["chosen_type"], style=style),
-            size(row["bytes_saved"]),
-            "-" if kld is None else f"{kld:+.5f}",
-            percent(row["delta_pct"], row["ci_pct"]),
-        )
-    return table
-
-
-def budget_summary(plan: Mapping[str, Any]) -> str:
-    """Bytes against the budget, and the sum of the parts against the whole."""
-    text = f"file {plan['file_bytes']:,} bytes of {plan['budget_bytes']:,}; "
-    if plan["measured_kld"] is None:
-        return text + f"{_predicted(plan)}, not measured" + _stated_model(plan)
-    low, high = plan["kld_ci"]
-    base = plan["base_kld"] or 0.0
-    text += f"{_predicted_kld(plan)}, "
-    text += f"measured {base + plan['measured_kld']:.5f} [{base + low:.5f}, {base + high:.5f}] nats; "
-    text += f"perplexity against the base {percent(plan['measured_delta_pct'], plan['ci_pct'])}"
-    return text + (f"\n[yellow]note:[/] {plan['tradeoff']}" if plan.get("tradeoff") else "")
-
-
-def _predicted(plan: Mapping[str, Any]) -> str:
-    if plan["predicted_kld"] is None:
-        return f"predicted perplexity against the base {percent(plan['predicted_delta_pct'])}"
-    return f"{_predicted_kld(plan)} nats"
-
-
-def _predicted_kld(plan: Mapping[str, Any]) -> str:
-    base = plan["base_kld"] or 0.0
-    predicted = base + plan["predicted_kld"]
-    return f"KL divergence from the source: base {base:z.5f}, predicted {predicted:z.5f}"
-
-
-def _stated_model(plan: Mapping[str, Any]) -> str:
-    return f"; types that nobody measured: {plan['model']}" if plan.get("model") else ""
-
-
-def memory_table(memory: Mapping[str, Any]) -> Table:
-    """A card and what takes its room."""
-    tokens, slots = f"{memory['context']:,} tokens", memory["sequences"]
-    title = f"On {gib(memory['card'])} with {tokens}" + (f" in {slots} slots" if slots > 1 else "")
-    table = Table("part", "memory", "what", title=title)
-    table.columns[1].justify = "right"
-    found = {"llama.cpp": "as llama.cpp reports it", "bound": "an upper bound"}
-    rows = [
-        ("weights", "the tensors on the card"),
-        ("cache", _cache_words(memory)),
-        ("state", _state_words(memory)),
-        ("compute", f"a batch of 512 tokens, {found[memory['compute_from']]}"),
-        ("reserve", "set aside for the driver and a display"),
-        ("total", ""),
-        ("free", ""),
-    ]
-    for name, words in rows:
-        table.add_row(name, gib(memory[name]), words, end_section=name == "reserve")
-    return table
-
-
-def _state_words(memory: Mapping[str, Any]) -> str:
-    text = f"{memory['recurrent_layers']} recurrent layers, F32"
-    if memory["state"] and memory["sequences"] < memory["server_sequences"]:
-        text += f"; llama-server without -np keeps {memory['server_sequences']} of them"
-    return text
-
-
-def _cache_words(memory: Mapping[str, Any]) -> str:
-    n_whole = memory["attention_layers"] - memory["window_layers"]
-    text = f"{n_whole} attention layers, F16, {memory['cache_bytes_per_token']:,} bytes a token"
-    if memory["window_layers"]:
-        text += f"; {memory['window_layers']} that see {memory['window']:,} tokens"
-    return text
-
-
-def frontier_table(curve: Sequence[Mapping[str, Any]]) -> Table:
-    """Size against predicted damage."""
-    table = Table("file", "KL divergence from the source, predicted", title="Frontier")
-    for row in curve:
-        kld = row["predicted_kld"]
-        told = f"{row['predicted']:+.5f} nats of NLL" if kld is None else f"{kld:.5f}"
-        table.add_row(size(row["file_bytes"]), told)
-    return table
-
-
-def plan_summary(plan: Mapping[str, Any]) -> str:
-    """One paragraph: bytes before and after, predicted and measured."""
+def plan_summary(plan: Plan) -> str:
+    """Says in a line how many bytes the tensors take before and after, and what that does to perplexity."""
     return (
-        f"tensors {gib(plan['base_tensor_bytes'])} -> {gib(plan['tensor_bytes'])}, "
-        f"{size(plan['bytes_saved'])} saved; predicted {percent(plan['predicted_delta_pct'])}, "
-        f"measured together {percent(plan['measured_delta_pct'], plan['ci_pct'])}"
+        f"tensors {gib(plan.base_tensor_bytes)} -> {gib(plan.tensor_bytes)}, "
+        f"{size(plan.bytes_saved)} saved; predicted {percent(plan.predicted_delta_pct)}, "
+        f"measured together {percent(plan.measured_delta_pct, plan.ci_pct)}"
     )
 
 
-def verify_table(found: Mapping[str, Any]) -> Table:
-    """Checks of the finished file."""
+def budget_table(plan: BudgetPlan) -> Table:
+    """Shows a plan for a budget.
+
+    Neighbouring layers of a role that are treated alike share a row, as on the card.
+    """
+    title = f"Best within {size(plan.budget_bytes)}, from base {plan.base}"
+    table = Table("group", "tensors", "base", "chosen", "saves", "KL change", "perplexity", title=title)
+    for row in (merged.row for merged in merged_rows(plan)):
+        table.add_row(
+            escape(row.name),
+            str(row.tensors),
+            row.base_type,
+            Text(row.chosen_type, style=_DECISION_STYLES.get(row.decision, "dim")),
+            size(row.bytes_saved),
+            "-" if row.kld_change is None else f"{row.kld_change:+.5f}",
+            percent(row.delta_pct, row.ci_pct),
+        )
+    return table
+
+
+def budget_summary(plan: BudgetPlan) -> str:
+    """Says how much of the budget the file takes, and sets the sum of the parts against the whole.
+
+    Divergences are from the source, so the base's own is added to both.
+    """
+    text = f"file {plan.file_bytes:,} bytes of {plan.budget_bytes:,}; "
+    if plan.measured_kld is None or plan.predicted_kld is None:
+        stated = f"; types that nobody measured: {plan.model}" if plan.model else ""
+        return f"{text}{_predicted(plan)}, not measured{stated}"
+    base = plan.base_kld or 0.0
+    bounds = tuple(base + bound for bound in plan.kld_ci) if plan.kld_ci else None
+    measured = f"{base + plan.measured_kld:.5f}" + (f" [{bounds[0]:.5f}, {bounds[1]:.5f}]" if bounds else "")
+    text += f"{_predicted_kld(base, plan.predicted_kld)}, measured {measured} nats; "
+    text += f"perplexity against the base {percent(plan.measured_delta_pct, plan.ci_pct)}"
+    return text + (f"\n[yellow]note:[/] {plan.tradeoff}" if plan.tradeoff else "")
+
+
+def _predicted(plan: BudgetPlan) -> str:
+    if plan.predicted_kld is None:
+        return f"predicted perplexity against the base {percent(plan.predicted_delta_pct)}"
+    return f"{_predicted_kld(plan.base_kld or 0.0, plan.predicted_kld)} nats"
+
+
+def _predicted_kld(base: float, change: float) -> str:
+    return f"KL divergence from the source: base {base:z.5f}, predicted {base + change:z.5f}"
+
+
+def memory_table(memory: GpuMemory) -> Table:
+    """Shows a gpu and what takes its room, part by part, and which of the figures are llama.cpp's own
+    and which a bound.
+    """
+    slots = f" in {memory.sequences} slots" if memory.sequences > 1 else ""
+    title = f"On {gib(memory.card)} with {memory.context:,} tokens{slots}"
+    table = Table("part", "memory", "what", title=title)
+    table.columns[1].justify = "right"
+    said = "as llama.cpp reports it" if memory.compute_from == "llama.cpp" else "an upper bound"
+    rows = [
+        ("weights", memory.weights, "the tensors on the GPU"),
+        ("cache", memory.cache, _cache_words(memory)),
+        ("state", memory.state, _state_words(memory)),
+        ("compute", memory.compute, f"a batch of 512 tokens, {said}"),
+        ("reserve", memory.reserve, "set aside for the driver and a display"),
+        ("total", memory.total, ""),
+        ("free", memory.free, ""),
+    ]
+    for name, n_bytes, words in rows:
+        table.add_row(name, gib(n_bytes), words, end_section=name == "reserve")
+    return table
+
+
+def _state_words(memory: GpuMemory) -> str:
+    text = f"{memory.recurrent_layers} recurrent layers, F32"
+    if memory.state and memory.sequences < memory.server_sequences:
+        text += f"; llama-server without -np keeps {memory.server_sequences} of them"
+    return text
+
+
+def _cache_words(memory: GpuMemory) -> str:
+    text = f"{memory.attention_layers} attention layers, F16"
+    if not memory.window:
+        return f"{text}, {memory.cache_bytes_per_token:,} bytes a token"
+    seen = f"{text}, some of which see {memory.window:,} tokens"
+    return f"{seen}, as llama.cpp reports it" if memory.cache_from == "llama.cpp" else f"{seen}: a bound"
+
+
+def frontier_table(frontier: Sequence[FrontierRow]) -> Table:
+    """Shows the size of the best file against its foretold damage, from the smallest to the largest;
+    nobody measured these.
+    """
+    table = Table("file", "KL divergence from the source, predicted", title="Frontier")
+    for row in frontier:
+        of_nll = f"{row.predicted:+.5f} nats of NLL"
+        table.add_row(
+            size(row.file_bytes), of_nll if row.predicted_kld is None else f"{row.predicted_kld:.5f}"
+        )
+    return table
+
+
+def verify_table(verified: Verified) -> Table:
+    """Shows the checks of the finished file, each with what was seen, so that a failure says where to
+    look.
+    """
     table = Table("check", "", "what was seen", title="Verification")
-    for check in found["checks"]:
-        mark = Text("ok", style="green") if check["ok"] else Text("FAILED", style="bold red")
-        table.add_row(check["name"], mark, escape(check["detail"]))
+    for check in verified.checks:
+        mark = Text("ok", style="green") if check.ok else Text("FAILED", style="bold red")
+        table.add_row(check.name, mark, escape(check.detail))
     return table
 
 
-def report_table(found: Mapping[str, Any]) -> Table:
-    """Perplexities on the report text."""
-    report = found["report"]
-    title = f"Perplexity on {escape(report['text'])}, {report['chunks']} of {report['of_chunks']} chunks"
+def report_table(verified: Verified) -> Table:
+    """Shows the perplexities on the report text with their standard errors; only the finished file has
+    a paired change, which is known far better.
+    """
+    report = verified.report
+    title = f"Perplexity on {escape(report.text)}, {report.chunks} of {report.of_chunks} chunks"
     table = Table("model", "perplexity", "against the base", title=title)
-    for name, key in (("source", "source"), ("base", "base"), ("Cerebellum", "result")):
-        change = percent(report["delta_pct"], report["ci_pct"]) if key == "result" else ""
-        table.add_row(name, f"{number(report[key]['ppl'])} ± {number(report[key]['se'])}", change)
+    rows = [
+        ("source", report.source, ""),
+        ("base", report.base, ""),
+        ("Cerebellum", report.result, percent(report.delta_pct, report.ci_pct)),
+    ]
+    for name, measured, change in rows:
+        table.add_row(name, f"{number(measured.ppl)} ± {number(measured.se)}", change)
     return table
 
 
-def run_instructions(path: Path, memory: Mapping[str, Any] | None = None) -> str:
-    """How to use the file, with stock llama.cpp; on a card as it was planned for."""
+def run_instructions(path: Path, memory: GpuMemory | None = None) -> str:
+    """Says how to use the file with stock llama.cpp; on a gpu with the context and slots that it was
+    planned for.
+    """
     if memory:
-        return f"llama-server -m {path} {card_flags(memory)}"
+        return f"llama-server -m {path} {gpu_flags(memory)}"
     return f"llama-server -m {path} -c 4096        # or: llama-cli -m {path} -p 'Once upon a time'"
 
 
-def card_flags(memory: Mapping[str, Any]) -> str:
-    """All layers on the card, the context and the slots that were planned: llama-server takes four slots
-    without ``-np``, each with a recurrent state of its own."""
-    return f"-ngl 99 -c {memory['context']} -np {memory['sequences']}"
-
-
-def comparison_table(found: Mapping[str, Any]) -> Table:
-    """compare's answer."""
+def comparison_table(found: Comparison) -> Table:
+    """Shows what compare found of two files on one text: both perplexities, the paired change, and how
+    far the predictions are apart.
+    """
     table = Table(show_header=False, box=None)
     rows = [
-        ("perplexity A", f"{found['ppl_a']:.4f}"),
-        ("perplexity B", f"{found['ppl_b']:.4f}"),
-        ("B against A", percent(found["delta_pct"], found["ci_pct"])),
-        ("KL divergence", nats(found["kld_mean"], found["kld_ci"])),
-        ("same top token", f"{100 * found['top1_agreement']:.2f}%"),
-        ("over", f"{found['chunks']} chunks of {found['ctx']}, {found['tokens']:,} tokens scored"),
+        ("perplexity A", f"{found.ppl_a:.4f}"),
+        ("perplexity B", f"{found.ppl_b:.4f}"),
+        ("B against A", percent(found.delta_pct, found.ci_pct)),
+        ("KL divergence", nats(found.kld_mean, found.kld_ci)),
+        ("same top token", f"{100 * found.top1_agreement:.2f}%"),
+        ("over", f"{found.chunks} chunks of {found.ctx}, {found.tokens:,} tokens scored"),
     ]
     for name, value in rows:
         table.add_row(f"[bold]{name}", value)
     return table
 
 
-def reproduced_table(found: Mapping[str, Any]) -> Table:
-    """What reproduce compared."""
+def reproduced_table(found: Reproduced) -> Table:
+    """Shows each thing that the manifest names, and whether it is the same today, changed, or not at
+    hand.
+    """
     styles = {"same": "green", "changed": "bold red"}
     table = Table("what", "", "seen", title="Against the manifest")
-    for row in found["compared"]:
-        status = Text(row["status"], style=styles.get(row["status"], "yellow"))
-        table.add_row(escape(row["name"]), status, escape(row["detail"]))
+    for row in found.compared:
+        status = Text(row.status, style=styles.get(row.status, "yellow"))
+        table.add_row(escape(row.name), status, escape(row.detail))
     return table
 
 
-def reproduced_line(found: Mapping[str, Any]) -> str:
-    """The answer in one line."""
-    changed = f"; changed: {escape(', '.join(found['changed']))}" if found["changed"] else ""
-    if found["file"] is None:
+def reproduced_line(found: Reproduced) -> str:
+    """Says in a line whether the same file came out, bit for bit, and what of all that the manifest
+    names has changed.
+    """
+    changed = f"; changed: {escape(', '.join(found.changed))}" if found.changed else ""
+    if found.file is None:
         return f"[red]not rebuilt[/]{changed}"
-    said = "[green]bit for bit the same[/]" if found["bit_equal"] else "[red]another file[/]"
-    return f"{escape(found['file'])}: {said}, sha256 {found['sha256']}{changed}"
+    said = "[green]bit for bit the same[/]" if found.bit_equal else "[red]another file[/]"
+    return f"{escape(found.file)}: {said}, sha256 {found.sha256}{changed}"
 
 
-def upload_table(found: Mapping[str, Any]) -> Table:
-    """What push uploads."""
-    table = Table("file", "size", title=f"To {escape(found['repo'])}, {size(found['bytes'])}")
+def upload_table(found: Pushed) -> Table:
+    """Shows the files that push uploads, or would upload, with their sizes; what is not listed stays at
+    home.
+    """
+    table = Table("file", "size", title=f"To {escape(found.repo)}, {size(found.bytes)}")
     table.columns[1].justify = "right"
-    for row in found["files"]:
-        table.add_row(escape(row["name"]), size(row["bytes"]))
+    for row in found.files:
+        table.add_row(escape(row.name), size(row.bytes))
     return table

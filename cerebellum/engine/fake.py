@@ -2,22 +2,37 @@
 
 It opens real shard lists (so layouts, variants and digests are exercised) and reads only their
 headers. Its logits are built so that the NLL of a chunk rises by the damage asked for, with noise that
-depends on the chunk alone and is therefore shared by base and variants, as on real models.
+depends on the chunk alone and is therefore shared by base and variants, as on real models. Its presets and
+its encoder need no llama.cpp either, so that a whole run of both modes works on it, in seconds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType, LlamaFileType
 
-from cerebellum.engine.protocols import Logits, Tokenized, Tokens
-from cerebellum.gguf import TensorInfo, read_gguf
+from cerebellum.engine.asking import Asker
+from cerebellum.engine.fake_asker import FakeAsker
+from cerebellum.engine.protocols import Bytes, ColumnSquares, Floats, Logits, QuantizeJob, Tokenized, Tokens
+from cerebellum.errors import BadInput
+from cerebellum.gguf import (
+    TensorInfo,
+    bits_per_weight,
+    fits,
+    is_quantized,
+    parse_type,
+    preset_label,
+    read_gguf,
+    row_bytes,
+)
 
 Damage = Callable[[TensorInfo], float]
 """A tensor, with its type -> what it adds to the NLL in nats/token; NaN makes the model collapse."""
@@ -33,14 +48,61 @@ class FakeEngine:
 
     damage: Damage = no_damage
     noise: float = 0.2
-    vocab_size: int = 256
+    n_vocab: int = 256
     identity: str = "fake"
+    build: str = "fake"
     scored: Counter[tuple[tuple[str, ...], bytes]] = field(default_factory=Counter)
     opened: int = 0
+    _rounded: dict[bytes, Floats] = field(default_factory=dict, repr=False)
 
     def tokenize(self, path: Path, text: bytes) -> Tokenized:
         read_gguf(path)
         return Tokenized(tokens=np.frombuffer(text, np.uint8).astype(np.int32), bos=None)
+
+    def vocab_size(self, path: Path) -> int:
+        return self.n_vocab
+
+    def importance(
+        self, paths: Sequence[Path], ctx: int, chunks: Iterable[Tokens], tick: Callable[[], None]
+    ) -> Mapping[str, ColumnSquares]:
+        """Gives every matrix in a block an importance that depends on its name alone."""
+        n_rows = 0
+        for tokens_T in chunks:
+            n_rows += len(tokens_T)
+            tick()
+        weights = [t for path in paths for t in read_gguf(path).tensors if t.name.startswith("blk.")]
+        return {t.name: _made_up_squares(t, n_rows) for t in weights if len(t.shape) > 1 and t.shape[0] > 1}
+
+    def preset_types(
+        self, source: Path, preset: LlamaFileType, *, has_imatrix: bool, allow_requantize: bool = False
+    ) -> dict[str, GGMLQuantizationType]:
+        """Gives every matrix in a block the type that the preset is named after, or Q8_0 where rows refuse it."""
+        label = preset_label(preset)
+        wanted = parse_type("_".join(label.split("_")[:2]) if label.endswith(("_S", "_M", "_L")) else label)
+        return {tensor.name: _preset_type(tensor, wanted) for tensor in read_gguf(source).tensors}
+
+    def quantize(self, job: QuantizeJob, threads: int) -> Iterator[Bytes]:
+        """Yields bytes of the right number that depend on the weights and the type, and mean nothing to ggml."""
+        if job.from_type == job.to_type:
+            yield job.raw
+            return
+        if not fits(job.to_type, job.shape):
+            raise BadInput(f"{job.name}: rows of {job.shape[0]} cannot be {job.to_type.name}")
+        exact = _as_float(job.raw, job.from_type).reshape(-1, job.shape[0])
+        n_bytes = row_bytes(job.to_type, job.shape[0])
+        made = [_made_up_row(row, job.to_type, n_bytes) for row in exact]
+        self._rounded |= dict(zip(made, _rounded(exact, job.to_type), strict=True))
+        yield np.frombuffer(b"".join(made), np.uint8)
+
+    def to_float(self, raw: Bytes, type_: GGMLQuantizationType, n_per_row: int) -> Floats:
+        """Returns what ``quantize`` rounded these very rows from; floats are converted as they are."""
+        if not is_quantized(type_):
+            return _as_float(raw, type_)
+        rows = np.ascontiguousarray(raw).reshape(-1, row_bytes(type_, n_per_row))
+        return np.concatenate([self._rounded[row.tobytes()] for row in rows])
+
+    def asker(self, paths: Sequence[Path]) -> AbstractContextManager[Asker]:
+        return nullcontext(FakeAsker())
 
     @contextmanager
     def open(self, paths: Sequence[Path], ctx: int) -> Iterator[FakeModel]:
@@ -60,7 +122,7 @@ class FakeModel:
 
     @property
     def vocab_size(self) -> int:
-        return self.engine.vocab_size
+        return self.engine.n_vocab
 
     def logits(self, tokens_T: Tokens) -> Logits:
         """The target's probability is exp(-nll) with nll = 2 + noise + damage * (1 + noise)."""
@@ -73,3 +135,33 @@ class FakeModel:
         logits = np.repeat(others[:, None], self.vocab_size, axis=1)
         logits[np.arange(len(targets)), targets] = -nll
         return logits.astype(np.float32)
+
+
+def _made_up_squares(tensor: TensorInfo, n_rows: int) -> ColumnSquares:
+    n_experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
+    rng = np.random.default_rng(zlib.crc32(tensor.name.encode()))
+    squares = rng.lognormal(size=(n_experts, tensor.shape[0])) * n_rows
+    return ColumnSquares(squares=squares, counts=np.full(n_experts, n_rows, np.int64))
+
+
+def _preset_type(tensor: TensorInfo, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    if len(tensor.shape) < 2 or tensor.shape[0] < 32 or "norm" in tensor.name or "gate_inp" in tensor.name:
+        return tensor.type
+    return wanted if fits(wanted, tensor.shape) else GGMLQuantizationType.Q8_0
+
+
+def _as_float(raw: Bytes, type_: GGMLQuantizationType) -> Floats:
+    """Reads floats; the fake's sources are F32 or F16."""
+    dtype = np.float32 if type_ == GGMLQuantizationType.F32 else np.float16
+    return np.ascontiguousarray(raw).view(dtype).astype(np.float32)
+
+
+def _made_up_row(row: Floats, type_: GGMLQuantizationType, n_bytes: int) -> bytes:
+    """Returns bytes that depend on one row and the type alone, as those of a real encoder do."""
+    return hashlib.shake_128(bytes([int(type_)]) + row.tobytes()).digest(n_bytes)
+
+
+def _rounded(rows: Floats, type_: GGMLQuantizationType) -> Floats:
+    """Rounds every row to a grid whose step halves with each bit of the type, as real types very nearly do."""
+    step = np.abs(rows).max(axis=1, keepdims=True) / 2.0 ** (bits_per_weight(type_) - 1)
+    return np.asarray(np.round(rows / np.maximum(step, 1e-30)) * step, np.float32)

@@ -1,10 +1,12 @@
-"""Read and write GGUF files: a tool that knows the format and nothing of the stages."""
+"""Reads and writes GGUF files: a tool that knows the format and the sizes of types, and nothing of the
+stages.
+"""
 
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from cerebellum.gguf.presets import parse_preset, preset_label, preset_names
 from cerebellum.gguf.reader import GgufFile, TensorInfo, decode_record, read_gguf, record_key
 from cerebellum.gguf.types import (
-    FLOAT_TYPES,
     LADDER,
     bits_per_weight,
     block_size,
@@ -27,7 +29,6 @@ from cerebellum.gguf.writer import (
 )
 
 __all__ = [
-    "FLOAT_TYPES",
     "LADDER",
     "GGMLQuantizationType",
     "GGUFValueType",
@@ -45,8 +46,11 @@ __all__ = [
     "is_quantized",
     "legal_types",
     "needs_imatrix",
+    "parse_preset",
     "parse_type",
     "parse_weight_type",
+    "preset_label",
+    "preset_names",
     "read_gguf",
     "record_key",
     "row_bytes",

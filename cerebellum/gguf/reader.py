@@ -1,11 +1,10 @@
-"""GGUF -> GgufFile: the header of a file that may be huge, damaged or hostile.
+"""Reads the header of a GGUF file that may be huge, damaged or hostile, and its tensors on demand.
 
-gguf-py's GGUFReader turns every vocabulary entry into numpy parts (seconds on a large vocabulary)
-and trusts the counts it reads. This parser walks the header once over a memory map, keeps each
-key-value record as the bytes it is, and believes no number before it has been compared with what
-the file holds. Whatever is wrong is one `BadInput` of one line. Accepted is what llama.cpp accepts
-(ggml/src/gguf.cpp): GGUF 2 and 3, little-endian, no arrays of arrays, tensors one after the other
-at the file's alignment.
+gguf-py's GGUFReader turns every vocabulary entry into numpy parts, which takes seconds on a large vocabulary,
+and trusts the counts it reads. This parser walks the header once over a memory map, keeps each key-value
+record as the bytes it is, and believes no number before it has been compared with what the file holds.
+Whatever is wrong is one `BadInput` of one line. Accepted is what llama.cpp accepts (ggml/src/gguf.cpp): GGUF
+2 and 3, little-endian, no arrays of arrays, tensors one after the other at the file's alignment.
 """
 
 from __future__ import annotations
@@ -67,12 +66,16 @@ SCALARS: dict[GGUFValueType, str] = {
 }
 """The numpy dtype of every value type of fixed width."""
 
-_WIDTHS: dict[int, int] = {int(kind): np.dtype(code).itemsize for kind, code in SCALARS.items()}
+_WIDTHS: dict[int, int] = {int(value_type): np.dtype(code).itemsize for value_type, code in SCALARS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """One tensor of the header; `shape` is in ggml order, `offset` from the file's start."""
+    """Describes one tensor of the header.
+
+    ``shape`` is in ggml's order, so the row length comes first; ``offset`` counts bytes from the file's start
+    and ``n_bytes`` is the size without padding.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -84,10 +87,11 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class GgufFile:
-    """A GGUF file's header, and its tensor bytes on demand.
+    """Holds a GGUF file's header, and gives its tensors' bytes on demand.
 
-    `kv_records` maps each key to its whole record as it lies in the file (key length, key, type,
-    value): what is not understood is copied as bytes, never rewritten.
+    `kv_records` maps each key to its whole record as it lies in the file (key length, key, type, value),
+    because what is not understood is copied as bytes and never rewritten. `data_start` and `n_bytes` are in
+    bytes.
     """
 
     path: Path
@@ -99,18 +103,19 @@ class GgufFile:
     n_bytes: int
 
     def value(self, key: str, default: Any = None) -> Any:
-        """Return a key's value, decoded: a Python scalar, a str, a list of str, or a numpy array.
+        """Returns a key's value, decoded: a Python scalar, a str, a list of str, or a numpy array.
 
-        Bytes that are no UTF-8 (byte-level vocabularies have such tokens) come back with U+FFFD.
+        ``default`` is returned for a key that the file lacks. Bytes that are no UTF-8 come back with U+FFFD,
+        because byte-level vocabularies have such tokens.
         """
         record = self.kv_records.get(key)
         return default if record is None else decode_record(record)
 
     def tensor(self, name: str) -> TensorInfo:
-        """Return the tensor called `name`.
+        """Returns the header's entry of the tensor called `name`.
 
         Raises:
-            BadInput: there is none.
+            BadInput: there is no such tensor in this file.
         """
         found = self._by_name.get(name)
         if found is None:
@@ -118,7 +123,7 @@ class GgufFile:
         return found
 
     def data(self, tensor: TensorInfo | str) -> npt.NDArray[np.uint8]:
-        """Return a tensor's bytes as a read-only view into the file: nothing is copied or loaded.
+        """Returns a tensor's bytes as a read-only view into the file, so nothing is copied or loaded yet.
 
         Raises:
             BadInput: the file is gone or has another size than when its header was read.
@@ -128,7 +133,7 @@ class GgufFile:
 
     @cached_property
     def header_sha256(self) -> str:
-        """The SHA-256, in hex, of everything before the first tensor's bytes."""
+        """Returns the SHA-256, in hex, of everything before the first tensor's bytes."""
         return hashlib.sha256(memoryview(self._map)[: self.data_start]).hexdigest()
 
     @cached_property
@@ -147,7 +152,7 @@ class GgufFile:
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
-    """Read a GGUF file's header.
+    """Reads a GGUF file's header and checks that every tensor lies inside the file.
 
     Raises:
         BadInput: the file cannot be read, is no GGUF, or is damaged; one line says which and where.
@@ -174,22 +179,22 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
 
 
 def record_key(record: bytes) -> str:
-    """Return the key of a key-value record."""
+    """Returns the key of a key-value record without decoding its value."""
     (n_key,) = U64.unpack_from(record, 0)
     return record[8 : 8 + n_key].decode("utf-8")
 
 
 def decode_record(record: bytes) -> Any:
-    """Return the value of a record that `read_gguf` or `encode_kv` made."""
+    """Returns the value of a record that `read_gguf` or `encode_kv` made, typed as by `GgufFile.value`."""
     (n_key,) = U64.unpack_from(record, 0)
     start = 8 + n_key
-    kind = GGUFValueType(U32.unpack_from(record, start)[0])
+    value_type = GGUFValueType(U32.unpack_from(record, start)[0])
     start += 4
-    if kind == GGUFValueType.STRING:
+    if value_type == GGUFValueType.STRING:
         return record[start + 8 :].decode("utf-8", errors="replace")
-    if kind != GGUFValueType.ARRAY:
-        scalar = np.frombuffer(record, dtype=SCALARS[kind], count=1, offset=start)[0].item()
-        return bool(scalar) if kind == GGUFValueType.BOOL else scalar
+    if value_type != GGUFValueType.ARRAY:
+        scalar = np.frombuffer(record, dtype=SCALARS[value_type], count=1, offset=start)[0].item()
+        return bool(scalar) if value_type == GGUFValueType.BOOL else scalar
     item = GGUFValueType(U32.unpack_from(record, start)[0])
     (n_items,) = U64.unpack_from(record, start + 4)
     start += 12
@@ -210,7 +215,7 @@ def _decode_strings(record: bytes, start: int, n_items: int) -> list[str]:
 
 
 class _Header:
-    """Where the walk through the header is, and how far it may go."""
+    """Remembers where the walk through the header is and how far it may go, and refuses to go further."""
 
     def __init__(self, path: Path, buffer: mmap.mmap) -> None:
         self.path = path
@@ -219,11 +224,11 @@ class _Header:
         self.limit = min(len(buffer), MAX_HEADER_BYTES)
 
     def refuse(self, trouble: str, remedy: str = DAMAGED) -> NoReturn:
-        """Raise the one line for this file."""
+        """Raises BadInput with the one line that names this file, what is wrong with it and the remedy."""
         raise BadInput(f"{self.path}: {trouble}; {remedy}")
 
     def claim(self, n_bytes: int, what: str) -> int:
-        """Step over `n_bytes` and return where they start, or refuse if they are not there."""
+        """Steps over `n_bytes` and returns where they start, or refuses if they are not there."""
         start = self.position
         if n_bytes > self.limit - start:
             self.refuse_short(n_bytes, what)
@@ -231,7 +236,7 @@ class _Header:
         return start
 
     def refuse_short(self, n_bytes: int, what: str) -> NoReturn:
-        """Say that `n_bytes` from here run past the end, of the file or of what a header may be."""
+        """Says that `n_bytes` from here run past the end, either of the file or of what a header may take."""
         if self.limit < len(self.buffer):
             self.refuse(
                 f"the header goes past {MAX_HEADER_BYTES:,} bytes in {what} "
@@ -251,7 +256,7 @@ class _Header:
         return value
 
     def name(self, what: str, max_bytes: int) -> str:
-        """Read a key or a tensor name: not empty, not long, UTF-8, no control characters."""
+        """Reads a key or a tensor name, which must be short, valid UTF-8 and free of control characters."""
         n_bytes = self.u64(f"the length of {what}'s name")
         if n_bytes == 0:
             self.refuse(f"{what} has an empty name")
@@ -269,11 +274,11 @@ class _Header:
 
 
 def _open_map(path: Path) -> mmap.mmap:
-    """Map a regular, non-empty file for reading; a pipe or device would hang or lie."""
+    """Maps a regular, non-empty file for reading; a pipe or a device would hang or lie about its size."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            kind = "a folder" if path.is_dir() else "not a regular file"
-            raise BadInput(f"{path}: is {kind}; name a GGUF file")
+            found = "a folder" if path.is_dir() else "not a regular file"
+            raise BadInput(f"{path}: is {found}; name a GGUF file")
         with open(path, "rb") as stream:
             if os.fstat(stream.fileno()).st_size == 0:
                 raise BadInput(f"{path}: is empty; {DAMAGED}")
@@ -285,7 +290,7 @@ def _open_map(path: Path) -> mmap.mmap:
 
 
 def _read_preamble(header: _Header) -> tuple[int, int, int]:
-    """Return version, number of tensors and number of records, all of them plausible."""
+    """Returns the version, the number of tensors and the number of records, all of them plausible."""
     magic = header.buffer[:4]
     if magic != MAGIC:
         header.refuse(
@@ -312,7 +317,7 @@ def _read_preamble(header: _Header) -> tuple[int, int, int]:
 
 
 def _read_records(header: _Header, n_records: int) -> dict[str, bytes]:
-    """Walk the key-value records and keep the bytes of each."""
+    """Walks the key-value records and keeps the bytes of each under its key."""
     records: dict[str, bytes] = {}
     for index in range(n_records):
         start = header.position
@@ -325,40 +330,42 @@ def _read_records(header: _Header, n_records: int) -> dict[str, bytes]:
 
 
 def _skip_value(header: _Header, key: str) -> None:
-    """Step over one value, checking that all of it is there."""
-    kind = header.u32(f"the type of {key}")
-    if kind == GGUFValueType.STRING:
+    """Steps over one value and checks that all of it is there."""
+    value_type = header.u32(f"the type of {key}")
+    if value_type == GGUFValueType.STRING:
         header.claim(header.u64(f"the length of {key}"), f"the text of {key}")
-    elif kind == GGUFValueType.ARRAY:
+    elif value_type == GGUFValueType.ARRAY:
         _skip_array(header, key)
-    elif kind in _WIDTHS:
-        header.claim(_WIDTHS[kind], f"the value of {key}")
+    elif value_type in _WIDTHS:
+        header.claim(_WIDTHS[value_type], f"the value of {key}")
     else:
-        header.refuse(f"the metadata key {key} has the unknown value type {kind}")
+        header.refuse(f"the metadata key {key} has the unknown value type {value_type}")
 
 
 def _skip_array(header: _Header, key: str) -> None:
-    """Step over an array: in one go where items have one width, string by string where not."""
-    kind = header.u32(f"the item type of {key}")
+    """Steps over an array: in one go where its items have one width, string by string where they do not."""
+    item_type = header.u32(f"the item type of {key}")
     n_items = header.u64(f"the number of items of {key}")
-    if kind == GGUFValueType.ARRAY:
+    if item_type == GGUFValueType.ARRAY:
         header.refuse(
             f"the metadata key {key} is an array of arrays, which llama.cpp cannot read",
             "convert the model again without that key",
         )
-    if kind in _WIDTHS:
-        header.claim(n_items * _WIDTHS[kind], f"the {n_items:,} items of {key}")
-    elif kind == GGUFValueType.STRING:
+    if item_type in _WIDTHS:
+        header.claim(n_items * _WIDTHS[item_type], f"the {n_items:,} items of {key}")
+    elif item_type == GGUFValueType.STRING:
         if n_items > (header.limit - header.position) // 8:
             header.refuse_short(n_items * 8, f"the {n_items:,} strings of {key}")
         _skip_strings(header, n_items, key)
     else:
-        header.refuse(f"the metadata key {key} is an array of the unknown type {kind}")
+        header.refuse(f"the metadata key {key} is an array of the unknown type {item_type}")
 
 
 def _skip_strings(header: _Header, n_items: int, key: str) -> None:
-    """Step over `n_items` strings: the loop that vocabularies make hot."""
-    buffer, position, last = header.buffer, header.position, header.limit - 8
+    """Steps over `n_items` strings; this is the loop that large vocabularies make hot."""
+    buffer = header.buffer
+    position = header.position
+    last = header.limit - 8
     unpack = U64.unpack_from
     for _ in range(n_items):
         if position > last:
@@ -372,13 +379,13 @@ def _skip_strings(header: _Header, n_items: int, key: str) -> None:
 
 
 def _read_alignment(path: Path, records: dict[str, bytes]) -> int:
-    """Return the alignment of tensor data: `general.alignment`, or 32 where it is not given."""
+    """Returns the alignment of tensor data in bytes: `general.alignment`, or 32 where it is not given."""
     record = records.get(ALIGNMENT_KEY)
     if record is None:
         return DEFAULT_ALIGNMENT
-    (kind,) = U32.unpack_from(record, 8 + len(ALIGNMENT_KEY))
+    (value_type,) = U32.unpack_from(record, 8 + len(ALIGNMENT_KEY))
     alignment = decode_record(record)
-    if kind != GGUFValueType.UINT32:
+    if value_type != GGUFValueType.UINT32:
         raise BadInput(f"{path}: {ALIGNMENT_KEY} is not a uint32; {DAMAGED}")
     if alignment < 8 or alignment & (alignment - 1):
         raise BadInput(f"{path}: {ALIGNMENT_KEY} is {alignment}, not a power of two of at least 8; {DAMAGED}")
@@ -387,7 +394,7 @@ def _read_alignment(path: Path, records: dict[str, bytes]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """A tensor's line in the header, before its place in the file has been checked."""
+    """Holds a tensor's line in the header before its place in the file has been checked."""
 
     name: str
     shape: tuple[int, ...]
@@ -396,7 +403,7 @@ class _Entry:
 
 
 def _read_tensor_entries(header: _Header, n_tensors: int) -> list[_Entry]:
-    """Walk the tensor entries, checking each one's name, shape and type."""
+    """Walks the tensor entries and checks each one's name, shape and type."""
     entries: list[_Entry] = []
     names: set[str] = set()
     for index in range(n_tensors):
@@ -448,11 +455,12 @@ def _read_type(header: _Header, name: str, shape: tuple[int, ...]) -> GGMLQuanti
 def _place_tensors(
     path: Path, entries: list[_Entry], data_start: int, alignment: int, n_file: int
 ) -> tuple[TensorInfo, ...]:
-    """Give every tensor its absolute place; they must follow one another, as llama.cpp requires."""
+    """Gives every tensor its absolute place; tensors must follow one another, as llama.cpp requires."""
     placed: list[TensorInfo] = []
     expected = 0
     for entry in entries:
-        offset, shown = entry.relative_offset, _shown(entry.name)
+        offset = entry.relative_offset
+        shown = _shown(entry.name)
         n_bytes = tensor_bytes(entry.type, entry.shape)
         if offset % alignment:
             trouble = f"tensor {shown} is misaligned: offset {offset:,}, alignment {alignment}"
@@ -484,7 +492,7 @@ def _place_tensors(
 
 
 def _shown(name: str) -> str:
-    """Return a name fit for a message: printable ASCII, quoted, cut when long."""
+    """Returns a name fit for a message: printable ASCII, quoted, and cut where it is long."""
     return ascii(name if len(name) <= 80 else name[:77] + "...")
 
 

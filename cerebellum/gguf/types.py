@@ -1,7 +1,7 @@
-"""Tensor types and their sizes: the only place in the package that knows them.
+"""Knows the tensor types and their sizes, as the only place in the package.
 
-Everything comes from gguf-py's `GGML_QUANT_SIZES` table (block size in elements, block size in
-bytes). Sizes are integer bytes, shapes are in ggml order: `shape[0]` is the row length.
+Everything comes from gguf-py's `GGML_QUANT_SIZES` table (block size in elements, block size in bytes). Sizes
+are integer bytes, shapes are in ggml's order: `shape[0]` is the row length.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from cerebellum.errors import BadInput
 
 _T = GGMLQuantizationType
-
-FLOAT_TYPES = frozenset({_T.F32, _T.F16, _T.BF16})
-"""What a source at its full precision is made of."""
 
 IMATRIX_TYPES = frozenset({_T.IQ1_S, _T.IQ1_M, _T.IQ2_XXS, _T.IQ2_XS, _T.IQ2_S, _T.IQ3_XXS})
 """What llama.cpp refuses to make without an importance matrix (llama-quant.cpp,
@@ -46,18 +43,18 @@ LADDER = (*LADDER_256, *LADDER_32, _T.Q8_0)
 
 
 def block_size(type_: GGMLQuantizationType) -> int:
-    """Return how many elements of a row one block holds."""
+    """Returns how many elements of a row one block of the type holds: 256 for a k-quant, 1 for a float."""
     return GGML_QUANT_SIZES[type_][0]
 
 
 def bits_per_weight(type_: GGMLQuantizationType) -> float:
-    """Return the bits one element costs, scales included."""
+    """Returns the bits that one element costs, with its share of the block's scales."""
     n_elements, n_bytes = GGML_QUANT_SIZES[type_]
     return 8 * n_bytes / n_elements
 
 
 def row_bytes(type_: GGMLQuantizationType, n_per_row: int) -> int:
-    """Return the bytes of a row of `n_per_row` elements.
+    """Returns the bytes of a row of `n_per_row` elements.
 
     Raises:
         BadInput: the row is not a whole number of blocks.
@@ -72,7 +69,7 @@ def row_bytes(type_: GGMLQuantizationType, n_per_row: int) -> int:
 
 
 def tensor_bytes(type_: GGMLQuantizationType, shape: Sequence[int]) -> int:
-    """Return the bytes of a tensor of `shape` (ggml order), without padding.
+    """Returns the bytes of a tensor of `shape` (ggml's order), without padding.
 
     Raises:
         BadInput: its row is not a whole number of blocks.
@@ -81,25 +78,26 @@ def tensor_bytes(type_: GGMLQuantizationType, shape: Sequence[int]) -> int:
 
 
 def fits(type_: GGMLQuantizationType, shape: Sequence[int]) -> bool:
-    """Say whether rows of `shape` are whole numbers of the type's blocks.
+    """Says whether rows of `shape` are whole numbers of the type's blocks.
 
-    llama-quantize silently takes another type where this is false; Cerebellum calls it illegal.
+    llama-quantize silently takes another type where this is false; Cerebellum calls the type illegal instead,
+    so that a fallback is never booked as the demotion that was asked for.
     """
     return shape[0] % block_size(type_) == 0
 
 
 def needs_imatrix(type_: GGMLQuantizationType) -> bool:
-    """Say whether llama.cpp refuses to make this type without an importance matrix."""
+    """Says whether llama.cpp refuses to make this type without an importance matrix."""
     return type_ in IMATRIX_TYPES
 
 
 def is_quantized(type_: GGMLQuantizationType) -> bool:
-    """Say whether the type packs several elements into a block (integer tables do not)."""
+    """Says whether the type packs several elements into a block; floats and integer tables do not."""
     return block_size(type_) > 1
 
 
 def parse_type(text: str) -> GGMLQuantizationType:
-    """Read a type's name as people write it: `q2_k`, `Q2_K`, `iq3_xxs`.
+    """Reads a type's name as people write it: `q2_k`, `Q2_K`, `iq3_xxs`.
 
     Raises:
         BadInput: there is no such type; the message names the ladder.
@@ -112,9 +110,13 @@ def parse_type(text: str) -> GGMLQuantizationType:
 
 
 def parse_weight_type(text: str) -> GGMLQuantizationType:
-    """The type of that name, if it is one that Cerebellum gives to weights.
+    """Reads the name of a type that Cerebellum gives to weights.
 
-    ggml has types for other uses too (I8, Q8_K), and asking it to quantize to them ends the process.
+    ggml has types for other uses too (I8, Q8_K), and asking it to quantize weights to one of them ends the
+    whole process, so they are refused here.
+
+    Raises:
+        BadInput: there is no such type, or it is none for weights.
     """
     found = parse_type(text)
     if found not in LADDER:
@@ -124,9 +126,10 @@ def parse_weight_type(text: str) -> GGMLQuantizationType:
 
 
 def legal_types(shapes: Iterable[Sequence[int]], has_imatrix: bool) -> tuple[GGMLQuantizationType, ...]:
-    """Return the ladder's types that every one of `shapes` can take, cheapest first.
+    """Returns the ladder's types that every one of `shapes` can take, the cheapest first.
 
-    The 32-block types are offered only where a row takes none of 256 elements.
+    The 32-block types are offered only where a row takes none of 256 elements, because elsewhere a 256-block
+    type of the same size is better. Without an importance matrix, types that need one are left out.
     """
     row_lengths = {shape[0] for shape in shapes}
     take_256 = all(n_per_row % 256 == 0 for n_per_row in row_lengths)

@@ -1,18 +1,19 @@
-"""Records and tensors -> a GGUF v3 file, streamed, whole or not there, its size known beforehand.
+"""Writes a GGUF v3 file, streamed, whole or not there, with its size known beforehand.
 
-Metadata is given as raw records, so what is copied from another file is copied as bytes. The layout
-is llama.cpp's and gguf-py's: header, padding, then every tensor padded to the alignment, the last
-one too.
+Metadata is given as raw records, so what is copied from another file is copied as bytes. The layout is
+llama.cpp's and gguf-py's: the header, padding, then every tensor padded to the alignment, the last one too.
 """
 
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from cerebellum.errors import BadInput
@@ -23,7 +24,6 @@ from cerebellum.gguf.reader import (
     MAGIC,
     MAX_DIMS,
     MAX_NAME_BYTES,
-    SCALARS,
     U32,
     U64,
     decode_record,
@@ -33,11 +33,14 @@ from cerebellum.gguf.types import tensor_bytes
 
 WRITTEN_VERSION = 3
 
-Chunk = bytes | bytearray | memoryview | np.ndarray[Any, Any]
+_INTEGERS = {GGUFValueType.UINT16: "<H", GGUFValueType.UINT32: "<I", GGUFValueType.INT32: "<i"}
+"""How ``struct`` packs the integer types that Cerebellum writes."""
+
+Chunk = bytes | bytearray | memoryview | npt.NDArray[np.generic]
 
 
 class TensorMeta(Protocol):
-    """What the header needs of a tensor: TensorInfo and TensorSource both have it."""
+    """Describes what the header needs of a tensor; TensorInfo and TensorSource both have it."""
 
     @property
     def name(self) -> str: ...
@@ -49,7 +52,11 @@ class TensorMeta(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSource:
-    """A tensor to write: `chunks()` yields its bytes in order, in pieces of any size."""
+    """Describes a tensor to write: `chunks()` yields its bytes in order, in pieces of any size.
+
+    ``shape`` is in ggml's order. The bytes are asked for once, while the file is written, so that memory
+    holds one piece at a time.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -57,31 +64,25 @@ class TensorSource:
     chunks: Callable[[], Iterable[Chunk]]
 
 
-def encode_kv(
-    key: str, value: Any, value_type: GGUFValueType, item_type: GGUFValueType | None = None
-) -> bytes:
-    """Return the bytes of one key-value record.
+def encode_kv(key: str, value: str | int | Sequence[str], value_type: GGUFValueType) -> bytes:
+    """Returns the bytes of one metadata record: a string, a whole number or a list of strings.
 
-    For an ARRAY, `item_type` says what its items are; without it a numpy array keeps its dtype, and
-    a list takes gguf-py's choice: STRING, BOOL, INT32 or FLOAT32 after its first item.
+    These are all that Cerebellum writes of its own; every other record is copied from a file as bytes.
+    Numbers are UINT16, UINT32 or INT32; an ARRAY holds strings.
 
     Raises:
-        BadInput: the value cannot be stored as that type.
+        BadInput: the key is empty, or the value cannot be stored as that type.
     """
-    encoded_key = key.encode("utf-8")
-    if not encoded_key:
+    if not key:
         raise BadInput("a GGUF metadata key is empty; give it a name")
     try:
-        if value_type == GGUFValueType.ARRAY:
-            payload = _encode_array(value, item_type)
-        else:
-            payload = _encode_scalar(value, value_type)
-    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        payload = _encode_value(value, value_type)
+    except (TypeError, ValueError, struct.error) as error:
         raise BadInput(
             f"metadata key {key!r}: cannot be stored as {value_type.name} ({error}); "
             f"give another value or type"
         ) from error
-    return U64.pack(len(encoded_key)) + encoded_key + U32.pack(value_type) + payload
+    return _encode_string(key) + U32.pack(value_type) + payload
 
 
 def gguf_size(
@@ -89,7 +90,7 @@ def gguf_size(
     tensors: Sequence[TensorMeta],
     alignment: int = DEFAULT_ALIGNMENT,
 ) -> int:
-    """Return the exact size in bytes of the file `write_gguf` would write, without writing it."""
+    """Returns the exact size in bytes of the file that `write_gguf` would write, without writing it."""
     n_header = 24 + sum(len(record) for record in kv_records)
     n_header += sum(8 + len(t.name.encode("utf-8")) + 4 + 8 * len(t.shape) + 4 + 8 for t in tensors)
     return _padded(n_header, alignment) + sum(
@@ -103,15 +104,14 @@ def write_gguf(
     tensors: Sequence[TensorSource],
     alignment: int = DEFAULT_ALIGNMENT,
 ) -> int:
-    """Write a GGUF v3 file and return its size in bytes; memory stays at one chunk.
+    """Writes a GGUF v3 file and returns its size in bytes; memory stays at one chunk.
 
-    The file is written beside as `<name>.partial` and renamed when it is whole and on the disk. On
-    any failure, an interrupt included, the partial file is removed and an older `path` stays as it
-    was.
+    The file is written beside as `<name>.partial` and renamed when it is whole and on the disk. On any
+    failure, an interrupt included, the partial file is removed and an older `path` stays as it was.
 
     Raises:
-        BadInput: the disk is full or the folder cannot be written; a name or shape is impossible;
-            records repeat a key or contradict `alignment`; a tensor gave too many or too few bytes.
+        BadInput: the disk is full, the folder cannot be written, or a tensor gives more or fewer bytes than
+            its type and shape take.
     """
     _check_records(kv_records, alignment)
     header = encode_header(kv_records, tensors, alignment)
@@ -128,11 +128,7 @@ def encode_header(
     tensors: Sequence[TensorMeta],
     alignment: int = DEFAULT_ALIGNMENT,
 ) -> bytes:
-    """Return everything before the first tensor's bytes, padding included.
-
-    Raises:
-        BadInput: a tensor's name or shape is impossible in a GGUF, or a name is there twice.
-    """
+    """Returns everything before the first tensor's bytes, padded to the alignment."""
     parts = [MAGIC, U32.pack(WRITTEN_VERSION), U64.pack(len(tensors)), U64.pack(len(kv_records))]
     parts.extend(kv_records)
     offset = 0
@@ -167,7 +163,7 @@ def _encode_tensor_entry(tensor: TensorMeta, offset: int) -> bytes:
 
 
 def _write_tensor(stream: BinaryIO, tensor: TensorSource, alignment: int) -> None:
-    """Write one tensor and its padding, and hold it to its size."""
+    """Writes one tensor and its padding, and refuses bytes that are not exactly its size."""
     n_expected = tensor_bytes(tensor.type, tensor.shape)
     n_written = 0
     for chunk in tensor.chunks():
@@ -186,14 +182,14 @@ def _write_tensor(stream: BinaryIO, tensor: TensorSource, alignment: int) -> Non
 
 
 def _byte_view(chunk: Chunk) -> memoryview:
-    """Return a chunk's bytes without copying where it is contiguous."""
+    """Returns a chunk's bytes, without copying them where the chunk is contiguous."""
     if isinstance(chunk, np.ndarray):
         return np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
     return memoryview(chunk).cast("B")
 
 
 def _check_records(kv_records: Sequence[bytes], alignment: int) -> None:
-    """Refuse keys that repeat and an alignment that the metadata denies."""
+    """Refuses keys that are given twice and an alignment that the metadata denies."""
     if alignment < 8 or alignment & (alignment - 1):
         raise BadInput(f"alignment {alignment} is not a power of two of at least 8; use 32")
     recorded = DEFAULT_ALIGNMENT
@@ -211,63 +207,24 @@ def _check_records(kv_records: Sequence[bytes], alignment: int) -> None:
         )
 
 
-def _encode_scalar(value: Any, value_type: GGUFValueType) -> bytes:
-    if value_type == GGUFValueType.STRING:
+def _encode_value(value: str | int | Sequence[str], value_type: GGUFValueType) -> bytes:
+    """Returns a value without its key and type; TypeError where the two do not go together."""
+    if value_type == GGUFValueType.STRING and isinstance(value, str):
         return _encode_string(value)
-    if value_type == GGUFValueType.BOOL:
-        return bytes([bool(value)])
-    return _numbers([value], value_type).tobytes()
+    if value_type in _INTEGERS and isinstance(value, int):
+        return struct.pack(_INTEGERS[value_type], value)
+    if value_type == GGUFValueType.ARRAY and not isinstance(value, str | int):
+        strings = b"".join(_encode_string(item) for item in value)
+        return U32.pack(GGUFValueType.STRING) + U64.pack(len(value)) + strings
+    raise TypeError(f"{type(value).__name__} values are not {value_type.name}")
 
 
-def _encode_string(value: str | bytes) -> bytes:
-    raw = value if isinstance(value, bytes) else value.encode("utf-8")
+def _encode_string(value: str) -> bytes:
+    """Returns the length in bytes as a uint64, then the UTF-8; TypeError for what is no string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} values are no strings")
+    raw = value.encode("utf-8")
     return U64.pack(len(raw)) + raw
-
-
-def _encode_array(value: Any, item_type: GGUFValueType | None) -> bytes:
-    kind = _item_type(value) if item_type is None else item_type
-    if kind == GGUFValueType.ARRAY:
-        raise ValueError("llama.cpp reads no arrays of arrays")
-    head = U32.pack(kind) + U64.pack(len(value))
-    if kind == GGUFValueType.STRING:
-        return head + b"".join(map(_encode_string, value))
-    if kind == GGUFValueType.BOOL:
-        return head + np.asarray(value, dtype=np.bool_).tobytes()
-    return head + _numbers(value, kind).tobytes()
-
-
-def _numbers(values: Any, kind: GGUFValueType) -> np.ndarray[Any, Any]:
-    """Return `values` as the type's dtype, refusing what the type cannot hold."""
-    dtype = np.dtype(SCALARS[kind])
-    given = np.asarray(values)
-    if given.size == 0:
-        return np.zeros(0, dtype)
-    if given.dtype.kind == "f" and all(isinstance(value, int) for value in values):
-        given = np.asarray(values, dtype=object)  # on both sides of 2**63, numpy makes them floats
-    if given.dtype.kind not in "biufO" or (dtype.kind != "f" and given.dtype.kind == "f"):
-        raise ValueError(f"{given.dtype} values are not {kind.name}")
-    if dtype.kind != "f":
-        bounds = np.iinfo(dtype)
-        if int(given.min()) < bounds.min or int(given.max()) > bounds.max:
-            raise ValueError(f"outside {bounds.min} to {bounds.max}")
-    with np.errstate(over="raise"):
-        try:
-            return given.astype(dtype)
-        except FloatingPointError as error:
-            raise ValueError(str(error)) from error
-
-
-def _item_type(value: Any) -> GGUFValueType:
-    """Return the item type of an array given without one."""
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind == "b":
-            return GGUFValueType.BOOL
-        code = value.dtype.newbyteorder("<").str.replace("|", "<")
-        for kind, scalar in SCALARS.items():
-            if scalar == code:
-                return kind
-        raise ValueError(f"no GGUF type for {value.dtype}")
-    return GGUFValueType.get_type(value[0]) if len(value) else GGUFValueType.INT32
 
 
 def _padded(n_bytes: int, alignment: int) -> int:

@@ -1,4 +1,4 @@
-"""The ledger: every measurement ever made in a run folder, immutable, one commit each."""
+"""Keeps every measurement ever made in a run folder: rows are immutable and each is a commit of its own."""
 
 from cerebellum.ledger.store import Divergence, Ledger, SeriesKey
 

@@ -1,7 +1,8 @@
-"""One SQLite file. A row is written once, when its chunk is finished, and never changed.
+"""Stores measurements in one SQLite file; a row is written when its chunk is finished and never changed.
 
-A measurement is keyed by everything that can change it and nothing else: the bytes of the shards,
-the text, the chunk length, the engine's identity and the version of the metric.
+A measurement is keyed by everything that can change it and nothing else: the bytes of the shards, the text,
+the chunk length, the engine's identity and the version of the metric. A run that was stopped goes on from
+what is here, and nothing is measured twice.
 """
 
 from __future__ import annotations
@@ -66,7 +67,11 @@ Matrix = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesKey:
-    """Everything that can change a measurement; ``label`` is only for people."""
+    """Names a series of measurements by everything that can change it.
+
+    ``variant`` and ``text`` are SHA-256 digests of content, ``ctx`` counts tokens in a chunk and ``engine``
+    names the build and device of llama.cpp. ``label`` is for people only and no part of the key.
+    """
 
     variant: str
     text: str
@@ -77,7 +82,11 @@ class SeriesKey:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """KL divergence (nats) and top-token agreement against a base series, over a chunk's tokens."""
+    """Holds how far a chunk's predictions are from those of a base series, token by token.
+
+    ``kld`` is the KL divergence in nats and ``same_top`` whether both models have the same likeliest token,
+    each over the chunk's scored tokens.
+    """
 
     base_series: int
     kld: NDArray[np.floating]
@@ -86,7 +95,7 @@ class Divergence:
 
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """SQLite's errors (a full disk, damaged pages) as one line."""
+    """Turns SQLite's errors (a full disk, damaged pages) into one BadInput that names the ledger."""
     try:
         yield
     except sqlite3.IntegrityError:
@@ -96,7 +105,11 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 class Ledger:
-    """Open with ``with Ledger(path) as ledger``; each ``record`` is one commit."""
+    """Opens the ledger at ``path``, or makes one where there is none; ``with`` closes it.
+
+    Every ``record`` is one commit, so a finished chunk outlives a crash. Raises BadInput where the file is no
+    ledger, or one of another version.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,6 +121,7 @@ class Ledger:
             raise BadInput(f"{path}: not a usable ledger ({error}); move it away to start anew") from error
 
     def _prepare(self) -> None:
+        """Makes the tables in a new file and refuses a ledger of another schema version."""
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version == 0:
             with self._db:
@@ -123,7 +137,7 @@ class Ledger:
             return self._db.execute(query, values).fetchall()
 
     def series(self, key: SeriesKey) -> int:
-        """The row id of a series, made on first use."""
+        """Returns the row id of the series with this key, which is made on first use."""
         values = (key.variant, key.text, key.ctx, key.engine, METRIC_VERSION)
         with _refusing(self.path), self._db:
             self._db.execute(
@@ -137,12 +151,16 @@ class Ledger:
         return int(found)
 
     def measured(self, series: int) -> frozenset[int]:
-        """Chunks that are already in the ledger."""
+        """Returns the indices of the chunks of a series that are in the ledger already."""
         rows = self._rows("SELECT chunk FROM chunk WHERE series=?", (series,))
         return frozenset(chunk for (chunk,) in rows)
 
     def nll(self, series: int, chunks: Iterable[int]) -> Matrix:
-        """The vectors of ``chunks``, in their order: (chunks, scored tokens) float32 nats."""
+        """Returns the negative log-likelihoods of ``chunks`` in their order: (chunks, scored tokens), in
+        nats.
+
+        The vectors are float32. Raises KeyError for a chunk that was not measured.
+        """
         wanted = list(chunks)
         rows = dict(self._rows("SELECT chunk, nll FROM chunk WHERE series=?", (series,)))
         return np.stack([np.frombuffer(rows[chunk], "<f4") for chunk in wanted])
@@ -150,7 +168,11 @@ class Ledger:
     def record(
         self, series: int, chunk: int, nll: NDArray[np.floating], divergence: Divergence | None = None
     ) -> None:
-        """Commits one finished chunk. A second measurement of it is a bug and raises."""
+        """Commits one finished chunk with its divergence, if there is one, in the same commit.
+
+        ``nll`` is in nats for each scored token. A second measurement of the same chunk is a bug and raises
+        ``sqlite3.IntegrityError``.
+        """
         blob = np.asarray(nll, "<f4").tobytes()
         with _refusing(self.path), self._db:
             self._db.execute("INSERT INTO chunk VALUES (?, ?, ?)", (series, chunk, blob))
@@ -158,7 +180,7 @@ class Ledger:
                 self._insert_divergence(series, chunk, divergence)
 
     def record_divergence(self, series: int, chunk: int, divergence: Divergence) -> None:
-        """Commits the divergence of a chunk whose NLL is known: from another reference, say."""
+        """Commits the divergence of a chunk whose NLL is known already, as from another reference."""
         with _refusing(self.path), self._db:
             self._insert_divergence(series, chunk, divergence)
 
@@ -169,14 +191,17 @@ class Ledger:
         self._db.execute("INSERT INTO divergence VALUES (?, ?, ?, ?, ?)", row)
 
     def diverged(self, series: int, base_series: int) -> dict[int, float]:
-        """Chunk -> mean KL divergence (nats/token), of every chunk that has one."""
+        """Returns the mean KL divergence in nats/token of every chunk that has one against this base."""
         rows = self._rows(
             "SELECT chunk, kld FROM divergence WHERE series=? AND base=?", (series, base_series)
         )
         return {chunk: float(np.frombuffer(kld, "<f4").mean(dtype=np.float64)) for chunk, kld in rows}
 
     def divergence(self, series: int, base_series: int) -> tuple[Vector, Vector]:
-        """(mean KL divergence, share of equal top tokens) of every chunk that has them, each (chunks,)."""
+        """Returns the mean KL divergence and the share of equal top tokens, each (chunks,), by chunk.
+
+        Only chunks with a divergence from this base are among them; the KL divergence is in nats/token.
+        """
         rows = self._rows(
             "SELECT kld, same FROM divergence WHERE series=? AND base=? ORDER BY chunk", (series, base_series)
         )
@@ -184,16 +209,28 @@ class Ledger:
         same = np.array([np.frombuffer(same, np.uint8).mean() for _, same in rows], np.float64)
         return kld, same
 
+    def n_chunks(self) -> int:
+        """Returns how many chunks were ever measured, over all variants and texts."""
+        ((found,),) = self._rows("SELECT COUNT(*) FROM chunk")
+        return int(found)
+
+    def knows(self, variant: str) -> bool:
+        """Says whether any chunk of any text was ever measured on the weights with this digest."""
+        query = "SELECT 1 FROM series JOIN chunk ON chunk.series = series.id WHERE series.variant = ? LIMIT 1"
+        return bool(self._rows(query, (variant,)))
+
     def content_hash(self, name: str, recipe: str) -> str | None:
+        """Returns the SHA-256 that a file of this name and recipe had when it was read, or None."""
         rows = self._rows("SELECT sha256 FROM content WHERE name=? AND recipe=?", (name, recipe))
         return str(rows[0][0]) if rows else None
 
     def record_content_hash(self, name: str, recipe: str, sha256: str) -> None:
+        """Remembers the SHA-256 of a file in the shards folder under the recipe that it was made from."""
         with _refusing(self.path), self._db:
             self._db.execute("INSERT OR REPLACE INTO content VALUES (?, ?, ?)", (name, recipe, sha256))
 
     def digest(self) -> str:
-        """sha256 over every measurement in a fixed order: the same evidence, the same digest."""
+        """Returns the SHA-256 over every measurement in a fixed order: the same evidence, the same digest."""
         total = hashlib.sha256()
         query = (
             "SELECT variant, text, ctx, engine, metric, chunk, nll FROM series "
@@ -204,10 +241,12 @@ class Ledger:
             total.update(nll)
         return total.hexdigest()
 
-    def n_rows(self) -> int:
-        """How many chunks were ever measured."""
-        ((count,),) = self._rows("SELECT count(*) FROM chunk")
-        return int(count)
+    def settle(self) -> None:
+        """Brings what SQLite keeps beside the ledger into it, so that this one file is all of it.
+
+        Call it before the file is copied or uploaded; it does nothing while another process reads.
+        """
+        self._rows("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         self._db.close()
@@ -216,6 +255,6 @@ class Ledger:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from cerebellum.engine.protocols import ColumnSquares
 from cerebellum.errors import BadInput
 from cerebellum.llama.library import GgmlTensor, ggml
 
@@ -20,14 +21,6 @@ _F32 = 0
 _MIN_ROWS = 16  # llama-imatrix leaves smaller batches out
 
 Floats = NDArray[np.float32]
-
-
-@dataclass
-class ColumnSquares:
-    """Sums for one weight: ``squares`` (experts, columns) and how many rows went into each expert."""
-
-    squares: NDArray[np.float64]
-    counts: NDArray[np.int64]
 
 
 @dataclass

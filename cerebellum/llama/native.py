@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType, LlamaFileType
 
-from cerebellum.engine.protocols import Logits, Tokenized, Tokens
+from cerebellum.engine.asking import Asker
+from cerebellum.engine.protocols import Bytes, ColumnSquares, Floats, Logits, QuantizeJob, Tokenized, Tokens
 from cerebellum.errors import BadInput, CerebellumError
+from cerebellum.llama.activations import ActivationCollector
 from cerebellum.llama.library import LOG, build_id, llama
+from cerebellum.llama.presets import preset_types
+from cerebellum.llama.quantize import quantize, to_float
 
 _MAX_UBATCH = 512  # llama.cpp's default; a larger one changes compute buffers, not results
 
@@ -98,6 +103,39 @@ class LlamaEngine:
     def identity(self) -> str:
         offload = f", {self.settings.gpu_layers} layers offloaded" if self.settings.gpu_layers else ""
         return build_id() + offload
+
+    @property
+    def build(self) -> str:
+        return build_id()
+
+    def importance(
+        self, paths: Sequence[Path], ctx: int, chunks: Iterable[Tokens], tick: Callable[[], None]
+    ) -> Mapping[str, ColumnSquares]:
+        """Decodes the chunks with ``cb_eval`` watching every matrix product."""
+        collector = ActivationCollector()
+        with self.open(paths, ctx, collector.callback) as model:
+            for tokens_T in chunks:
+                model.evaluate(tokens_T)
+                if collector.error:
+                    raise collector.error
+                tick()
+        return collector.sums
+
+    def preset_types(
+        self, source: Path, preset: LlamaFileType, *, has_imatrix: bool, allow_requantize: bool = False
+    ) -> dict[str, GGMLQuantizationType]:
+        return preset_types(source, preset, has_imatrix=has_imatrix, allow_requantize=allow_requantize)
+
+    def quantize(self, job: QuantizeJob, threads: int) -> Iterator[Bytes]:
+        return quantize(job, threads)
+
+    def to_float(self, raw: Bytes, type_: GGMLQuantizationType, n_per_row: int) -> Floats:
+        return to_float(raw, type_, n_per_row)
+
+    def asker(self, paths: Sequence[Path]) -> AbstractContextManager[Asker]:
+        from cerebellum.llama.asker import open_asker  # it opens models through this engine
+
+        return open_asker(self, paths)
 
     def tokenize(self, path: Path, text: bytes) -> Tokenized:
         """Tokens of ``text`` exactly as llama-perplexity has them (specials added, none parsed)."""

@@ -16,35 +16,14 @@ from typing import Any
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from cerebellum.errors import BadInput
-from cerebellum.gguf.types import parse_type
+from cerebellum.gguf import parse_type, preset_label
 from cerebellum.llama.library import LOG, llama
 
-_PREFIXES = ("MOSTLY_", "ALL_")
-_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # llama-quantize's own
 _LINE = re.compile(
     r"^\[ *\d+/ *\d+\] (?P<name>\S+) +- \[.*?\], type = +(?P<source>\S+), size = +[\d.]+ MiB"
     r"(?: -> +[\d.]+ MiB \((?P<target>\S+)\))?$",
     re.MULTILINE,
 )
-
-
-def preset_names() -> tuple[str, ...]:
-    """The presets by the names llama-quantize users type."""
-    return tuple(_short(kind) for kind in LlamaFileType if kind.name.startswith(_PREFIXES))
-
-
-def parse_preset(text: str) -> LlamaFileType:
-    """``q3_k_m`` -> LlamaFileType.MOSTLY_Q3_K_M; BadInput lists the names otherwise."""
-    wanted = text.upper()
-    wanted = _ALIASES.get(wanted, wanted)
-    for kind in LlamaFileType:
-        if kind.name.startswith(_PREFIXES) and _short(kind) == wanted:
-            return kind
-    raise BadInput(f"unknown preset {text!r}: choose one of {', '.join(preset_names())}")
-
-
-def _short(kind: LlamaFileType) -> str:
-    return kind.name.split("_", 1)[1]
 
 
 def preset_types(
@@ -60,7 +39,7 @@ def preset_types(
     with LOG.captured() as fragments:
         status = lib.llama_model_quantize(os.fsencode(source), b"", ctypes.byref(params))
     if status != 0:
-        raise BadInput(f"{source}: llama.cpp cannot plan {_short(preset)}: {LOG.last_error()}")
+        raise BadInput(f"{source}: llama.cpp cannot plan {preset_label(preset)}: {LOG.last_error()}")
     found = {
         match["name"]: parse_type(match["target"] or match["source"])
         for match in _LINE.finditer("".join(fragments))

@@ -14,32 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from gguf import GGMLQuantizationType, quants
-from numpy.typing import NDArray
 
+from cerebellum.engine.protocols import Bytes, Floats, QuantizeJob
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.gguf.types import fits, needs_imatrix, row_bytes
 from cerebellum.llama.library import ggml
 
 _BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32 for each thread at a time
-
-Bytes = NDArray[np.uint8]
-Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizeJob:
-    """One tensor to convert.
-
-    ``raw`` holds its bytes at ``from_type``; ``shape`` is ggml's order (row length first);
-    ``importance`` is (experts * row length,) float32 mean squared activations, or None.
-    """
-
-    name: str
-    raw: Bytes
-    shape: tuple[int, ...]
-    from_type: GGMLQuantizationType
-    to_type: GGMLQuantizationType
-    importance: Floats | None = None
 
 
 @dataclass(frozen=True)

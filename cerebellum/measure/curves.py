@@ -1,93 +1,59 @@
-"""Response curves: what every role costs at every type it may take, measured.
+"""Decides what to measure of a model's parts and for how long, so that every group has a curve. Opens no model.
 
-A part of the model is measured at a type while all else is at the *anchor*, a type so fine that it does
-next to no damage (Q8_0). Its damage is then the whole of the KL divergence from the source above the
-anchor's: from a base that is damaged itself, the same change drowns in cross terms with that damage, five
-to ten times as much noise (docs/LOG.md). What is measured is a ``Part``: all groups of one role, or, where
-it was looked at more closely (``zoom.py``), the groups of some of its layers.
+A part is measured at a type while all else is at the *anchor*, a type so fine that it does next to no damage
+(Q8_0). Its damage is then the whole of the KL divergence from the source above the anchor's: from a base that
+is damaged itself, the same change drowns in cross terms with that damage, five to ten times as much noise
+(docs/LOG.md). First every role is measured at every type, then the layers of a role apart, from coarse to
+fine, as far as measurements say that they differ. That later layers have larger weights needs no measurement:
+rounding errors say it (rounding.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cerebellum.errors import BadInput
-from cerebellum.gguf import bits_per_weight, block_size, parse_type
-from cerebellum.groups import span_name
-from cerebellum.measure.race import Changes
-from cerebellum.plan.limit import Sizes
-from cerebellum.stats.paired import Interval, ratio_interval, superpopulation_interval
+from cerebellum.gguf import bits_per_weight, parse_type
+from cerebellum.layout import Layout, Part
+from cerebellum.measure.artifacts import Effect, Response, RoundingErrors
+from cerebellum.measure.method import Method
+from cerebellum.stats.estimate import Estimate, nested_sum, ratio_estimate
 from cerebellum.stats.sequential import looks
-
-BASE = "base"
-ANCHOR = "Q8_0"
-K_LADDER = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-FINE_LADDER = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")
-
-KLD, PPL = "kld", "ppl"
-OBJECTIVES = (KLD, PPL)
-
-_FIRST_LOOK, _GROWTH = 4, 2.0
-_PRECISE = 0.1  # half-width of the interval, as a share of the damage, that no decision needs to better
-_SLIGHT = 0.1  # of the role's largest damage: a type surely below it is known well enough
+from cerebellum.verdicts import Changes
 
 Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """Groups that are measured at one type together: a role, or some neighbouring layers of it."""
+class Probe:
+    """One part at one type, to be measured with all else at the anchor; its answer is a Response."""
 
-    name: str
-    groups: tuple[str, ...]
+    part: Part
+    qtype: str
 
-    def at(self, kind: str) -> Changes:
-        """The groups of the layout that leave the base."""
-        return {} if kind == BASE else dict.fromkeys(self.groups, kind)
+    def changes(self, layout: Layout, anchor: str) -> Changes:
+        """Returns the variant that has the part at its type and every other group at the anchor."""
+        return {**layout.anchored(anchor), **self.part.at(self.qtype)}
 
-    def n_bytes(self, kind: str, sizes: Sizes) -> int:
-        """Bytes in the file at ``kind`` (or BASE), padding included."""
-        return sum(sizes.file_bytes(name, kind) for name in self.groups)
-
-
-def roles(sizes: Sizes) -> tuple[Part, ...]:
-    """Every role that may be changed, with all its groups."""
-    found: dict[str, list[str]] = {}
-    for name, group in sizes.groups.items():
-        found.setdefault(group.role, []).append(name)
-    return tuple(Part(name=role, groups=tuple(names)) for role, names in found.items())
-
-
-def part_of(names: Sequence[str], sizes: Sizes) -> Part:
-    """Groups of one role as a part: the role itself, or named after its runs of layers."""
-    role = sizes.groups[names[0]].role
-    whole = [name for name, group in sizes.groups.items() if group.role == role]
-    if len(whole) == len(names):
-        return Part(name=role, groups=tuple(names))
-    runs: list[list[str]] = []
-    for name in names:
-        beside = runs and whole.index(name) == whole.index(runs[-1][-1]) + 1
-        runs[-1].append(name) if beside else runs.append([name])
-    layers = ([layer for name in run for layer in sizes.groups[name].layers] for run in runs)
-    spans = "+".join(span_name("", sorted(run)).lstrip(".") for run in layers)
-    return Part(name=f"{role}.{spans}", groups=tuple(names))
-
-
-def anchored(sizes: Sizes, anchor: str) -> Changes:
-    """All groups that can take the anchor at it; what cannot stays at its base types throughout."""
-    return {name: anchor for name in sizes.groups if sizes.legal(name, anchor)}
+    def answered(self, effect: Effect) -> Response:
+        """Returns the response: this probe with what was found."""
+        return Response(
+            part=self.part.name,
+            groups=self.part.groups,
+            type=self.qtype,
+            kld=effect.kld,
+            nll=effect.nll,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A variant on some chunks: mean NLL and mean KL divergence from the source, nats/token.
+    """A variant on some chunks: mean NLL and mean KL divergence from the source of each, nats a token.
 
-    Each has a value a chunk; the NLL may be known of more chunks than the divergence.
+    Both start at the first chunk of the seeded order; the NLL may be known of more chunks than the divergence.
     """
 
     nll: Vector
@@ -95,171 +61,152 @@ class Score:
 
     @property
     def finite(self) -> bool:
+        """Says whether the variant gave numbers on every chunk; one that did not has collapsed."""
         return bool(np.isfinite(self.nll).all() and np.isfinite(self.kld).all())
 
-    def change(self, base: Score) -> tuple[Interval | None, Interval | None]:
-        """(of the divergence, of the NLL) against the base on the same chunks; None where this collapsed."""
+    def change(self, base: Score) -> Effect:
+        """Returns the change against the base on the same chunks, paired chunk by chunk."""
         if not self.finite:
-            return None, None
-        return superpopulation_interval(self.kld - base.kld), superpopulation_interval(self.nll - base.nll)
+            return Effect(kld=None, nll=None)
+        return Effect(kld=Estimate.of(self.kld - base.kld), nll=Estimate.of(self.nll - base.nll))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Yardstick:
-    """The anchor and the base on the same chunks: all that any part or plan gets."""
+class Reference:
+    """Scores of the anchor and the base on every chunk that parts get; damages are measured from the anchor's.
+
+    The base's own damage says how hard each chunk is, so that a part may be measured on the first chunks only
+    and still be compared with one that got them all.
+    """
 
     anchor: Score
     base: Score
 
-    def above(self, score: Score) -> tuple[Interval | None, Interval | None]:
-        """(divergence, NLL) of a variant above the anchor; None where it collapsed.
+    def damage(self, score: Score) -> Effect:
+        """Returns the damage of a variant above the anchor's, from the chunks on which it was scored."""
+        if not score.finite:
+            return Effect(kld=None, nll=None)
+        nll = Estimate.of(score.nll - self.anchor.nll[: len(score.nll)])
+        return Effect(kld=self._divergence(score), nll=nll)
 
-        It may be known of the first chunks only; the base's own damage says how hard those are.
+    def damage_of_plan(self, score: Score, base: Score) -> Effect:
+        """Returns the damage of a whole plan above the anchor's; ``base`` is on the same chunks as the plan.
+
+        A plan's NLL is known on more chunks than the anchor's. Its change against the base is taken from all
+        of them, the base's damage above the anchor from the first, and their error chunk by chunk.
         """
         if not score.finite:
-            return None, None
+            return Effect(kld=None, nll=None)
+        shared = min(len(score.nll), len(self.anchor.nll))
+        above_anchor = base.nll[:shared] - self.anchor.nll[:shared]
+        nll = nested_sum(score.nll - base.nll, above_anchor)
+        return Effect(kld=self._divergence(score), nll=nll)
+
+    def _divergence(self, score: Score) -> Estimate:
         n = len(score.kld)
-        damage, base = score.kld - self.anchor.kld[:n], self.base.kld - self.anchor.kld
-        nll = superpopulation_interval(score.nll - self.anchor.nll[: len(score.nll)])
-        return ratio_interval(damage, base[:n], float(base.mean())), nll
+        base = self.base.kld - self.anchor.kld
+        return ratio_estimate(score.kld - self.anchor.kld[:n], base[:n], float(base.mean()))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Effect:
-    """What a change does to the divergence from the source and to the NLL, nats/token; None: not known."""
-
-    kld: Interval | None
-    nll: Interval | None
-
-    def damage(self, objective: str) -> Interval | None:
-        return self.kld if objective == KLD else self.nll
+Measure = Callable[[Probe, float], Response]
+"""Measures a probe; the number is the largest divergence that its role had so far, nats a token."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Damage(Effect):
-    """The effect of a part at a type."""
+def role_probes(layout: Layout, qtypes: Sequence[str], anchor: str) -> list[Probe]:
+    """Returns every role at every type that all its rows can take, the smallest type of a role first.
 
-    part: Part
-    kind: str
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "group": self.part.name,
-            "members": list(self.part.groups),
-            "type": self.kind,
-            "kld": nats_json(self.kld),
-            "nll": nats_json(self.nll),
-        }
-
-
-class Response(Damage):
-    """Measured: a part at a type with the rest at the anchor, its damage above the anchor's.
-
-    None where the variant collapsed.
+    A role that cannot be at the anchor is left out: nothing could be measured beside it.
     """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point(Damage):
-    """Foretold: a group at a type as a plan sees it, its change against the base.
-
-    ``n_bytes`` in the file, padding included.
-    """
-
-    n_bytes: int
-
-    def as_json(self) -> dict[str, Any]:
-        return {**super().as_json(), "bytes": self.n_bytes}
-
-
-def nats_json(interval: Interval | None) -> dict[str, float] | None:
-    if interval is None:
-        return None
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "chunks": interval.n}
-
-
-def response_from_json(row: Mapping[str, Any]) -> Response:
-    """The inverse of ``Response.as_json``; BadInput where a field is missing."""
-    return Response(**_damage_from_json(row))
-
-
-def point_from_json(row: Mapping[str, Any]) -> Point:
-    """The inverse of ``Point.as_json``; BadInput where a field is missing."""
-    return Point(**_damage_from_json(row, n_bytes="bytes"))
-
-
-def _damage_from_json(row: Mapping[str, Any], **beside: str) -> dict[str, Any]:
-    """The fields of a ``Damage``, and those ``beside`` it by their keys."""
-    try:
-        kld, nll = (nats_from_json(row[key]) for key in ("kld", "nll"))
-        part = Part(name=row["group"], groups=tuple(row.get("members", (row["group"],))))
-        more = {field: row[key] for field, key in beside.items()}
-        return {"part": part, "kind": row["type"], "kld": kld, "nll": nll, **more}
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(
-            f"curves.json: not as this version writes it ({type(error).__name__}: {error}); "
-            "run `cerebellum run --budget` again"
-        ) from error
-
-
-def nats_from_json(value: Mapping[str, Any] | None) -> Interval | None:
-    if value is None:
-        return None
-    n = int(value["chunks"])
-    return Interval(mean=value["mean"], low=value["low"], high=value["high"], n=n, population=n)
-
-
-Tried = tuple[Part, str]
-"""A part and the type it is tried at."""
-
-
-def candidates(sizes: Sizes, ladder: Sequence[str], anchor: str) -> list[Tried]:
-    """Every role at every type of the ladder that all its rows can take, the smallest first."""
-    found: list[Tried] = []
-    for part in roles(sizes):
-        if not all(sizes.legal(name, anchor) for name in part.groups):
+    found: list[Probe] = []
+    for part in layout.roles():
+        if not all(layout.legal(name, anchor) for name in part.groups):
             continue
-        each = [kinds_for(name, ladder, sizes) for name in part.groups]
-        common = [kind for kind in each[0] if all(kind in kinds for kinds in each) and kind != anchor]
-        found += [(part, kind) for kind in sorted(common, key=lambda kind: bits_per_weight(parse_type(kind)))]
+        each = [layout.ladder(name, qtypes) for name in part.groups]
+        common = [qtype for qtype in each[0] if all(qtype in one for one in each) and qtype != anchor]
+        common.sort(key=lambda qtype: bits_per_weight(parse_type(qtype)))
+        found += [Probe(part=part, qtype=qtype) for qtype in common]
     return found
 
 
-def kinds_for(name: str, ladder: Sequence[str], sizes: Sizes) -> list[str]:
-    """The types of the ladder that a group's rows can take; rows that are no multiple of 256 get all
-    types of 32-element blocks, which is what llama.cpp has in their stead."""
-    legal = sizes.groups[name].legal_types
-    if any(block_size(parse_type(kind)) > 32 for kind in legal):
-        return [kind for kind in dict.fromkeys(ladder) if kind in legal]
-    return list(legal)
-
-
-def base_kinds(part: Part, sizes: Sizes) -> set[str]:
-    """The types that a part's tensors have in the base."""
-    return {kind.name for name in part.groups for kind in sizes.base_types(name).values()}
-
-
 def measure_response(
-    tried: Tried, score: Callable[[int], Score], yardstick: Yardstick, most: int, largest: float = 0.0
+    probe: Probe,
+    score: Callable[[int], Score],
+    reference: Reference,
+    method: Method,
+    most: int,
+    largest: float = 0.0,
 ) -> Response:
-    """One part at one type, on ``most`` chunks or as many as it takes; ``score`` has its first n.
+    """Measures one probe on ``most`` chunks, or on as few as settle it; ``score`` has its first n chunks.
 
-    It stops where its damage is known to a tenth, or is surely below a tenth of ``largest``, the most
-    that its role did at any type so far: no decision hangs on more.
+    It is settled once its damage is known precisely, or is surely slight beside ``largest``, the most that
+    its role did at any type so far: no decision hangs on more.
     """
-    for n in looks(min(_FIRST_LOOK, most), _GROWTH, most):
-        kld, nll = yardstick.above(score(n))
-        if kld is None or kld.high < _SLIGHT * largest or kld.high - kld.mean < _PRECISE * kld.mean:
+    for n in looks(min(method.first_look, most), method.growth, most):
+        found = reference.damage(score(n))
+        if found.kld is None:
             break
-    return Response(part=tried[0], kind=tried[1], kld=kld, nll=nll)
+        damage = found.kld.interval()
+        is_slight = damage.high < method.slight * largest
+        if is_slight or damage.high - damage.mean < method.precise * damage.mean:
+            break
+    return probe.answered(found)
 
 
-def measure_curves(
-    tried: Sequence[Tried], measure: Callable[[Tried, float], Response]
-) -> tuple[Response, ...]:
-    """All of ``tried``, the smallest type of every role first: it says what is slight for the others."""
+def measure_roles(probes: Sequence[Probe], measure: Measure) -> tuple[Response, ...]:
+    """Measures the smallest type of each role first; its damage says which larger types need no precision."""
     found: list[Response] = []
-    for pair in tried:
-        own = [r.kld.mean for r in found if r.part == pair[0] and r.kld is not None]
-        found.append(measure(pair, max(own, default=0.0)))
+    for probe in probes:
+        own = [r.kld.mean for r in found if r.groups == probe.part.groups and r.kld is not None]
+        found.append(measure(probe, max(own, default=0.0)))
     return tuple(found)
+
+
+def measure_layers(
+    responses: Sequence[Response],
+    errors: RoundingErrors,
+    layout: Layout,
+    method: Method,
+    measure: Callable[[Probe], Response],
+    affordable: Callable[[], bool],
+) -> tuple[Response, ...]:
+    """Measures the halves of parts while two more measurements are ``affordable``, the most damaging part first.
+
+    A role is cut in two by layer and each half is measured at one cheap type. Where the halves are surely not
+    equally sensitive to rounding, each is cut again.
+    """
+    found: list[Response] = []
+    queue = [response for response in _smallest_types(responses) if len(response.groups) > 1]
+    while queue and affordable():
+        damages = [abs(response.kld.mean) if response.kld else np.inf for response in queue]
+        whole = queue.pop(int(np.argmax(damages)))
+        first, second = (measure(Probe(part=half, qtype=whole.type)) for half in halves(whole.groups, layout))
+        found += [first, second]
+        if _differ(first, second, errors, method):
+            queue += [response for response in (first, second) if len(response.groups) > 1]
+    return tuple(found)
+
+
+def halves(names: Sequence[str], layout: Layout) -> tuple[Part, Part]:
+    """Returns the earlier and the later layers of at least two groups of one role."""
+    middle = len(names) // 2
+    return layout.part(names[:middle]), layout.part(names[middle:])
+
+
+def _smallest_types(responses: Sequence[Response]) -> list[Response]:
+    """Returns every role at the smallest type that it survived, which comes first: there its layers say most."""
+    first: dict[tuple[str, ...], Response] = {}
+    for response in responses:
+        if response.kld is not None:
+            first.setdefault(response.groups, response)
+    return list(first.values())
+
+
+def _differ(a: Response, b: Response, errors: RoundingErrors, method: Method) -> bool:
+    """Says whether two halves are surely not equally sensitive; a collapse differs from anything else."""
+    if a.kld is None or b.kld is None:
+        return a.kld is not b.kld
+    rounded = (errors.summed(a.groups, a.type), errors.summed(b.groups, b.type))
+    if min(rounded) <= 0:
+        return False
+    difference = (a.kld * (1 / rounded[0]) + b.kld * (-1 / rounded[1])).interval()
+    return abs(difference.mean) > method.apart * (difference.high - difference.mean)

@@ -1,7 +1,7 @@
 """Variants -> paired per-chunk measurements in the ledger, resumable at any moment.
 
 ``Measurer`` answers what it is asked from the ledger, and from the engine where the ledger has nothing
-yet. What to ask is decided in ``sweep.py``, without I/O.
+yet. What to ask is decided in ``race.py`` and ``probe.py``, without I/O.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,14 @@ from cerebellum.engine.protocols import Engine, Logits, Model
 from cerebellum.engine.scoring import divergence, normalize, overlapped, predict
 from cerebellum.files import sha256_file
 from cerebellum.ledger import Divergence, Ledger, SeriesKey
-from cerebellum.measure.race import Measurement, Sweep, T
 from cerebellum.progress import Reporter, Silent
 from cerebellum.shards import Shards, Variant
 from cerebellum.stats.paired import Interval, superpopulation_interval
 from cerebellum.texts import Corpus
-from cerebellum.workspace import Workspace
+from cerebellum.verdicts import Measurement
+
+if TYPE_CHECKING:
+    from cerebellum.workspace import Workspace
 
 Vector = NDArray[np.float64]
 
@@ -181,17 +184,6 @@ def file_variant(path: Path, label: str) -> Variant:
     return Variant(label=label, paths=(path,), digest=sha256_file(path))
 
 
-def drive(sweep: Sweep[T], measurer: Measurer, shards: Shards) -> T:
-    """Runs a sweep to its end on a real engine; shards are made when first asked for."""
-    try:
-        ask = next(sweep)
-        while True:
-            ask = sweep.send(measurer.chunk_means(shards.variant(ask.changes), ask.chunks))
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-
-
 def with_divergence(found: Measurement, measurer: Measurer, shards: Shards) -> Measurement:
     """The measurement with what the ledger knows of the variant's divergence from the base."""
     known = measurer.divergence(shards.variant(found.changes))
@@ -199,28 +191,27 @@ def with_divergence(found: Measurement, measurer: Measurer, shards: Shards) -> M
 
 
 @contextmanager
-def measuring(workspace: Workspace, reference: Variant, chunks: Sequence[int]) -> Iterator[Measurer]:
-    """A measurer on the selection text; predictions of the reference (the base, or the source) for
-    ``chunks``, as many of them as have room, are kept on disk while it is open."""
-    corpus, settings = workspace.selection, workspace.settings
-    vocab_size = workspace.engine.vocab_size(workspace.source.path)
+def measuring(
+    workspace: Workspace, reference: Variant, chunks: Sequence[int], corpus: Corpus | None = None
+) -> Iterator[Measurer]:
+    """Opens a measurer on the selection text, or on another ``corpus``, and frees it when the block ends.
+
+    Predictions of the reference (the base, or the source) for ``chunks``, as many of them as have room, are
+    kept on disk meanwhile: divergences are measured against them.
+    """
+    corpus = corpus or workspace.selection
     cache = PredictionCache(
         workspace.path("predictions"),
         chunks,
-        corpus.scored_per_chunk * vocab_size * 4,
-        settings.prediction_bytes,
+        corpus.scored_per_chunk * workspace.engine.vocab_size(workspace.source.path) * 4,
+        workspace.settings.prediction_bytes,
     )
     kept = f"{len(cache.chunks)} chunks, {cache.n_bytes / 1e6:.0f} MB on disk meanwhile"
     if len(cache.chunks) < len(chunks):
         kept += f" ({len(chunks)} wanted; --kld-cache bounds it)"
     workspace.reporter.note(f"keeping the predictions of the {reference.label}: {kept}")
     measurer = Measurer(
-        workspace.engine,
-        workspace.ledger,
-        corpus,
-        workspace.reporter,
-        reference=reference,
-        cache=cache,
+        workspace.engine, workspace.ledger, corpus, workspace.reporter, reference=reference, cache=cache
     )
     try:
         yield measurer

@@ -1,95 +1,135 @@
-"""Measures parts and plans for a budget: on the first chunks of the seeded order, against the source.
+"""Measures parts and whole plans for a budget on an engine: on the first chunks of the seeded order.
 
-The source's own predictions are kept on disk meanwhile. What parts may cost is limited; plans as a whole are
-few, and get more chunks: what ships deserves more than its parts.
+Divergences are from the source, whose predictions are kept on disk while a session is open. What parts may
+cost is limited; whole plans are few, and get more chunks: what ships deserves more than its parts.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
 from cerebellum.errors import BadInput
-from cerebellum.measure.curves import Response, Score, Tried, Yardstick, anchored, measure_response
+from cerebellum.layout import Layout
+from cerebellum.measure.artifacts import Curves, Response
+from cerebellum.measure.curves import (
+    Probe,
+    Reference,
+    Score,
+    measure_layers,
+    measure_response,
+    measure_roles,
+    role_probes,
+)
 from cerebellum.measure.measurer import Measurer, measuring
-from cerebellum.measure.race import Changes, chunk_order
+from cerebellum.measure.method import Method
+from cerebellum.measure.race import chunk_order
+from cerebellum.measure.rounding import read_or_make_errors
+from cerebellum.settings import Budget
+from cerebellum.verdicts import NOTHING, Changes
 from cerebellum.workspace import Workspace
 
-_WHOLE_KLD_CHUNKS, _WHOLE_NLL_CHUNKS = 48, 96
-_YARDSTICK_SHARE = 0.2  # of the passes at most, for the source, the anchor and the base
+_NAMED = 6  # groups that a note still names
 
 
-@dataclass
-class Purse:
-    """Chunks that may be scored for curves, and those that were; a chunk of a variant counts once."""
+@dataclass(kw_only=True)
+class MeasurementBudget:
+    """Counts the chunks that parts cost, against the limit of the run; a chunk of a variant costs once."""
 
     limit: int
+    beforehand: int = 0
     spent_on: dict[frozenset[tuple[str, str]], int] = field(default_factory=dict)
     opened: float = field(default_factory=time.monotonic)
 
     @property
     def spent(self) -> int:
-        return sum(self.spent_on.values())
+        """Chunks charged so far, those of the source and of earlier stages among them."""
+        return self.beforehand + sum(self.spent_on.values())
 
     @property
     def left(self) -> int:
+        """Chunks that may still be scored; negative where a single measurement went over the limit."""
         return self.limit - self.spent
 
+    def charge(self, changes: Changes, n: int) -> None:
+        """Charges the first ``n`` chunks of a variant; those that it was charged before are free."""
+        key = frozenset(changes.items())
+        self.spent_on[key] = max(n, self.spent_on.get(key, 0))
+
     def progress(self, measured: int) -> str:
-        """For people: the share that is spent and, from the pace of ``measured`` chunks, the time left."""
+        """Tells people the share that is spent and, from the pace of ``measured`` chunks, the time left."""
         told = f"curves {100 * self.spent / self.limit:.0f}%"
         if measured:
             left = (time.monotonic() - self.opened) / measured * max(self.left, 0)
             told += f", {left / 60:.0f} min left at most" if left > 90 else f", {left:.0f} s left at most"
         return f"{told}: "
 
-    def pay(self, changes: Changes, n: int) -> None:
-        key = frozenset(changes.items())
-        self.spent_on[key] = max(n, self.spent_on.get(key, 0))
-
 
 @dataclass(kw_only=True)
 class Session:
-    """Scores variants on the first chunks of the seeded order, against the source's own predictions.
+    """Scores variants against the source's own predictions, for as long as these are on disk.
 
-    ``few`` chunks have those predictions on disk: parts get the first of them, plans all, and the NLL of
-    plans is known on ``many``.
+    ``few`` chunks have those predictions: parts get the first of them, whole plans all of them, and the NLL
+    of whole plans is known on ``many``. ``limit`` is what all curves may cost, in chunks.
     """
 
     workspace: Workspace
+    goal: Budget
+    method: Method
     measurer: Measurer
-    purse: Purse
     few: tuple[int, ...]
     many: tuple[int, ...]
+    limit: int
+    _reference: Reference | None = field(default=None, repr=False)
 
-    def alone(self, changes: Changes, n: int, label: str = "") -> Score:
-        """For a part: paid for."""
-        self.measurer.doing = self.purse.progress(self.measurer.measured)
-        self.purse.pay(changes, n)
-        return self._score(changes, self.few[:n], self.few[:n], label)
+    @property
+    def layout(self) -> Layout:
+        """The layout of the model that is measured."""
+        return self.workspace.layout
 
-    def whole(self, changes: Changes) -> Score:
+    @property
+    def seed(self) -> int:
+        """The seed of the chunk order, and of damages that are drawn."""
+        return self.workspace.settings.seed
+
+    def measure_reference(self) -> Reference:
+        """Scores the anchor and the base on all of ``few``, the first time that it is asked for.
+
+        Raises BadInput where either gives no finite logits, for nothing could be compared with it.
+        """
+        if self._reference is None:
+            anchored = self.layout.anchored(self.goal.anchor)
+            anchor = self._score(anchored, self.few, self.few, f"all at {self.goal.anchor}")
+            base = self._score(NOTHING, self.few, self.few)
+            self._refuse_collapse(anchor, "--anchor", self.goal.anchor)
+            self._refuse_collapse(base, "--base", self.layout.base.label)
+            self._reference = Reference(anchor=anchor, base=base)
+        return self._reference
+
+    def measure(self, probe: Probe, most: int, budget: MeasurementBudget, largest: float = 0.0) -> Response:
+        """Measures one part at one type on ``most`` chunks at most, and charges them to ``budget``."""
+        changes = probe.changes(self.layout, self.goal.anchor)
+        label = f"{probe.part.name}:{probe.qtype}, the rest at {self.goal.anchor}"
+
+        def score(n: int) -> Score:
+            self.measurer.doing = budget.progress(self.measurer.measured)
+            budget.charge(changes, n)
+            return self._score(changes, self.few[:n], self.few[:n], label)
+
+        return measure_response(probe, score, self.measure_reference(), self.method, most, largest)
+
+    def budget_after(self, curves: Curves) -> MeasurementBudget:
+        """Returns what the curves left of the budget for parts, also where another session measured them."""
+        return MeasurementBudget(limit=self.limit, beforehand=curves.chunks_scored)
+
+    def score_plan(self, changes: Changes) -> Score:
+        """Scores a whole plan: its divergence on all of ``few``, its NLL on all of ``many``."""
         self.measurer.doing = "whole plans: "
         return self._score(changes, self.many, self.few)
-
-    @cached_property
-    def yardstick(self) -> Yardstick:
-        """The anchor and the base on all of ``few``."""
-        sizes, settings = self.workspace.sizes, self.workspace.settings
-        self.purse.pay({"the source": ""}, len(self.few))
-        anchor = self.alone(anchored(sizes, settings.anchor), len(self.few), f"all at {settings.anchor}")
-        base = self.alone({}, len(self.few))
-        for score, flag, kind in ((anchor, "anchor", settings.anchor), (base, "base", settings.base)):
-            if not score.finite:
-                raise BadInput(
-                    f"{settings.source}: its logits are not finite at {kind}; give another --{flag}"
-                )
-        return Yardstick(anchor=anchor, base=base)
 
     def _score(
         self, changes: Changes, for_nll: tuple[int, ...], for_kld: tuple[int, ...], label: str = ""
@@ -98,47 +138,104 @@ class Session:
         kld = self.measurer.kld_means(variant, for_kld)
         return Score(nll=self.measurer.chunk_means(variant, for_nll), kld=kld)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Probes:
-    """Measures parts at types, each on ``most`` chunks or as many as it takes."""
-
-    session: Session
-    most: int
-
-    def measure(self, tried: Tried, largest: float = 0.0) -> Response:
-        settings, sizes = self.session.workspace.settings, self.session.workspace.sizes
-        part, kind = tried
-        changes = {**anchored(sizes, settings.anchor), **part.at(kind)}
-        label = f"{part.name}:{kind}, the rest at {settings.anchor}"
-        return measure_response(
-            tried, lambda n: self.session.alone(changes, n, label), self.session.yardstick, self.most, largest
-        )
+    def _refuse_collapse(self, score: Score, flag: str, qtype: str) -> None:
+        if not score.finite:
+            source = self.workspace.settings.source
+            raise BadInput(f"{source}: its logits are not finite at {qtype}; give another {flag}")
 
 
 @contextmanager
-def open_session(workspace: Workspace) -> Iterator[Session]:
-    """Opens what scoring needs; the source's predictions are kept on disk meanwhile."""
-    corpus, settings = workspace.selection, workspace.settings
+def open_session(workspace: Workspace, goal: Budget, method: Method | None = None) -> Iterator[Session]:
+    """Opens what scoring needs; the source's predictions are kept on disk meanwhile.
+
+    Raises BadInput where the text, the disk for predictions or the source itself allow no comparison.
+    """
+    method = method or Method()
+    corpus = workspace.selection
     if corpus.n_chunks < 2:
         raise BadInput(
             f"{corpus.path}: {corpus.n_chunks} chunk of {corpus.ctx} tokens says nothing of more text; "
             "give a longer --select-text or a smaller --ctx"
         )
-    order, limit = chunk_order(corpus.n_chunks, settings.seed), int(settings.curve_passes * corpus.n_chunks)
-    wanted = order[: max(2, min(_WHOLE_KLD_CHUNKS, int(_YARDSTICK_SHARE * limit / 3)))]
+    order = chunk_order(corpus.n_chunks, workspace.settings.seed)
+    limit = int(goal.passes * corpus.n_chunks)
+    affordable = int(method.reference_share * limit / 3)  # of source, anchor and base each
+    wanted = order[: max(2, min(method.plan_kld_chunks, affordable))]
     with measuring(workspace, workspace.source_variant, wanted) as measurer:
         n_kept = len(measurer.cache.chunks) if measurer.cache else 0
         if n_kept < 2:
             raise BadInput("--kld-cache: too small for the predictions of two chunks; give it more")
         if not np.isfinite(measurer.nll(workspace.source_variant, wanted[:n_kept])).all():
-            raise BadInput(
-                f"{settings.source}: its own logits are not finite; there is nothing to compare with"
-            )
+            source = workspace.settings.source
+            raise BadInput(f"{source}: its own logits are not finite; there is nothing to compare with")
         yield Session(
             workspace=workspace,
+            goal=goal,
+            method=method,
             measurer=measurer,
-            purse=Purse(limit),
             few=wanted[:n_kept],
-            many=order[:_WHOLE_NLL_CHUNKS],
+            many=order[: method.plan_nll_chunks],
+            limit=limit,
         )
+
+
+def measure_curves(workspace: Workspace, session: Session) -> Curves:
+    """Measures every role at every type, then layers apart where they differ, until the passes are spent."""
+    goal = session.goal
+    method = session.method
+    probes = check_probes(workspace.layout, goal, str(workspace.settings.source))
+    _tell_left_out(workspace, goal.anchor)
+    tried = [probe.part.at(probe.qtype) for probe in probes]
+    workspace.check_space([workspace.layout.anchored(goal.anchor), *tried])
+    errors = read_or_make_errors(workspace, goal, method)
+    reference = session.measure_reference()
+    budget = MeasurementBudget(limit=session.limit, beforehand=3 * len(session.few))
+    share = int(method.roles_share * budget.left / len(probes))
+    most = max(method.least_chunks, min(method.most_chunks, share))
+    reserved = int(method.fine_share * budget.limit) + 2 * most
+    most = min(most, len(session.few))
+    responses = measure_roles(probes, lambda probe, largest: session.measure(probe, most, budget, largest))
+    responses += measure_layers(
+        responses,
+        errors,
+        workspace.layout,
+        method,
+        lambda probe: session.measure(probe, most, budget),
+        lambda: budget.left >= reserved,
+    )
+    corpus = workspace.selection
+    return Curves(
+        base=workspace.base.label,
+        text=corpus.path.name,
+        text_sha256=corpus.sha256,
+        ctx=corpus.ctx,
+        seed=session.seed,
+        chunks=most,
+        tokens_scored=budget.spent * corpus.ctx,
+        passes=budget.spent / corpus.n_chunks,
+        anchor_kld=float(reference.anchor.kld.mean()),
+        base_kld=float(reference.base.kld.mean()),
+        base_above_anchor=reference.damage(reference.base),
+        responses=responses,
+        rounding=errors,
+        method=method,
+    )
+
+
+def check_probes(layout: Layout, goal: Budget, source: str) -> Sequence[Probe]:
+    """Returns every role at every type asked for; BadInput before any work where there is none."""
+    probes = role_probes(layout, goal.types, goal.anchor)
+    if not probes:
+        raise BadInput(
+            f"{source}: none of its groups can be both {goal.anchor} and one of --types; "
+            "give another --anchor or other --types"
+        )
+    return probes
+
+
+def _tell_left_out(workspace: Workspace, anchor: str) -> None:
+    """Notes which groups cannot be at the anchor: they are never measured and stay at their base types."""
+    left = [name for name in workspace.layout.groups if not workspace.layout.legal(name, anchor)]
+    if left:
+        named = ", ".join(left[:_NAMED])
+        workspace.reporter.note(f"{len(left)} groups cannot be {anchor} and stay at the base: {named}")

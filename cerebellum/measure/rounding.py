@@ -2,127 +2,177 @@
 
 No model runs: some rows of each tensor are quantized by ggml itself and read back. What a group costs at
 different types is very nearly proportional to this error (the linearity theorem of Malinovskii et al.
-2024, "HIGGS", arXiv:2411.17525), so a few measurements fix the height of its whole curve: sensitivity.py.
+2024, "HIGGS", arXiv:2411.17525), so a few measurements fix the height of its whole curve: plan/damage.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Literal
 
 import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from cerebellum.base import Base
+from cerebellum.codec import Artifact, Record, read_artifact, write_artifact
+from cerebellum.engine.protocols import Engine, QuantizeJob
+from cerebellum.errors import BadInput
 from cerebellum.gguf import fits, is_quantized, needs_imatrix, parse_type
 from cerebellum.imatrix import ImportanceMatrix
-from cerebellum.llama.quantize import QuantizeJob, quantize, to_float
-from cerebellum.measure.curves import BASE, kinds_for
-from cerebellum.plan.limit import Sizes
+from cerebellum.layout import Layout
+from cerebellum.measure.artifacts import RoundingErrors
+from cerebellum.measure.method import Method
 from cerebellum.progress import Reporter
+from cerebellum.settings import Budget
 from cerebellum.source import Source
+from cerebellum.workspace import Workspace
 
-_LEAST_ROWS, _LEAST_ELEMENTS = 64, 1 << 18  # of a tensor, spread evenly over its experts and rows
 
+class RoundingRecipe(Record, frozen=True, kw_only=True):
+    """Everything that the rounding errors of a run depend on.
 
-@dataclass(frozen=True, kw_only=True)
-class RoundingErrors:
-    """Group -> type name (or BASE) -> summed squared error of its weights, by importance.
-
-    In units of the activations' mean square; only ratios between groups and types are used. The types
-    of a group are those that a plan may give it. ``at_anchor`` is where its damage counts from.
+    ``source``, ``matrix`` and a ``base`` that was given as a file are SHA-256 sums; any other base is its
+    tensors' types. ``engine`` is the build that quantizes.
     """
 
+    engine: str
+    source: str
+    matrix: str
+    base: str | dict[str, str]
+    groups: tuple[str, ...]
+    types: tuple[str, ...]
     anchor: str
-    at_anchor: Mapping[str, float]
-    of: Mapping[str, Mapping[str, float]]
+    sample_rows: int
+    sample_elements: int
 
-    def above(self, name: str, kind: str) -> float:
-        """The error of a group at ``kind`` above that at the anchor."""
-        return 0.0 if kind == self.anchor else self.of[name][kind] - self.at_anchor[name]
 
-    def kinds(self, name: str) -> list[str]:
-        """The types that a plan may give a group."""
-        return [kind for kind in self.of[name] if kind != BASE]
+class RoundingFile(Artifact, frozen=True, kw_only=True):
+    """rounding.json: rounding errors with what they were made from, kept because IQ types take minutes."""
 
-    @property
-    def all_kinds(self) -> list[str]:
-        return list(dict.fromkeys(kind for name in self.of for kind in self.kinds(name)))
+    format: Literal[2] = 2
+    made_from: RoundingRecipe
+    errors: RoundingErrors
 
-    def as_json(self) -> dict[str, Any]:
-        return {"anchor": self.anchor, "at_anchor": self.at_anchor, "groups": self.of}
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> RoundingErrors:
-        return cls(anchor=value["anchor"], at_anchor=value["at_anchor"], of=value["groups"])
+def read_or_make_errors(workspace: Workspace, goal: Budget, method: Method) -> RoundingErrors:
+    """Returns the errors in rounding.json if they were made from just this; makes and keeps them otherwise."""
+    base = workspace.base
+    path = workspace.path("rounding.json")
+    recipe = RoundingRecipe(
+        engine=workspace.engine.build,
+        source=workspace.source_sha256,
+        matrix=workspace.matrix.sha256,
+        base=base.file.sha256() if base.file else workspace.layout.type_names(),
+        groups=tuple(workspace.layout.groups),
+        types=goal.offered,
+        anchor=goal.anchor,
+        sample_rows=method.sample_rows,
+        sample_elements=method.sample_elements,
+    )
+    if path.exists():
+        with suppress(BadInput):  # another version's: these are a cache, and are made again
+            kept = read_artifact(path, RoundingFile, "it is made again")
+            if kept.made_from == recipe:
+                return kept.errors
+    found = rounding_errors(
+        workspace.engine,
+        workspace.source,
+        workspace.matrix,
+        workspace.layout,
+        goal.offered,
+        goal.anchor,
+        method,
+        workspace.settings.threads,
+        workspace.reporter,
+    )
+    write_artifact(path, RoundingFile(made_from=recipe, errors=found))
+    return found
 
 
 def rounding_errors(
+    engine: Engine,
     source: Source,
     matrix: ImportanceMatrix | None,
-    sizes: Sizes,
-    kinds: Sequence[str],
+    layout: Layout,
+    qtypes: Sequence[str],
     anchor: str,
+    method: Method,
     threads: int,
     reporter: Reporter,
 ) -> RoundingErrors:
-    """Of every group that can take the anchor, at its base types and at all of ``kinds`` it can take."""
+    """Returns the errors of every group that can be at the anchor: in the base, and at all of ``qtypes`` it can be."""
     found: dict[str, dict[str, float]] = {}
+    at_base: dict[str, float] = {}
     at_anchor: dict[str, float] = {}
-    names = [name for name in sizes.groups if sizes.legal(name, anchor)]
+    names = [name for name in layout.groups if layout.legal(name, anchor)]
     with reporter.task("rounding errors of every type", len(names)) as tick:
         for name in names:
-            fallback = _usual_importance(matrix, name, sizes)
-            tensors = sizes.groups[name].tensors
-            samples = [Sample(source, matrix, tensor, threads, fallback) for tensor in tensors]
+            fallback = _usual_importance(matrix, name, layout)
+            tensors = layout.groups[name].tensors
+            samples = [
+                Sample(engine, source, matrix, tensor, method, threads, fallback) for tensor in tensors
+            ]
             at_anchor[name] = _error(samples, parse_type(anchor))
-            found[name] = {BASE: sum(sample.base_error(sizes.base) for sample in samples)} | {
-                kind: _error(samples, parse_type(kind))
-                for kind in kinds_for(name, kinds, sizes)
-                if all(sample.takes(parse_type(kind)) for sample in samples)
+            at_base[name] = sum(sample.base_error(layout.base) for sample in samples)
+            found[name] = {
+                qtype: _error(samples, parse_type(qtype))
+                for qtype in layout.ladder(name, qtypes)
+                if all(sample.takes(parse_type(qtype)) for sample in samples)
             }
             tick()
-    return RoundingErrors(anchor=anchor, at_anchor=at_anchor, of=found)
+    return RoundingErrors(anchor=anchor, at_anchor=at_anchor, at_base=at_base, of=found)
 
 
-def _error(samples: Sequence[Sample], kind: GGMLQuantizationType) -> float:
-    return sum(sample.error(kind) for sample in samples)
+def _error(samples: Sequence[Sample], type_: GGMLQuantizationType) -> float:
+    return sum(sample.error(type_) for sample in samples)
 
 
-def _usual_importance(matrix: ImportanceMatrix | None, name: str, sizes: Sizes) -> float:
-    """The mean importance in a group's role, for those of its tensors that have no entry of their own."""
-    role = sizes.groups[name].role
-    tensors = [t for group in sizes.groups.values() if group.role == role for t in group.tensors]
+def _usual_importance(matrix: ImportanceMatrix | None, name: str, layout: Layout) -> float:
+    """Returns the mean importance in a group's role, for those of its tensors that have no entry of their own."""
+    role = layout.groups[name].role
+    tensors = [t for group in layout.groups.values() if group.role == role for t in group.tensors]
     known = [entry for t in tensors if matrix and (entry := matrix.importance(t)) is not None]
     return float(np.mean([entry.mean() for entry in known])) if known else 1.0
 
 
 class Sample:
-    """Some rows of one tensor, as many of each expert, in full precision with their importance."""
+    """Some rows of one tensor, as many of each expert, in full precision with their importance.
+
+    They are spread evenly over the rows; ``fallback`` weighs all columns of a tensor that the matrix lacks.
+    """
 
     def __init__(
         self,
+        engine: Engine,
         source: Source,
         matrix: ImportanceMatrix | None,
         name: str,
+        method: Method,
         threads: int,
         fallback: float = 1.0,
     ) -> None:
-        self.name, self._threads, self._fallback = name, threads, fallback
         tensor = source.tensors[name]
-        self._columns, self._experts = tensor.shape[0], tensor.shape[2] if len(tensor.shape) > 2 else 1
+        self.name = name
+        self._engine = engine
+        self._threads = threads
+        self._fallback = fallback
+        self._type = tensor.type
+        self._columns = tensor.shape[0]
+        self._experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
         self._per_expert = tensor.n_elements // self._columns // self._experts
-        wanted = -(-max(_LEAST_ROWS, -(-_LEAST_ELEMENTS // self._columns)) // self._experts)
+        least = max(method.sample_rows, math.ceil(method.sample_elements / self._columns))
+        wanted = math.ceil(least / self._experts)
         spread = np.linspace(0, self._per_expert - 1, min(wanted, self._per_expert))
         self._rows = np.unique(spread.astype(int))
-        self._raw, self._type = self._sampled(source), tensor.type
+        self._raw = self._sampled(source)
         self._importance = matrix.importance(name) if matrix else None
-        self._exact = to_float(self._raw, self._type, self._columns)
+        self._exact = engine.to_float(self._raw, self._type, self._columns)
 
     def _sampled(self, file: Source) -> NDArray[np.uint8]:
-        """The bytes of the chosen rows in the source, or in another file with the same tensors."""
+        """Returns the bytes of the chosen rows in the source, or in another file with the same tensors."""
         rows = file.read(self.name).reshape(self._experts, self._per_expert, -1)[:, self._rows]
         return np.ascontiguousarray(rows).ravel()
 
@@ -130,32 +180,31 @@ class Sample:
     def _shape(self) -> tuple[int, int, int]:
         return (self._columns, len(self._rows), self._experts)
 
-    def takes(self, kind: GGMLQuantizationType) -> bool:
-        """Whether the rows can be of this type, and the matrix has what it needs."""
-        return fits(kind, self._shape) and not (needs_imatrix(kind) and self._importance is None)
+    def takes(self, type_: GGMLQuantizationType) -> bool:
+        """Says whether the rows can be of this type, and the matrix has what it needs."""
+        return fits(type_, self._shape) and not (needs_imatrix(type_) and self._importance is None)
 
     def base_error(self, base: Base) -> float:
-        """Of the base: of its own bytes where it was given as a file."""
-        kind = base.types[self.name]
+        """Returns the error of the base: that of its own bytes where it was given as a file."""
+        type_ = base.types[self.name]
         if base.file is None:
-            return self.error(kind)
-        return self._weighted(to_float(self._sampled(base.file), kind, self._columns))
+            return self.error(type_)
+        return self._weighted(self._engine.to_float(self._sampled(base.file), type_, self._columns))
 
-    def error(self, kind: GGMLQuantizationType) -> float:
-        """Of the whole tensor at a type, from these rows."""
-        if not is_quantized(kind) or kind == self._type:
+    def error(self, type_: GGMLQuantizationType) -> float:
+        """Returns the error of the whole tensor at a type, as these rows have it."""
+        if not is_quantized(type_) or type_ == self._type:
             return 0.0
         job = QuantizeJob(
             name=self.name,
             raw=self._raw,
             shape=self._shape,
             from_type=self._type,
-            to_type=kind,
+            to_type=type_,
             importance=self._importance,
         )
-        return self._weighted(
-            to_float(np.concatenate(list(quantize(job, self._threads))), kind, self._columns)
-        )
+        rounded = np.concatenate(list(self._engine.quantize(job, self._threads)))
+        return self._weighted(self._engine.to_float(rounded, type_, self._columns))
 
     def _weighted(self, rounded: NDArray[np.float32]) -> float:
         columns, n_rows, experts = self._shape

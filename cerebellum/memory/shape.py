@@ -1,58 +1,52 @@
-"""How much memory a model needs to run, from its metadata: weights, cache, state and compute.
+"""Computes how much GPU memory a model needs from its metadata: weights, cache, state and compute.
 
-The formulas are llama.cpp's own at its defaults (F16 cache, F32 state, flash attention, batches of 512
-tokens, all layers on the card): `llama_kv_cache` and `llama_kv_cache_iswa` (src/llama-kv-cache*.cpp),
-`llama_memory_recurrent` with `n_embd_r` and `n_embd_s` (src/llama-hparams.cpp). Two parts are bounds from
-above: the cache of a model whose windows are not known here, and the compute buffer, which depends on
-what can take whose place in a graph. ``ask`` has llama.cpp's own figures instead.
+The formulas are llama.cpp's at its defaults: F16 cache, F32 state, flash attention, batches of 512 tokens
+and all layers on the GPU. They follow `llama_kv_cache` (src/llama-kv-cache.cpp) and `llama_memory_recurrent`
+with `n_embd_r` and `n_embd_s` (src/llama-hparams.cpp). Two of them are upper bounds. The cache counts every
+attention layer as one that sees the whole context: which layers see only a sliding window is llama.cpp's
+business and changes with its versions. The compute buffer depends on what can take whose place in a graph.
+``ask`` replaces both with what llama.cpp itself says it would allocate.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from cerebellum.errors import AnswerIsNo
-from cerebellum.gguf import GgufFile
-from cerebellum.llama.allocation import memory_report
+from cerebellum.source import Metadata
 from cerebellum.units import gib
 
-CARDS_GIB = (8, 12, 16, 24)
-"""Memory of the graphics cards people have, GiB."""
+GPUS_GIB = (8, 12, 16, 24)
+"""Memory sizes of the GPUs that people have at home, in GiB; the model card has a column for each."""
 
 RESERVE_BYTES = 512 << 20
-"""What the driver and a display take of a card before any model is loaded; a round guess."""
+"""Bytes that the driver and a display take of a GPU before any model is loaded: a round guess."""
 
 SERVER_SEQUENCES = 4
-"""llama-server's slots without `-np`. They share one cache; each has a recurrent state of its own."""
+"""Slots of llama-server without `-np`. They share one cache; each has a recurrent state of its own."""
 
 CELLS = 256
-"""llama.cpp pads a cache to so many tokens, so contexts between are not worth asking for."""
+"""llama.cpp pads a cache to a multiple of so many tokens, so contexts between are not worth asking for."""
 
-_CACHE_BYTES, _STATE_BYTES, _VALUE_BYTES, _MASK_BYTES = 2, 4, 4, 2
+_CACHE_BYTES = 2  # an F16 key or value
+_STATE_BYTES = 4  # an F32 value of a recurrent state
+_VALUE_BYTES = 4  # an F32 activation or logit
+_MASK_BYTES = 2  # an F16 entry of the attention mask
 _BATCH_TOKENS = 512  # llama.cpp's n_ubatch
 _GIB = 1 << 30
-_LOG_BYTES = (1 << 20) // 64  # two buffers, in hundredths of a MiB
-_MAX_TEXT, _MAX_ITEMS = 2000, 1024
-_TEMPLATE_KEY = "tokenizer.chat_template"
-_WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
-_WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "cohere2": 4, "olmo2": 4}
-"""Without a pattern in the file, one of so many layers sees everything (`load_swa_pattern`)."""
-_OTHER_WINDOWS = ("llama4", "smallthinker")  # llama.cpp knows their windows better than their files do
-_NO_WINDOWS = ("phi3", "phimoe")  # it ignores these
+_LOG_BYTES = (1 << 20) // 64  # llama.cpp logs two buffers, each in hundredths of a MiB
 _INPUTS = ("token_embd.weight", "per_layer_token_embd.weight", "position_embd.weight", "token_types.weight")
-
-Metadata = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on the card for ``context`` tokens, shared by ``sequences`` conversations.
+    """Bytes on the GPU for a context of ``context`` tokens that ``sequences`` conversations share.
 
-    ``asked`` says that cache, state and compute are llama.cpp's own figures for this machine's card.
+    ``asked`` says that cache, state and compute are llama.cpp's own figures for this machine's GPU; without
+    it, compute is the larger of our bound and what llama.cpp needs on the CPU. ``cache_asked`` says the same
+    of cache and state alone, which do not depend on the device.
     """
 
     context: int
@@ -62,139 +56,158 @@ class Memory:
     compute: int
     sequences: int = 1
     asked: bool = False
+    cache_asked: bool = False
 
     @property
     def beside_weights(self) -> int:
+        """Bytes of everything but the weights, so what a plan cannot make smaller."""
         return self.cache + self.state + self.compute
 
     @property
     def total(self) -> int:
+        """Bytes of weights, cache, state and compute, without what the driver takes."""
         return self.weights + self.beside_weights
 
-    def fits(self, card_gib: int) -> bool:
-        """Whether all of it goes on a card of that size, with what the driver takes set aside."""
-        return self.total + RESERVE_BYTES <= card_gib * _GIB
+    def runs_on(self, gpu_gib: int) -> bool:
+        """Says whether all of it goes on a GPU of ``gpu_gib`` GiB with ``RESERVE_BYTES`` set aside."""
+        return self.total + RESERVE_BYTES <= gpu_gib * _GIB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What memory depends on, read off the metadata once.
+    """Holds what the memory of a model depends on, read off its metadata once.
 
-    ``cache_bytes_per_token`` is of the layers that see everything, ``window_bytes_per_token`` of those
-    that see ``window`` tokens; ``state`` of one conversation. ``activations`` is how many values one
-    token has at the widest layer.
+    ``weights`` are bytes on the GPU; ``cache_bytes_per_token`` counts all attention layers; ``state`` is the
+    bytes of one conversation in all recurrent layers; ``vocabulary`` is in tokens; ``activations`` is how
+    many values one token has at the widest layer. ``window`` is the sliding window in tokens that the file
+    names for some of its layers, 0 where it names none: with one, the cache is an upper bound.
     """
 
     weights: int
     cache_bytes_per_token: int
-    window_bytes_per_token: int
     window: int
     state: int
     vocabulary: int
     activations: int
     attention_layers: int
-    window_layers: int
     recurrent_layers: int
 
     def at(self, context: int, sequences: int = 1) -> Memory:
-        """The memory at ``context`` tokens, shared by ``sequences`` conversations."""
-        cells, tokens = _padded(context), min(context, _BATCH_TOKENS)
-        seen = _padded(min(cells, self.window * sequences + tokens)) if self.window else 0
+        """Returns the memory for ``context`` tokens that ``sequences`` conversations share."""
+        cells = -(-context // CELLS) * CELLS
         return Memory(
             context=context,
             sequences=sequences,
             weights=self.weights,
-            cache=self.cache_bytes_per_token * cells + self.window_bytes_per_token * seen,
+            cache=self.cache_bytes_per_token * cells,
             state=self.state * sequences,
-            compute=self._compute(tokens, cells + seen, sequences),
+            compute=self._compute(min(context, _BATCH_TOKENS), cells, sequences),
         )
 
     def _compute(self, tokens: int, cells: int, sequences: int) -> int:
-        """A batch's logits, masks and widest layer, as if none of them could take another's place."""
-        mask = _MASK_BYTES * cells if self.attention_layers else 0
+        """Bounds a batch's logits, masks and widest layer, as if none of them could reuse another's room.
+
+        A model with windows has a second mask, which is never larger than the first.
+        """
+        masks = 2 if self.window else 1
+        mask = masks * _MASK_BYTES * cells if self.attention_layers else 0
         values = _VALUE_BYTES * (self.vocabulary + self.activations)
         layer_state = self.state * sequences // max(self.recurrent_layers, 1)
         return tokens * (values + mask) + 2 * layer_state  # the state before and after
 
 
 def ask(shape: Shape, paths: Sequence[Path], context: int, sequences: int = 1) -> Memory:
-    """``shape.at`` with what llama.cpp says it allocates for these files; the weights stay the shape's.
+    """Returns ``shape.at`` with the bytes that llama.cpp says it allocates; the weights stay the shape's.
 
-    It reads their header only. Where it has no card, the compute buffer it tells of is the CPU's. A
-    card's may be larger (less can be reused), so that the bound stands where it is the larger one.
+    llama.cpp reads only the header of the files at ``paths``. Without a GPU in this machine it tells the
+    CPU's compute buffer. A GPU's may be larger, because less of it can be reused, so our bound stands there
+    if it is the larger one. Raises BadInput where llama.cpp cannot open the files.
     """
-    memory, said = shape.at(context, sequences), memory_report(paths, context, sequences=sequences)
+    from cerebellum.llama.allocation import memory_report  # whoever only reads a run loads no engine
+
+    memory = shape.at(context, sequences)
+    said = memory_report(paths, context, sequences=sequences)
     return replace(
         memory,
         cache=_exact(memory.cache, said.cache),
         state=_exact(memory.state, said.state),
         compute=said.compute if said.on_card else max(said.compute, memory.compute),
         asked=said.on_card,
+        cache_asked=True,
     )
 
 
 def _exact(n_bytes: int, said: int) -> int:
-    """The formula's bytes where llama.cpp says the same but for the rounding of its log."""
+    """Returns the formula's exact bytes where llama.cpp says the same but for the rounding of its log."""
     return n_bytes if abs(n_bytes - said) <= _LOG_BYTES else said
 
 
 def weights_budget(
-    shape: Shape, memory: Memory, card_bytes: int, *, at_least: int = 1, reserve_bytes: int = RESERVE_BYTES
+    shape: Shape, memory: Memory, gpu_bytes: int, *, at_least: int = 1, reserve_bytes: int = RESERVE_BYTES
 ) -> int:
-    """Bytes of tensors that go on a card beside the rest of ``memory``.
+    """Returns the bytes of tensors that go on a GPU of ``gpu_bytes`` beside the rest of ``memory``.
 
-    A file may be larger: by its header, and by the tensors that are ``off_the_card``. Raises AnswerIsNo
-    where fewer than ``at_least`` bytes are left, with the context or the card that would do.
+    A file may be larger than that: by its header, and by the tensors that are ``off_the_gpu``. Raises
+    AnswerIsNo where fewer than ``at_least`` bytes are left, with the context or the GPU that would do.
     """
-    left = card_bytes - reserve_bytes - memory.beside_weights
+    left = gpu_bytes - reserve_bytes - memory.beside_weights
     if left >= at_least:
         return left
-    room = card_bytes - reserve_bytes - at_least
+    room = gpu_bytes - reserve_bytes - at_least
     longest = largest_context(shape, room, memory.context - 1, memory.sequences)
     instead = f"a context of {longest:,} tokens or " if longest else ""
     raise AnswerIsNo(
-        f"{gib(card_bytes)} is too little at {memory.context:,} tokens: cache {gib(memory.cache)}, state "
+        f"{gib(gpu_bytes)} is too little at {memory.context:,} tokens: cache {gib(memory.cache)}, state "
         f"{gib(memory.state)}, compute {gib(memory.compute)} and {gib(reserve_bytes)} set aside leave "
         f"{gib(max(left, 0))} for weights that take at least {gib(at_least)}; {instead}"
-        f"a card of {-((left - at_least - card_bytes) // _GIB)} GiB would do"
+        f"a GPU of {-((left - at_least - gpu_bytes) // _GIB)} GiB would do"
     )
 
 
 def largest_context(shape: Shape, room_bytes: int, below: int, sequences: int = 1) -> int:
-    """The most tokens, a multiple of CELLS up to ``below``, for which all but the weights fits; or 0."""
-    fits, too_many = 0, below // CELLS + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
+    """Returns the most tokens for which all but the weights takes ``room_bytes`` at most, or 0 for none.
+
+    The answer is a multiple of ``CELLS`` and at most ``below``. It follows from the formulas, so for a model
+    with windows a longer context may be possible.
+    """
+    enough = 0
+    too_many = below // CELLS + 1
+    while too_many - enough > 1:
+        middle = (enough + too_many) // 2
         if shape.at(middle * CELLS, sequences).beside_weights <= room_bytes:
-            fits = middle
+            enough = middle
         else:
             too_many = middle
-    return fits * CELLS
+    return enough * CELLS
 
 
-def off_the_card(tensor_names: Collection[str]) -> frozenset[str]:
-    """Tensors that llama.cpp keeps in main memory although all layers are on the card: input embeddings.
+def off_the_gpu(tensor_names: Collection[str]) -> frozenset[str]:
+    """Returns the tensors that llama.cpp keeps in main memory with all layers on the GPU: input embeddings.
 
-    One that is the output too (tied) goes on the card, and a second time into main memory.
+    An input embedding that is the output too (tied) goes on the GPU and a second time into main memory, so
+    it is not among them.
     """
     tied = "output.weight" not in tensor_names
     return frozenset(_INPUTS[1:] if tied else _INPUTS) & frozenset(tensor_names)
 
 
 def memory_json(
-    shape: Shape, memory: Memory, card_bytes: int, reserve_bytes: int = RESERVE_BYTES
-) -> dict[str, Any]:
-    """Everything on the card, in bytes; ``free`` is negative where it does not fit."""
+    shape: Shape, memory: Memory, gpu_bytes: int, reserve_bytes: int = RESERVE_BYTES
+) -> dict[str, int | str]:
+    """Returns everything on the GPU in bytes, part by part; ``free`` is negative where it does not fit.
+
+    ``card`` is the GPU's memory. ``compute_from`` and ``cache_from`` say whether a figure is llama.cpp's own
+    or our bound; a cache without windows is exact either way.
+    """
     return {
         "context": memory.context,
         "sequences": memory.sequences,
         "weights": memory.weights,
         "cache": memory.cache,
         "cache_bytes_per_token": shape.cache_bytes_per_token,
+        "cache_from": "llama.cpp" if memory.cache_asked else "bound" if shape.window else "formula",
         "attention_layers": shape.attention_layers,
         "window": shape.window,
-        "window_bytes_per_token": shape.window_bytes_per_token,
-        "window_layers": shape.window_layers,
         "state": memory.state,
         "recurrent_layers": shape.recurrent_layers,
         "server_sequences": SERVER_SEQUENCES,
@@ -202,171 +215,148 @@ def memory_json(
         "compute_from": "llama.cpp" if memory.asked else "bound",
         "reserve": reserve_bytes,
         "total": memory.total + reserve_bytes,
-        "card": card_bytes,
-        "free": card_bytes - memory.total - reserve_bytes,
+        "card": gpu_bytes,
+        "free": gpu_bytes - memory.total - reserve_bytes,
     }
-
-
-def plain_metadata(file: GgufFile) -> dict[str, Any]:
-    """The header's short facts, fit for JSON: general.* and the architecture's own keys.
-
-    Of a chat template only its presence is kept: it is a program, and nothing here runs it.
-    """
-    architecture = file.value("general.architecture", "")
-    prefixes = ("general.", f"{architecture}.", "tokenizer.ggml.model", "tokenizer.ggml.pre")
-    found = {key: _plain(file.value(key)) for key in file.kv_records if key.startswith(prefixes)}
-    facts = {key: value for key, value in found.items() if value is not None}
-    tokens = file.value("tokenizer.ggml.tokens", [])
-    return facts | {"vocabulary": len(tokens), "chat_template": _TEMPLATE_KEY in file.kv_records}
-
-
-def _plain(value: Any) -> Any:
-    """A value for JSON, or None where it is too long or not finite."""
-    if isinstance(value, str):
-        return value[:_MAX_TEXT]
-    if isinstance(value, bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    items = list(value) if len(value) <= _MAX_ITEMS else []
-    plain = [_plain(item.item() if hasattr(item, "item") else item) for item in items]
-    return plain if plain and None not in plain else None
 
 
 def memory_shape(
     metadata: Metadata, attention_layers: Sequence[int], n_recurrent: int, weights: int
 ) -> Shape:
-    """Reads the shape off ``plain_metadata``; ``weights`` are the bytes of the tensors on the card."""
-    windowed = [layer for layer in attention_layers if _sees_window(metadata, layer)]
-    whole = [layer for layer in attention_layers if layer not in windowed]
+    """Reads the shape off ``source.plain_metadata``; ``weights`` are the bytes of the tensors on the GPU.
+
+    ``attention_layers`` are layer numbers from 0, ``n_recurrent`` counts the layers with a state.
+    """
+    counts = _Counts(metadata)
+    cached = sum(_cache_elements(counts, layer) for layer in attention_layers)
     return Shape(
         weights=weights,
-        cache_bytes_per_token=_CACHE_BYTES * sum(_cache_elements(metadata, layer) for layer in whole),
-        window_bytes_per_token=_CACHE_BYTES * sum(_cache_elements(metadata, layer) for layer in windowed),
-        window=_number(metadata, _WINDOW) if windowed else 0,
-        state=_STATE_BYTES * n_recurrent * _state_elements(metadata),
-        vocabulary=_number(metadata, "vocab_size") or int(metadata.get("vocabulary", 0)),
-        activations=max(_activations(metadata), default=0),
+        cache_bytes_per_token=_CACHE_BYTES * cached,
+        window=_window(counts) if attention_layers else 0,
+        state=_STATE_BYTES * n_recurrent * _state_elements(counts),
+        vocabulary=counts.of("vocab_size") or counts.bare("vocabulary"),
+        activations=max(_activations(counts), default=0),
         attention_layers=len(attention_layers),
-        window_layers=len(windowed),
         recurrent_layers=n_recurrent,
     )
 
 
 def contexts(full: int) -> tuple[int, ...]:
-    """The context lengths worth a row: 4K, 32K and all the model has."""
+    """Returns the context lengths worth a row on a card: 4K, 32K and ``full``, all that the model has."""
     return tuple(sorted({n for n in (4096, 32768) if n < full} | {full})) if full else (4096,)
 
 
 def ignores_window(metadata: Metadata) -> bool:
-    """Whether some layers see a window that is not known well enough: their cache is then too high."""
-    known = metadata.get("general.architecture") in _NO_WINDOWS or _window_pattern(metadata)
-    return _number(metadata, _WINDOW) > 0 and not known
+    """Says whether the file names a sliding window, so that the formulas' cache is an upper bound only."""
+    return _window(_Counts(metadata)) > 0
 
 
-def _window_pattern(metadata: Metadata) -> list[bool] | int:
-    """Which layers see a window, or how many layers come to one that sees everything; 0: not known."""
-    architecture = metadata.get("general.architecture", "")
-    pattern = metadata.get(f"{architecture}.{_PATTERN}")
-    if architecture in (*_NO_WINDOWS, *_OTHER_WINDOWS) or not _number(metadata, _WINDOW):
-        return 0
-    if isinstance(pattern, list):
-        return pattern
-    period = _WINDOW_PERIODS.get(architecture, 0)
-    return pattern if period and isinstance(pattern, int) else period
+def _window(counts: _Counts) -> int:
+    return counts.of("attention.sliding_window")
 
 
-def _sees_window(metadata: Metadata, layer: int) -> bool:
-    pattern = _window_pattern(metadata)
-    if isinstance(pattern, list):
-        return layer < len(pattern) and bool(pattern[layer])
-    return pattern > 0 and layer % pattern < pattern - 1
+@dataclass(frozen=True)
+class _Counts:
+    """Reads an architecture's own whole numbers out of metadata: one for the model, or one for each layer."""
+
+    metadata: Metadata
+
+    def of(self, suffix: str, layer: int = 0) -> int:
+        """Returns the count at `<architecture>.<suffix>`, of a list the layer's own, or 0 for none."""
+        value = self._value(suffix)
+        if isinstance(value, list):
+            value = value[layer] if layer < len(value) else 0
+        return int(value) if isinstance(value, int | float) else 0
+
+    def largest(self, suffix: str) -> int:
+        """Returns the largest of a list of layers, or the count itself where it is one for all of them."""
+        return max((self.of(suffix, layer) for layer in range(self.layers(suffix))), default=0)
+
+    def layers(self, suffix: str) -> int:
+        """Returns how many layers the value at ``suffix`` tells apart: 1 where it is one for all."""
+        value = self._value(suffix)
+        return len(value) if isinstance(value, list) else 1
+
+    def bare(self, key: str) -> int:
+        """Returns the count at a key without the architecture's name, 0 where there is none."""
+        value = self.metadata.get(key, 0)
+        return value if isinstance(value, int) else 0
+
+    def _value(self, suffix: str) -> object:
+        return self.metadata.get(f"{self.metadata.get('general.architecture', '')}.{suffix}", 0)
 
 
-def _padded(tokens: int) -> int:
-    return -(-tokens // CELLS) * CELLS
+def _activations(counts: _Counts) -> Iterator[int]:
+    """Yields how many values one token has at once in each sort of layer, as an upper bound.
 
-
-def _activations(metadata: Metadata) -> Iterator[int]:
-    """Values of one token in each kind of layer, with six of the residual stream's width and one of the
-    queries' in each: what is there at once, and the gaps that leaves.
-
-    Read off the graphs of src/llama-graph.cpp and src/models: queries, keys, values and their result;
-    gate, up and product of a feed-forward layer, and of each expert used, with its result or that and
-    its weighted copy; the projections, convolution, scan and gate of a recurrent layer.
+    Six times the residual stream's width and once the queries' stand for what every layer holds and for the
+    gaps that leaves. The rest is read off the graphs of src/llama-graph.cpp and src/models: queries, keys,
+    values and their result; gate, up and product of a feed-forward layer, and of each expert used, with its
+    result or that and its weighted copy; the projections, convolution, scan and gate of a recurrent layer.
     """
-    width = _number(metadata, "embedding_length")
-    heads, keys, values = _heads(metadata, _widest_layer(metadata))
-    queries = _largest(metadata, "attention.head_count") * max(keys, values)
+    width = counts.of("embedding_length")
+    heads, keys, values = _heads(counts, _widest_layer(counts))
+    queries = counts.largest("attention.head_count") * max(keys, values)
     common = 6 * width + queries
     yield common + 3 * queries + 2 * heads * (keys + values)
-    yield common + 3 * _largest(metadata, "feed_forward_length")
-    yield common + _expert_activations(metadata, width)
-    yield common + _recurrent_activations(metadata, width)
+    yield common + 3 * counts.largest("feed_forward_length")
+    yield common + _expert_activations(counts, width)
+    yield common + _recurrent_activations(counts, width)
 
 
-def _expert_activations(metadata: Metadata, width: int) -> int:
-    used = _number(metadata, "expert_used_count")
-    inner = _largest(metadata, "expert_feed_forward_length") or _largest(metadata, "feed_forward_length")
-    shared = 3 * _largest(metadata, "expert_shared_feed_forward_length")
-    return used * (width + max(3 * inner, width)) + shared + 3 * _number(metadata, "expert_count")
+def _expert_activations(counts: _Counts, width: int) -> int:
+    used = counts.of("expert_used_count")
+    inner = counts.largest("expert_feed_forward_length") or counts.largest("feed_forward_length")
+    shared = 3 * counts.largest("expert_shared_feed_forward_length")
+    return used * (width + max(3 * inner, width)) + shared + 3 * counts.of("expert_count")
 
 
-def _recurrent_activations(metadata: Metadata, width: int) -> int:
-    inner, state = _number(metadata, "ssm.inner_size"), _number(metadata, "ssm.state_size")
+def _recurrent_activations(counts: _Counts, width: int) -> int:
+    inner = counts.of("ssm.inner_size")
     if not inner:
-        return 12 * width if _state_elements(metadata) else 0
-    mixed = inner + 2 * _number(metadata, "ssm.group_count") * state
-    return 5 * inner + 3 * mixed + _number(metadata, "ssm.time_step_rank")
+        return 12 * width if _state_elements(counts) else 0
+    mixed = inner + 2 * counts.of("ssm.group_count") * counts.of("ssm.state_size")
+    return 5 * inner + 3 * mixed + counts.of("ssm.time_step_rank")
 
 
-def _widest_layer(metadata: Metadata) -> int:
-    """The layer with the most heads for keys and values: a hybrid's others have none."""
-    counts = metadata.get(f"{metadata.get('general.architecture', '')}.attention.head_count_kv")
-    layers = range(len(counts)) if isinstance(counts, list) else range(1)
-    return max(layers, key=lambda layer: _number(metadata, "attention.head_count_kv", layer), default=0)
+def _widest_layer(counts: _Counts) -> int:
+    """Returns the layer with the most heads for keys and values; a hybrid's other layers have none."""
+    layers = range(counts.layers("attention.head_count_kv"))
+    return max(layers, key=lambda layer: counts.of("attention.head_count_kv", layer), default=0)
 
 
-def _heads(metadata: Metadata, layer: int) -> tuple[int, int, int]:
-    """Heads of keys and values in a layer, and the length of a key and of a value."""
-    heads = _number(metadata, "attention.head_count", layer)
-    width = _number(metadata, "embedding_length") // max(heads, 1)
-    keys = _number(metadata, "attention.key_length") or width
-    values = _number(metadata, "attention.value_length") or width
-    if _sees_window(metadata, layer):
-        keys = _number(metadata, "attention.key_length_swa") or keys
-        values = _number(metadata, "attention.value_length_swa") or values
-    return _number(metadata, "attention.head_count_kv", layer) or heads, keys, values
+def _heads(counts: _Counts, layer: int) -> tuple[int, int, int]:
+    """Returns the heads of keys and values in a layer, then the elements of one key and of one value.
+
+    Some models give windowed layers lengths of their own (`_swa`); the longer one holds for all of them.
+    """
+    heads = counts.of("attention.head_count", layer)
+    width = counts.of("embedding_length") // max(heads, 1)
+    keys = counts.of("attention.key_length") or width
+    values = counts.of("attention.value_length") or width
+    return (
+        counts.of("attention.head_count_kv", layer) or heads,
+        max(keys, counts.of("attention.key_length_swa")),
+        max(values, counts.of("attention.value_length_swa")),
+    )
 
 
-def _cache_elements(metadata: Metadata, layer: int) -> int:
-    """Keys and values of one token in one layer; latent attention keeps its values inside its keys."""
-    heads, keys, values = _heads(metadata, layer)
-    return heads * (keys if _number(metadata, "attention.key_length_mla") else keys + values)
+def _cache_elements(counts: _Counts, layer: int) -> int:
+    """Returns the key and value elements of one token; latent attention keeps its values inside its keys."""
+    heads, keys, values = _heads(counts, layer)
+    return heads * (keys if counts.of("attention.key_length_mla") else keys + values)
 
 
-def _state_elements(metadata: Metadata) -> int:
-    """What one recurrent layer remembers: convolution and state (Mamba), shifts (RWKV), or a window."""
-    inner, state = _number(metadata, "ssm.inner_size"), _number(metadata, "ssm.state_size")
-    if inner:
-        groups, kernel = _number(metadata, "ssm.group_count"), _number(metadata, "ssm.conv_kernel")
-        return (kernel - 1) * (inner + 2 * groups * state) + state * inner
-    width = _number(metadata, "embedding_length")
-    if head := _number(metadata, "wkv.head_size"):
-        return width * (head + (_number(metadata, "token_shift_count") or 2))
-    return width * max(_number(metadata, "shortconv.l_cache") - 1, 0)
+def _state_elements(counts: _Counts) -> int:
+    """Returns what one recurrent layer remembers of one conversation, in elements.
 
-
-def _number(metadata: Metadata, suffix: str, layer: int = 0) -> int:
-    """An architecture's count, of a list the layer's own; 0 where it is not given."""
-    value = metadata.get(f"{metadata.get('general.architecture', '')}.{suffix}", 0)
-    if isinstance(value, list):
-        value = value[layer] if layer < len(value) else 0
-    return int(value) if isinstance(value, int | float) else 0
-
-
-def _largest(metadata: Metadata, suffix: str) -> int:
-    """The same of a list of layers, its largest."""
-    value = metadata.get(f"{metadata.get('general.architecture', '')}.{suffix}", 0)
-    layers = len(value) if isinstance(value, list) else 1
-    return max((_number(metadata, suffix, layer) for layer in range(layers)), default=0)
+    Mamba keeps a convolution and a state, RWKV shifted tokens and a state, a short convolution its inputs.
+    """
+    if inner := counts.of("ssm.inner_size"):
+        state = counts.of("ssm.state_size")
+        mixed = inner + 2 * counts.of("ssm.group_count") * state
+        return (counts.of("ssm.conv_kernel") - 1) * mixed + state * inner
+    width = counts.of("embedding_length")
+    if head := counts.of("wkv.head_size"):
+        return width * (head + (counts.of("token_shift_count") or 2))
+    return width * max(counts.of("shortconv.l_cache") - 1, 0)

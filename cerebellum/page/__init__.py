@@ -1,4 +1,4 @@
-"""Page and charts: a tool that turns numbers into HTML, Markdown and pictures, and knows no stage."""
+"""Turns numbers into HTML, Markdown and pictures: a tool that knows no stage, only what it is given."""
 
 from cerebellum.page.charts import (
     Cell,

@@ -1,7 +1,7 @@
-"""The charts, each one function from plain numbers to a matplotlib figure of a given width.
+"""Draws the charts, each one function from plain numbers to a matplotlib figure of a given width.
 
-Every mark of data carries an id (``gid``), so that a test can see that the page shows all there is.
-Colour is never alone: what is over the limit is also to the right of a line or named in words.
+Every mark of data carries an id (``gid``), so that a test can see that the page shows all there is. Colour is
+never alone: what is over the limit is also to the right of a line, or named in words.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from cerebellum.page.pictures import (
 )
 
 MINUS = "\u2212"
-_ROW, _FRAME = 24, 62
+_ROW = 24  # CSS pixels that a row of a chart takes
+_FRAME = 62  # CSS pixels for the axis and its label
 _LONGEST_NAME = 24
 _DASHES = (0, (4, 3))
 _MOST_EMPTY = 2.5
@@ -43,7 +44,10 @@ _COLOURS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A row of a forest plot: a mean with its interval, in percent."""
+    """Is one row of a forest plot: a mean with its interval, in percent.
+
+    ``verdict`` picks the colour and ``text`` stands at the right end of the row.
+    """
 
     name: str
     mean: float
@@ -55,7 +59,10 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """A rate with the interval it could have."""
+    """Is one row of the chart of rates: a damage for each byte saved, with the interval it could have.
+
+    ``changed`` says that the plan changed this group, which is then drawn in another colour.
+    """
 
     name: str
     value: float
@@ -67,7 +74,9 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """How one verdict was reached: chunks seen, and (mean, low, high) in percent after each look."""
+    """Shows how one verdict was reached: the chunks seen, and mean, low and high in percent
+    after each look.
+    """
 
     name: str
     verdict: str
@@ -79,7 +88,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A variant by size and damage; ``label`` only where there is room for one."""
+    """Is a variant by size and damage, with its interval; only where there is room does ``label`` name it."""
 
     name: str
     size: float
@@ -92,7 +101,10 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A group at one type: size, damage and its interval in nats a token."""
+    """Is a group at one type: its size, its damage and the damage's interval in nats a token.
+
+    ``chosen`` marks the type that the plan gave it.
+    """
 
     size: float
     damage: float
@@ -103,7 +115,9 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What one group costs at each type, from the smallest to the largest."""
+    """Shows what one group costs at each type, from the smallest type to the largest, as a small chart of its
+    own.
+    """
 
     name: str
     steps: Sequence[Step]
@@ -111,7 +125,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A role over a span of layers, and its damage in the unit that ``heat_map`` is told."""
+    """Is a role over a span of layers with its damage, in the unit that ``heat_map`` is told."""
 
     role: str
     layers: Sequence[int]
@@ -119,16 +133,20 @@ class Cell:
 
 
 def verdict_colour(verdict: str) -> str:
+    """Returns the colour of a verdict, and that of an undecided one where the word is not known."""
     return _COLOURS.get(verdict, UNDECIDED)
 
 
 def short(name: str) -> str:
-    """A name that leaves room for the data."""
+    """Returns a name cut to what leaves room for the data, with an ellipsis where something was cut off."""
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
 def estimates_chart(width: int, rows: Sequence[Estimate], limit: float | None, label: str) -> Figure:
-    """A forest plot: a dot and its interval for each row, the limit as a line."""
+    """Draws a forest plot: a dot and its interval for each row, and the limit in percent as a dashed line.
+
+    ``label`` names the axis; where the limit lies too far off to be drawn, the axis says it in words.
+    """
     drawn = figure(width, _ROW * len(rows) + _FRAME)
     axes = drawn.add_subplot()
     for place, row in enumerate(rows):
@@ -145,12 +163,15 @@ def estimates_chart(width: int, rows: Sequence[Estimate], limit: float | None, l
 
 
 def near(limit: float | None, highs: Sequence[float]) -> bool:
-    """Whether drawing the limit leaves room for the data; if not, it is told and not drawn."""
+    """Says whether drawing the limit leaves room for the data; if not, it is told in words and not drawn."""
     return limit is not None and limit <= _MOST_EMPTY * max(highs, default=0)
 
 
 def rates_chart(width: int, rows: Sequence[Rate], label: str, in_percent: bool) -> Figure:
-    """Dots from the cheapest byte to the dearest; rates span decades, so then the scale is a logarithm."""
+    """Draws dots from the cheapest byte to the dearest; ``in_percent`` decides the unit of the axis.
+
+    Rates can span decades, and then the axis is logarithmic.
+    """
     drawn = figure(width, _ROW * len(rows) + _FRAME)
     axes = drawn.add_subplot()
     floor = _log_floor(rows)
@@ -175,15 +196,18 @@ def rates_chart(width: int, rows: Sequence[Rate], label: str, in_percent: bool) 
 
 
 def _log_floor(rows: Sequence[Rate]) -> float | None:
-    """Where a logarithmic axis starts, or None where a linear one shows everything, or zero counts."""
-    lows, values = [row.low for row in rows], [row.value for row in rows]
+    """Returns where a logarithmic axis starts, or None where a linear one shows everything or zero counts."""
+    lows = [row.low for row in rows]
+    values = [row.value for row in rows]
     if min(values) <= 0 or sum(low > 0 for low in lows) < len(lows) / 2:
         return None
     return min(values) / 2 if max(values) >= _DECADES * min(values) else None
 
 
 def _named_rows(axes: Axes, names: Sequence[str], texts: Sequence[str], log: bool = False) -> None:
-    """Names on the left, values on the right, a faint rule under each row, the first row on top."""
+    """Writes names on the left and values on the right, with a faint rule under each row and the first row on
+    top.
+    """
     axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0, pad=8)
@@ -205,7 +229,9 @@ def _percent_tick(value: float, _place: int | None = None) -> str:
 
 
 def paths_chart(width: int, panels: Sequence[Panel], limit: float) -> Figure:
-    """Small multiples: the interval of each group closing as chunks are read, against the limit."""
+    """Draws small multiples: the interval of each group closing as chunks are read, against the limit in
+    percent.
+    """
     columns = 2 if width <= NARROW else 4
     lines = math.ceil(len(panels) / columns)
     drawn = figure(width, 118 * lines + 34)
@@ -243,7 +269,11 @@ def _path(axes: Axes, panel: Panel, limit: float, place: int) -> None:
 
 
 def sizes_chart(width: int, points: Sequence[Point], unit: str, limit: float | None) -> Figure:
-    """Everything that was measured, by its size and its damage; lower left is better."""
+    """Draws everything that was measured by its size in ``unit`` and its damage in percent; lower left is
+    better.
+
+    The limit in percent is a dashed line where drawing it leaves room for the data.
+    """
     drawn = figure(width, 300)
     axes = drawn.add_subplot()
     for place, point in enumerate(points):
@@ -267,12 +297,18 @@ def sizes_chart(width: int, points: Sequence[Point], unit: str, limit: float | N
 
 
 def _point_label(axes: Axes, point: Point, points: Sequence[Point], rise: int = 0) -> None:
-    """The base's label under it or, where there is a ``rise``, over it; others' beside their points."""
+    """Writes a point's label where it hides nothing.
+
+    The base's stands under its point, or over it where there is a ``rise``, and every other one beside its
+    point.
+    """
     middle = (min(p.size for p in points) + max(p.size for p in points)) / 2
     side = 1 if point.size <= middle or rise else -1
-    away, align = (9 * side, rise), "left" if side > 0 else "right"
+    away = (9 * side, rise)
+    align = "left" if side > 0 else "right"
     if not point.verdict:
-        away, align = (0, 13 if rise else -13), "center"
+        away = (0, 13 if rise else -13)
+        align = "center"
     axes.annotate(
         short(point.label),
         (point.size, point.delta),
@@ -285,7 +321,10 @@ def _point_label(axes: Axes, point: Point, points: Sequence[Point], rise: int = 
 
 
 def curves_chart(width: int, curves: Sequence[Curve], unit: str) -> Figure:
-    """Small multiples: damage by size for each group; the ring is what was chosen."""
+    """Draws small multiples: damage by size in ``unit`` for each group, with a ring around what was chosen.
+
+    All panels share the vertical axis, so that a flat curve is one that costs little.
+    """
     columns = 2 if width <= NARROW else 4
     lines = math.ceil(len(curves) / columns)
     drawn = figure(width, 122 * lines + 34)
@@ -300,12 +339,14 @@ def curves_chart(width: int, curves: Sequence[Curve], unit: str) -> Figure:
 
 
 def _curve(axes: Axes, curve: Curve, place: int) -> None:
-    sizes, damages = [step.size for step in curve.steps], [step.damage for step in curve.steps]
+    sizes = [step.size for step in curve.steps]
+    damages = [step.damage for step in curve.steps]
     axes.axhline(0, color=RULE, linewidth=1)
     axes.plot(sizes, damages, color=ACCENT, linewidth=1.4, gid=f"curve-{place}")
     for step in curve.steps:
         axes.plot([step.size] * 2, [step.low, step.high], color=ACCENT, linewidth=1.2, alpha=0.5)
-        size, face = (7.5, "none") if step.chosen else (3.5, ACCENT)
+        size = 7.5 if step.chosen else 3.5
+        face = "none" if step.chosen else ACCENT
         axes.plot([step.size], [step.damage], "o", color=ACCENT, markerfacecolor=face, markersize=size)
     axes.set_title(short(curve.name), fontsize=10, color=INK, loc="left", pad=4)
     ends = sorted({min(sizes), max(sizes)})
@@ -323,7 +364,11 @@ def _nats_tick(value: float, _place: int | None = None) -> str:
 def frontier_chart(
     width: int, best: Sequence[tuple[float, float]], points: Sequence[Point], unit: str
 ) -> Figure:
-    """The best that the parts promise at each size, and what was measured whole."""
+    """Draws the best that the parts promise at each size as a line, and what was measured whole as points.
+
+    ``best`` holds (size in ``unit``, KL divergence in nats a token); the axis is logarithmic where all is
+    above 0.
+    """
     drawn = figure(width, 300)
     axes = drawn.add_subplot()
     axes.plot(
@@ -348,7 +393,10 @@ def frontier_chart(
 
 
 def heat_map(width: int, cells: Sequence[Cell], told: Callable[[float], str]) -> Figure:
-    """Roles by layers, where a role was measured in spans: the deeper the colour, the more damage."""
+    """Draws roles by layers, where a role was measured in spans: the deeper the colour, the more damage.
+
+    ``told`` writes the damage of the deepest colour, so that the colours have a scale.
+    """
     roles = list(dict.fromkeys(cell.role for cell in cells))
     last = max(layer for cell in cells for layer in cell.layers)
     drawn = figure(width, _ROW * len(roles) + _FRAME)

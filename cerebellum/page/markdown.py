@@ -1,7 +1,7 @@
-"""Untrusted text into Markdown. Names come out of files that anybody may have written.
+"""Writes untrusted text into Markdown, because names come out of files that anybody may have written.
 
-Everything is escaped unless it says that it is Markdown already, so a forgotten filter shows as
-backslashes and not as somebody's link.
+Everything is escaped unless it says that it is Markdown already, so a forgotten filter shows as backslashes
+and not as somebody's link.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _LINKS = (("://", "&#58;//"), ("www.", "www&#46;"), ("@", "&#64;"))
 
 
 class Markdown(str):
-    """Text that is Markdown already and is not escaped again."""
+    """Is text that is Markdown already, so that it is not escaped a second time."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
 class Code:
-    """A name to be shown in a code span."""
+    """Is a name out of a file, to be shown in a code span and never to be read as markup."""
 
     text: str
 
@@ -37,12 +37,16 @@ Sentence = tuple[str | Code, ...]
 
 
 def one_line(text: object) -> str:
-    """Without line breaks and control characters (those that turn writing around among them)."""
+    """Returns the text without line breaks and control characters, those that turn writing
+    around among them.
+    """
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
 def escape_text(text: object) -> Markdown:
-    """Plain text as Markdown that reads the same: no markup, no HTML, no link, no mention."""
+    """Returns plain text as Markdown that reads the same: no markup, no HTML, no link and no mention of
+    anybody.
+    """
     plain = html.escape(one_line(text), quote=False)
     escaped = _ACTIVE.sub(lambda match: f"\\{match[2]}" if match[2] else match[0], plain)
     for active, inert in _LINKS:
@@ -51,7 +55,7 @@ def escape_text(text: object) -> Markdown:
 
 
 def code_span(text: object) -> Markdown:
-    """A name in code; unusual characters as entities, for no fence holds every name."""
+    """Returns a name as code; unusual characters become entities, because no fence holds every name."""
     name = one_line(text)
     if _PLAIN_CODE.fullmatch(name):
         return Markdown(f"`{name}`")
@@ -60,10 +64,14 @@ def code_span(text: object) -> Markdown:
 
 
 def sentence(parts: Sentence) -> Markdown:
-    """Our words escaped too: they hold no markup, and may hold numbers such as `~1`."""
+    """Returns a sentence as Markdown; our own words are escaped too, since they may hold numbers such as
+    `~1`.
+    """
     return Markdown("".join(code_span(p.text) if isinstance(p, Code) else escape_text(p) for p in parts))
 
 
 def finalize(value: Any) -> Any:
-    """What a template writes: everything but ``Markdown`` is escaped."""
+    """Returns what a template writes for a value: everything but ``Markdown`` is escaped, and None is
+    nothing.
+    """
     return value if isinstance(value, Markdown) else escape_text("" if value is None else value)

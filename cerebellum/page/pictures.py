@@ -1,7 +1,7 @@
-"""A drawing as an inline SVG that follows the page's colours, and as a PNG for the card.
+"""Makes a drawing an inline SVG that follows the page's colours, and a PNG for the card.
 
-A figure is drawn twice, for a wide and for a narrow page, because text that shrinks with its picture
-cannot be read on a telephone. Colours become CSS variables, so one SVG serves light and dark.
+A figure is drawn twice, for a wide and for a narrow page, because text that shrinks with its picture cannot
+be read on a telephone. Colours become CSS variables, so one SVG serves light and dark.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-INK, MUTED, RULE, PAPER = "#1c1d1f", "#6a6e75", "#dfe1e5", "#fffffe"
-TOLERANT, SENSITIVE, UNDECIDED, ACCENT = "#23795b", "#c0462c", "#8b8577", "#3557b7"
+INK = "#1c1d1f"
+MUTED = "#6a6e75"
+RULE = "#dfe1e5"
+PAPER = "#fffffe"
+TOLERANT = "#23795b"
+SENSITIVE = "#c0462c"
+UNDECIDED = "#8b8577"
+ACCENT = "#3557b7"
 
 _VARIABLES = {
     INK: "--ink",
@@ -32,7 +38,8 @@ _VARIABLES = {
     UNDECIDED: "--undecided",
     ACCENT: "--accent",
 }
-WIDE, NARROW = 920, 342
+WIDE = 920
+NARROW = 342
 """Widths the two drawings are made for, in CSS pixels."""
 
 _STYLE: dict[Any, Any] = {
@@ -70,7 +77,7 @@ Draw = Callable[[int], Figure]
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One chart: its name (also that of its PNG), what it shows in words, and its drawings."""
+    """Holds one chart: its name (also that of its PNG), what it shows in words, and its drawings."""
 
     name: str
     title: str
@@ -80,9 +87,12 @@ class Picture:
 
 
 def picture(name: str, title: str, draw: Draw) -> Picture:
-    """Draws the chart at both widths."""
+    """Draws the chart at both widths as SVG, and the wide one as PNG too; ``title`` says in words what it
+    shows.
+    """
     with _styled(name):
-        wide, narrow = draw(WIDE), draw(NARROW)
+        wide = draw(WIDE)
+        narrow = draw(NARROW)
         return Picture(
             name=name,
             title=title,
@@ -93,13 +103,13 @@ def picture(name: str, title: str, draw: Draw) -> Picture:
 
 
 def figure(width: int, height: float) -> Figure:
-    """An empty figure in CSS pixels: one point of the drawing is one pixel of the page."""
+    """Returns an empty figure of a size in CSS pixels: one point of the drawing is one pixel of the page."""
     return Figure(figsize=(width / 72, height / 72), layout="constrained")
 
 
 @contextmanager
 def _styled(salt: str) -> Iterator[None]:
-    """Our style whatever the user's matplotlibrc says; the salt makes the SVG's ids repeatable."""
+    """Sets our style whatever the user's matplotlibrc says; the salt makes the ids in the SVG repeatable."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE | {"svg.hashsalt": salt})
@@ -122,7 +132,7 @@ def _svg(drawn: Figure, prefix: str, title: str) -> Markup:
 
 
 def _opened(text: str, title: str) -> str:
-    """The root element as wide as its place, named for those who cannot see it."""
+    """Makes the root element as wide as its place, and names it for those who cannot see it."""
     view = _VIEW.search(text)
     box = view[1] if view else f"0 0 {WIDE} {WIDE}"
     label = Markup.escape(title)
@@ -130,7 +140,7 @@ def _opened(text: str, title: str) -> str:
 
 
 def _png(drawn: Figure) -> bytes:
-    """On white and at twice the size, for pages that are not ours."""
+    """Returns the drawing on white and at twice the size, for pages whose background is not ours."""
     stream = io.BytesIO()
     drawn.set_facecolor("white")
     FigureCanvasAgg(drawn)

@@ -1,4 +1,4 @@
-"""The two environments. Templates are Cerebellum's own files; a model's template is never one."""
+"""Renders the templates, which are Cerebellum's own files; a model's template is never one of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from cerebellum.page.markdown import Code, Markdown, Sentence, code_span, finali
 
 
 def render_markdown(template: str, context: Mapping[str, Any]) -> str:
-    """A Markdown template in which every value is escaped that is not ``Markdown``."""
+    """Renders a Markdown template by its name; every value is escaped that is not ``Markdown`` already.
+
+    A name that the template uses and ``context`` lacks raises jinja2's UndefinedError.
+    """
     return _markdown().get_template(template).render(context)
 
 
 def render_html(template: str, context: Mapping[str, Any]) -> str:
-    """An HTML template, autoescaped."""
+    """Renders an HTML template by its name; every value is escaped that is not markup already."""
     return _html().get_template(template).render(context)
 
 

@@ -1,378 +1,457 @@
-"""Damages + a budget in bytes -> the best plan that fits. Loads no model; asks for measurements.
+"""Chooses the best file of a size: damages and a budget in bytes give proposals, and measurement picks among them.
 
 The knapsack assumes that damages add up. What it proposes is therefore measured whole, what the parts got
-wrong is learned (sensitivity.py), and it is solved again; then for damages drawn from what is still not
-known. The best *measured* plan ships, the unchanged base among them where it fits.
+wrong is learned (damage.py), and it is solved again; then for damages drawn from what is still not known. The
+best *measured* proposal ships, the unchanged base among them where it fits.
+
+The words of budget mode, each with one meaning:
+
+| word | meaning |
+| --- | --- |
+| part | groups that are looked at together: a role, or some neighbouring layers of it |
+| anchor | the type that all else has while a part is measured, so fine that it does next to no damage (Q8_0) |
+| probe, response | one part at one type with all else at the anchor; the damage that was measured for it |
+| damage | what a change costs in the budget's objective: KL divergence from the source, or NLL, nats a token |
+| sensitivity | damage of a group for each unit of rounding error; what the damage model fits |
+| point, curve | one group at one type as foretold: its damage and its bytes; all points of a group are its curve |
+| proposal | one point of every group that fits the budget together, foretold and then measured whole |
+| target | the size that was asked for, as bytes of the whole file |
+| reference | anchor and base scored on all chunks that parts get; damages are measured from it |
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any, Protocol
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec.structs import replace as replace_fields
 
 from cerebellum.errors import AnswerIsNo
-from cerebellum.gguf import parse_type
-from cerebellum.measure.curves import BASE, FINE_LADDER, KLD, PPL, Point, Score, base_kinds, part_of
-from cerebellum.measure.race import Changes, interval_json
-from cerebellum.plan.damage import Sensitivities, Whole
+from cerebellum.layout import Layout
+from cerebellum.measure.artifacts import Bounds, Curves, Effect, Look, Response, finite_pair
+from cerebellum.measure.curves import Probe, Reference, Score
+from cerebellum.plan import knapsack
+from cerebellum.plan.artifacts import BudgetPlan, CandidateRow, FrontierRow, PlanRow, PointRow
+from cerebellum.plan.damage import DamageModel, WholePlan, base_point, fit_damage
 from cerebellum.plan.knapsack import Choice, Option, solve
-from cerebellum.plan.limit import Sizes
-from cerebellum.stats.paired import Interval, as_percent, superpopulation_interval
+from cerebellum.plan.target import Target, target_of
+from cerebellum.settings import FINE_LADDER, KLD, PPL, Budget, Objective
+from cerebellum.stats.estimate import Estimate
+from cerebellum.stats.paired import as_percent
+from cerebellum.verdicts import NOTHING, Changes, drive
 
-_LEARNED, _DRAWN = 2, 2  # proposals after the first two: having learned, and of damages drawn
+if TYPE_CHECKING:  # planning from artifacts alone loads no engine
+    from cerebellum.measure.probe import Session
+    from cerebellum.workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A combination: one point of every group. Damages against the base, in nats of the objective.
+class Proposal:
+    """A combination, one point of every group, with the exact bytes of its file; ``how`` says what proposed it.
 
-    ``how`` says what proposed it.
+    ``score`` and ``effect``, its change against the base, are there once it was measured whole.
     """
 
     how: str
-    points: tuple[Point, ...]
-    n_bytes: int
-    predicted: float
+    points: tuple[PointRow, ...]
+    file_bytes: int
     score: Score | None = None
-    kld: Interval | None = None
-    nll: Interval | None = None
+    effect: Effect | None = None
 
     @property
     def changes(self) -> Changes:
-        """Group of the layout -> type, of all that leave the base."""
-        return {name: kind for point in self.points for name, kind in point.part.at(point.kind).items()}
+        """The groups that leave the base, with their types."""
+        return {point.group: point.type for point in self.points if point.type is not None}
 
-    def damage(self, objective: str) -> float:
-        """Measured where it was measured; a collapsed one is never the best."""
-        if self.score is None:
-            return self.predicted
-        interval = self.kld if objective == KLD else self.nll
-        return np.inf if interval is None else interval.mean
+    def predicted(self, objective: Objective) -> float | None:
+        """Returns the sum of the parts against the base; None where one was never measured in this way."""
+        known = [damage.mean for point in self.points if (damage := point.damage(objective)) is not None]
+        return sum(known) if len(known) == len(self.points) else None
+
+    def measured(self, objective: Objective) -> Estimate | None:
+        """Returns the change against the base as measured; None where it was not, or where it collapsed."""
+        return None if self.effect is None else self.effect.damage(objective)
+
+    def badness(self, objective: Objective) -> float:
+        """Returns what proposals are compared by: the measured change, without end where it collapsed."""
+        change = self.measured(objective)
+        return np.inf if change is None else change.mean
+
+    def scored(self, score: Score, base: Score) -> Proposal:
+        """Returns the proposal with what was measured of it; ``base`` is on the same chunks."""
+        return replace(self, score=score, effect=score.change(base))
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetPlan:
-    """``chosen`` of ``candidates``, the best measured within ``budget_bytes`` of file."""
+class Decision:
+    """What measuring came to: the best proposal, all of them in order, and what every group is now known to cost.
 
-    budget_bytes: int
-    objective: str
-    chosen: Candidate
-    candidates: tuple[Candidate, ...]
+    The unchanged base is the last of ``proposals`` where it fits.
+    """
 
-
-class Damages(Protocol):
-    """What every group costs at every type, given the candidates that were measured so far."""
-
-    def points(
-        self, measured: Sequence[Candidate], rng: np.random.Generator | None = None
-    ) -> Sequence[Point]: ...
-
-
-@dataclass(frozen=True)
-class Known:
-    """Points that no measurement changes: from a file, or recorded elsewhere."""
-
-    found: Sequence[Point]
-
-    def points(
-        self, measured: Sequence[Candidate], rng: np.random.Generator | None = None
-    ) -> Sequence[Point]:
-        return self.found
-
-
-@dataclass(frozen=True)
-class Learning:
-    """Sensitivities that learn from whole plans; ``base`` is the base's own damage above the anchor."""
-
-    sensitivities: Sensitivities
-    base: Whole
-
-    def points(
-        self, measured: Sequence[Candidate], rng: np.random.Generator | None = None
-    ) -> Sequence[Point]:
-        wholes = [self.base, *(self._whole(candidate) for candidate in measured)]
-        return self.sensitivities.points(wholes, rng)
-
-    def _whole(self, candidate: Candidate) -> Whole:
-        kld, nll = (
-            None if change is None or base is None else _sum(change, base)
-            for change, base in ((candidate.kld, self.base.kld), (candidate.nll, self.base.nll))
-        )
-        return Whole(changes=candidate.changes, kld=kld, nll=nll)
-
-
-def _sum(a: Interval, b: Interval) -> Interval:
-    """Of independent means, whose squared half-widths add up."""
-    mean, half = a.mean + b.mean, float(np.hypot(a.high - a.mean, b.high - b.mean))
-    return replace(a, mean=mean, low=mean - half, high=mean + half)
+    chosen: Proposal
+    proposals: tuple[Proposal, ...]
+    points: tuple[PointRow, ...]
 
 
 class Allocation:
-    """The knapsack over points; a collapsed type is never an option."""
+    """The knapsack over points: one of each group, the least predicted damage within a size of file.
 
-    def __init__(
-        self, points: Sequence[Point], sizes: Sizes, objective: str = KLD, how: str = "the sum of the parts"
-    ) -> None:
-        self.sizes, self.objective, self.how = sizes, objective, how
-        by_part: dict[str, list[Point]] = {}
+    A type whose damage is unknown, because the group collapsed at it, is never an option.
+    """
+
+    def __init__(self, points: Sequence[PointRow], layout: Layout, objective: Objective) -> None:
+        self._layout = layout
+        self._objective = objective
+        by_group: dict[str, list[PointRow]] = {}
         for point in points:
             if point.damage(objective) is not None:
-                by_part.setdefault(point.part.name, []).append(point)
-        self.curves = list(by_part.values())
-        self.fixed = sizes.fixed_bytes()
+                by_group.setdefault(point.group, []).append(point)
+        self._curves = list(by_group.values())
+        self._fixed = layout.fixed_bytes()
 
-    def best(self, budget_bytes: int) -> Candidate | None:
-        """The least predicted damage whose file is within the budget."""
-        items = [[Option(n_bytes=p.n_bytes, damage=self._damage(p)) for p in curve] for curve in self.curves]
-        choice = solve(items, budget_bytes - self.fixed)
-        return None if choice is None else self.candidate(choice)
-
-    def candidate(self, choice: Choice) -> Candidate:
-        points = tuple(curve[index] for curve, index in zip(self.curves, choice, strict=True))
-        return Candidate(
-            how=self.how,
-            points=points,
-            n_bytes=self.fixed + sum(point.n_bytes for point in points),
-            predicted=sum(self._damage(point) for point in points),
-        )
+    def best(self, file_bytes: int, how: str = "the sum of the parts") -> Proposal | None:
+        """Returns the best proposal whose file is no larger than ``file_bytes``, or None where nothing fits."""
+        choice = solve(self._options(), file_bytes - self._fixed)
+        return None if choice is None else self._proposal(choice, how)
 
     def smallest(self) -> int:
-        """Bytes of the smallest file that the known types allow."""
-        return self.fixed + sum(min(p.n_bytes for p in curve) for curve in self.curves)
+        """Returns the bytes of the smallest file that the known types allow."""
+        return self._fixed + sum(min(point.bytes for point in curve) for curve in self._curves)
 
-    def largest(self) -> int:
-        return self.fixed + sum(max(p.n_bytes for p in curve) for curve in self.curves)
+    def frontier(self, steps: int) -> list[Proposal]:
+        """Returns proposals from the smallest file to the least damage, ``steps`` at most, evenly by size.
 
-    def _damage(self, point: Point) -> float:
-        damage = point.damage(self.objective)
+        Each is the best of its own size.
+        """
+        found = [self._proposal(choice, "the frontier") for choice in knapsack.frontier(self._options())]
+        sizes = [proposal.file_bytes for proposal in found]
+        wanted = np.linspace(sizes[0], sizes[-1], steps)
+        return [found[index] for index in sorted(set(np.searchsorted(sizes, wanted).tolist()))]
+
+    def _options(self) -> list[list[Option]]:
+        return [
+            [Option(n_bytes=point.bytes, damage=self._damage(point)) for point in curve]
+            for curve in self._curves
+        ]
+
+    def _proposal(self, choice: Choice, how: str) -> Proposal:
+        points = tuple(curve[index] for curve, index in zip(self._curves, choice, strict=True))
+        n_bytes = self._fixed + sum(point.bytes for point in points)
+        return Proposal(how=how, points=points, file_bytes=n_bytes)
+
+    def _damage(self, point: PointRow) -> float:
+        damage = point.damage(self._objective)
         assert damage is not None
         return damage.mean
 
 
-Answer = tuple[Score, Score] | None
-"""A combination's score and the base's on the same chunks, or None where nothing can be measured."""
-
-
 def budget_plan(
-    damages: Damages, sizes: Sizes, budget_bytes: int, objective: str = KLD, seed: int = 1
-) -> Generator[Changes, Answer, BudgetPlan]:
-    """Yields each combination it wants scored; is sent its ``Answer``.
+    model: DamageModel,
+    reference: Reference,
+    file_bytes: int,
+    objective: Objective = KLD,
+    seed: int = 1,
+) -> Generator[Changes, Score, Decision]:
+    """Yields each combination that it wants scored and is sent its score; returns the best that was measured.
 
-    Raises AnswerIsNo, with the nearest reachable size, where nothing fits or all that fits collapsed.
+    The base comes first: every proposal is compared with it. K-quants alone are quicker to run than IQ types,
+    and a check on them. Raises AnswerIsNo where nothing fits, with the nearest reachable size, and where all
+    that fits collapsed.
     """
-    measured: list[Candidate] = []
-    for how, points in _proposals(damages, measured, seed):
-        allocation = Allocation(points, sizes, objective, how)
-        candidate = allocation.best(budget_bytes)
-        if candidate is None and not measured:
-            raise unreachable(budget_bytes, allocation.smallest())
-        if candidate is None or any(candidate.changes == known.changes for known in measured):
-            continue
-        answer = yield candidate.changes
-        if answer is None:
-            return _plan(candidate, (candidate,), budget_bytes, objective)
-        base = answer[1]
-        measured.append(_measured(candidate, answer))
-    measured += _base_itself(points, sizes, budget_bytes, measured, base)
-    chosen = min(measured, key=lambda candidate: candidate.damage(objective))
-    if not np.isfinite(chosen.damage(objective)):
+    layout = model.observed.layout
+    method = model.observed.method
+
+    def best_of(points: Sequence[PointRow], how: str) -> Proposal | None:
+        return Allocation(points, layout, objective).best(file_bytes, how)
+
+    points = model.points()
+    first = best_of(points, "the sum of the parts")
+    if first is None:
+        raise unreachable(file_bytes, Allocation(points, layout, objective).smallest())
+    base = yield NOTHING
+    search = _Search(base=base, reference=reference)
+    yield from search.measure(first)
+    plain = [point for point in points if point.type not in FINE_LADDER]
+    yield from search.measure(best_of(plain, "K-quants alone"))
+    for _ in range(method.learned):
+        learned = model.learning(search.lessons())
+        yield from search.measure(best_of(learned.points(), "having learned"))
+    rng = np.random.default_rng(seed)
+    for _ in range(method.drawn):
+        drawn = model.learning(search.lessons()).drawn(rng)
+        yield from search.measure(best_of(drawn.points(), "damages drawn"))
+    proposals = search.with_base(layout, file_bytes)
+    chosen = _least_bad(proposals, file_bytes, objective)
+    points = model.learning(search.lessons()).points()
+    return Decision(chosen=chosen, proposals=proposals, points=points)
+
+
+@dataclass(kw_only=True)
+class _Search:
+    """The proposals that were measured so far, in order, each combination once, and the ``base`` they start from."""
+
+    base: Score
+    reference: Reference
+    proposals: list[Proposal] = field(default_factory=list)
+
+    def measure(self, proposal: Proposal | None) -> Generator[Changes, Score, None]:
+        """Asks for the score of a proposal, unless there is none, it is known, or it is the base itself."""
+        known = [{}, *(each.changes for each in self.proposals)]
+        if proposal is not None and proposal.changes not in known:
+            score = yield proposal.changes
+            self.proposals.append(proposal.scored(score, self.base))
+
+    def lessons(self) -> list[WholePlan]:
+        """Returns the measured proposals as a damage model learns from them: by their damage above the anchor's."""
+        scores = [(each.changes, each.score) for each in self.proposals if each.score is not None]
+        damages = [(changes, self.reference.damage_of_plan(score, self.base)) for changes, score in scores]
+        return [WholePlan(changes=changes, kld=found.kld, nll=found.nll) for changes, found in damages]
+
+    def with_base(self, layout: Layout, file_bytes: int) -> tuple[Proposal, ...]:
+        """Returns all proposals, and the unchanged base if it fits: nothing changed, nothing lost."""
+        points = tuple(base_point(name, layout) for name in layout.groups)
+        base = Proposal(how="the base itself", points=points, file_bytes=layout.file_bytes())
+        fitting = [base.scored(self.base, self.base)] if base.file_bytes <= file_bytes else []
+        return (*self.proposals, *fitting)
+
+
+def _least_bad(proposals: Sequence[Proposal], file_bytes: int, objective: Objective) -> Proposal:
+    """Returns the proposal with the least measured damage; AnswerIsNo where all of them collapsed."""
+    best = min(proposals, key=lambda proposal: proposal.badness(objective), default=None)
+    if best is None or not np.isfinite(best.badness(objective)):
         raise AnswerIsNo(
-            f"every plan of {budget_bytes:,} bytes that was measured collapsed (no finite logits); "
+            f"every plan of {file_bytes:,} bytes that was measured collapsed (no finite logits); "
             "give a larger budget"
         )
-    return _plan(chosen, tuple(measured), budget_bytes, objective)
+    return best
 
 
-def _proposals(
-    damages: Damages, measured: Sequence[Candidate], seed: int
-) -> Iterator[tuple[str, Sequence[Point]]]:
-    """What to put into the knapsack; ``measured`` grows meanwhile.
-
-    K-quants alone are quicker to run, and a check on the IQ types.
-    """
-    points = damages.points(())
-    yield "the sum of the parts", points
-    yield "K-quants alone", [point for point in points if point.kind not in FINE_LADDER]
-    for _ in range(_LEARNED):
-        yield "having learned", damages.points(measured)
-    rng = np.random.default_rng(seed)
-    for _ in range(_DRAWN):
-        yield "damages drawn", damages.points(measured, rng)
-
-
-def unreachable(budget_bytes: int, smallest: int) -> AnswerIsNo:
-    """The answer to a budget under the ``smallest`` file, in bytes."""
+def unreachable(file_bytes: int, smallest: int) -> AnswerIsNo:
+    """Returns the answer to a budget under the ``smallest`` file, both in bytes."""
     return AnswerIsNo(
-        f"a budget of {budget_bytes:,} bytes cannot be reached: the smallest file that these types allow "
+        f"a budget of {file_bytes:,} bytes cannot be reached: the smallest file that these types allow "
         f"has {smallest:,} bytes; nothing was written"
     )
 
 
-def _plan(chosen: Candidate, candidates: tuple[Candidate, ...], budget: int, objective: str) -> BudgetPlan:
-    return BudgetPlan(budget_bytes=budget, objective=objective, chosen=chosen, candidates=candidates)
+def check_reachable(workspace: Workspace, goal: Budget) -> None:
+    """Raises AnswerIsNo before any work where shapes alone say that no file can be so small.
 
-
-def _measured(candidate: Candidate, answer: tuple[Score, Score]) -> Candidate:
-    score, base = answer
-    kld, nll = score.change(base)
-    return replace(candidate, score=score, kld=kld, nll=nll)
-
-
-def _base_itself(
-    points: Sequence[Point], sizes: Sizes, budget: int, measured: Sequence[Candidate], score: Score
-) -> list[Candidate]:
-    """The base as a candidate, where it fits and is not there: nothing changed, nothing lost."""
-    n_bytes = sizes.whole_file_bytes()
-    if n_bytes > budget or any(not candidate.changes for candidate in measured):
-        return []
-    unchanged = tuple(point for point in points if point.kind == BASE)
-    base = Candidate(how="the base itself", points=unchanged, n_bytes=n_bytes, predicted=0.0)
-    return [_measured(base, (score, score))]
-
-
-def frontier(points: Sequence[Point], sizes: Sizes, steps: int = 24, objective: str = KLD) -> list[Candidate]:
-    """The best predicted plan at ``steps`` sizes from the smallest file to the largest."""
-    allocation = Allocation(points, sizes, objective)
-    sizes_wanted = np.linspace(allocation.smallest(), allocation.largest(), steps)
-    found = [allocation.best(int(size)) for size in sizes_wanted]
-    return [candidate for candidate in found if candidate is not None]
-
-
-def tradeoff(plan: BudgetPlan) -> str | None:
-    """What the chosen plan costs in the measure it was not chosen by, if that is sure; None if nothing."""
-    chosen = plan.chosen
-    if chosen.kld is None or chosen.nll is None:
-        return None
-    if chosen.kld.mean < 0 < chosen.nll.low:
-        return "closer to the source than the base (KL divergence), but with a higher perplexity on the text"
-    if chosen.nll.mean < 0 < chosen.kld.low:
-        return "a lower perplexity on the text than the base, but farther from the source (KL divergence)"
-    return _rival(plan)
-
-
-def _rival(plan: BudgetPlan) -> str | None:
-    """Another candidate that is surely better by the other measure."""
-    other = PPL if plan.objective == KLD else KLD
-    rivals = [c for c in plan.candidates if c.changes and c.kld and c.nll and c is not plan.chosen]
-    for rival in sorted(rivals, key=lambda candidate: candidate.damage(other)):
-        ours, theirs = plan.chosen.score, rival.score
-        if ours is None or theirs is None:
-            continue
-        vectors = (theirs.nll - ours.nll) if other == PPL else (theirs.kld - ours.kld)
-        gain = superpopulation_interval(vectors)
-        if gain.high < 0:
-            name = "perplexity" if other == PPL else "KL divergence"
-            told = f"{as_percent(gain.mean):+.2f}%" if other == PPL else f"{gain.mean:+.5f} nats"
-            return f"another measured plan of {rival.n_bytes:,} bytes has a lower {name} ({told})"
-    return None
-
-
-def budget_json(plan: BudgetPlan, sizes: Sizes, base_kld: float | None = None) -> dict[str, Any]:
-    """plan.json in budget mode: the contract's keys, and every candidate that was measured.
-
-    ``base_kld`` is the base's own KL divergence from the source, to which changes are to be added.
+    No importance matrix is made for it: types depend on whether there is one, not on what it holds.
     """
-    chosen = plan.chosen
-    measured = interval_json(chosen.nll)
-    nll = _sum_of_parts(chosen, PPL)
-    return {
-        "mode": "budget",
-        "budget_bytes": plan.budget_bytes,
-        "base": sizes.base.label,
-        "objective": plan.objective,
-        "groups": [_row(point, sizes) for point in merged(chosen.points, sizes)],
-        "predicted_delta_pct": None if nll is None else as_percent(nll),
-        "measured_delta_pct": measured["delta_pct"],
-        "ci_pct": measured["ci_pct"],
-        "base_kld": base_kld,
-        "predicted_kld": _sum_of_parts(chosen, KLD),
-        "measured_kld": chosen.kld.mean if chosen.kld else None,
-        "kld_ci": [chosen.kld.low, chosen.kld.high] if chosen.kld else None,
-        "tradeoff": tradeoff(plan),
-        "candidates": [_candidate_json(candidate, sizes) for candidate in plan.candidates],
-        "file_bytes": chosen.n_bytes,
-        "base_tensor_bytes": sizes.total({}),
-        "tensor_bytes": sizes.total(chosen.changes),
-        "bytes_saved": sizes.bytes_saved(chosen.changes),
-        "tensor_types": sizes.tensor_types(chosen.changes),
-    }
+    layout = Layout.of(workspace.source, workspace.groups, workspace.base_of_shapes)
+    smallest = layout.fixed_bytes() + sum(
+        min(layout.group_bytes(name, qtype) for qtype in (None, *layout.ladder(name, goal.offered)))
+        for name in layout.groups
+    )
+    wanted = target_of(goal.size, workspace.engine, workspace.source, layout).file_bytes
+    if wanted < smallest:
+        raise unreachable(wanted, smallest)
 
 
-def merged(points: Sequence[Point], sizes: Sizes) -> list[Point]:
-    """Neighbouring layers of a role that go from the same base types to the same type, as one point."""
-
-    def key(point: Point) -> tuple[str, str, tuple[str, ...]]:
-        role = sizes.groups[point.part.groups[0]].role
-        return role, point.kind, tuple(sorted(base_kinds(point.part, sizes)))
-
-    runs = (list(run) for _, run in groupby(points, key))
-    return [_together(run, sizes) if len(run) > 1 else run[0] for run in runs]
+# --- the stage
 
 
-def _together(run: Sequence[Point], sizes: Sizes) -> Point:
-    names = [name for point in run for name in point.part.groups]
-    return Point(
-        part=part_of(names, sizes),
-        kind=run[0].kind,
-        n_bytes=sum(point.n_bytes for point in run),
-        kld=_total([point.kld for point in run]),
-        nll=_total([point.nll for point in run]),
+def plan_budget(curves: Curves, session: Session, target: Target) -> BudgetPlan:
+    """Measures the knapsack's proposals whole on an open session, and returns the best that was measured.
+
+    Nothing that is measured here goes back into the curves, so that the plan for a budget never depends on
+    which budget was planned before.
+    """
+    layout = session.layout
+    objective = session.goal.objective
+    fine = _measure_fine_types(curves, session, target)
+    model = fit_damage(curves, layout, fine)
+    asking = budget_plan(model, session.measure_reference(), target.file_bytes, objective, session.seed)
+    decision = drive(asking, session.score_plan)
+    plan = _plan_of(decision, layout, target, objective, curves.base_kld)
+    rows = _frontier_rows(decision.points, layout, objective, curves)
+    return replace_fields(plan, responses=fine, frontier=rows)
+
+
+def plan_unmeasured(curves: Curves, layout: Layout, target: Target, objective: Objective) -> BudgetPlan:
+    """Returns the plan that the curves alone propose: no model is loaded and nothing is measured whole."""
+    points = fit_damage(curves, layout).points()
+    plan = plan_points(points, layout, target, objective, curves.base_kld)
+    return replace_fields(plan, frontier=_frontier_rows(points, layout, objective, curves))
+
+
+def plan_points(
+    points: tuple[PointRow, ...],
+    layout: Layout,
+    target: Target,
+    objective: Objective,
+    base_kld: float | None = None,
+) -> BudgetPlan:
+    """Returns the plan of least foretold damage; AnswerIsNo with the nearest reachable size where none fits."""
+    allocation = Allocation(points, layout, objective)
+    best = allocation.best(target.file_bytes)
+    if best is None:
+        raise unreachable(target.file_bytes, allocation.smallest())
+    decision = Decision(chosen=best, proposals=(best,), points=points)
+    return _plan_of(decision, layout, target, objective, base_kld)
+
+
+def frontier(curves: Curves, layout: Layout, objective: Objective) -> tuple[FrontierRow, ...]:
+    """Returns size and foretold damage of the best plans, from the smallest file to the largest."""
+    return _frontier_rows(fit_damage(curves, layout).points(), layout, objective, curves)
+
+
+def _frontier_rows(
+    points: Sequence[PointRow], layout: Layout, objective: Objective, curves: Curves
+) -> tuple[FrontierRow, ...]:
+    rows = []
+    for proposal in Allocation(points, layout, objective).frontier(curves.method.frontier_steps):
+        predicted = proposal.predicted(objective)
+        assert predicted is not None
+        rows.append(
+            FrontierRow(
+                file_bytes=proposal.file_bytes,
+                predicted=predicted,
+                predicted_kld=curves.base_kld + predicted if objective == KLD else None,
+                changes=dict(proposal.changes),
+            )
+        )
+    return tuple(rows)
+
+
+def _measure_fine_types(curves: Curves, session: Session, target: Target) -> tuple[Response, ...]:
+    """Measures the IQ types that the plan for this budget wants, the largest parts first.
+
+    IQ types quantize ten times as slowly as K-quants, and rounding errors foretell them well, so a part is
+    measured at one only where a plan wants it, and while the passes last.
+    """
+    layout = session.layout
+    points = fit_damage(curves, layout).points()
+    first = Allocation(points, layout, session.goal.objective).best(target.file_bytes)
+    wanted: dict[tuple[str, str], list[str]] = {}
+    for point in first.points if first else ():
+        if point.type in FINE_LADDER:
+            wanted.setdefault((layout.groups[point.group].role, point.type), []).append(point.group)
+    probes = [Probe(part=layout.part(names), qtype=qtype) for (_, qtype), names in wanted.items()]
+    probes.sort(key=lambda probe: -layout.part_bytes(probe.part, probe.qtype))
+    known = {(response.groups, response.type) for response in curves.responses}
+    budget = session.budget_after(curves)
+    found = []
+    for probe in probes:
+        if (probe.part.groups, probe.qtype) not in known and budget.left >= curves.chunks:
+            found.append(session.measure(probe, curves.chunks, budget))
+    return tuple(found)
+
+
+# --- what plan.json says
+
+
+def _plan_of(
+    decision: Decision, layout: Layout, target: Target, objective: Objective, base_kld: float | None
+) -> BudgetPlan:
+    """Returns a decision as plan.json has it, one row a group; ``base_kld`` is the base's own divergence."""
+    chosen = decision.chosen
+    divergence = chosen.measured(KLD)
+    measured = _look(chosen.measured(PPL))
+    predicted = chosen.predicted(PPL)
+    return BudgetPlan(
+        base=layout.base.label,
+        groups=tuple(_row(point, layout) for point in chosen.points),
+        predicted_delta_pct=None if predicted is None else as_percent(predicted),
+        measured_delta_pct=measured.delta_pct,
+        ci_pct=measured.ci_pct,
+        base_tensor_bytes=layout.tensor_bytes(),
+        tensor_bytes=layout.tensor_bytes(chosen.changes),
+        bytes_saved=layout.bytes_saved(chosen.changes),
+        file_bytes=chosen.file_bytes,
+        tensor_types=layout.type_names(chosen.changes),
+        budget_bytes=target.file_bytes,
+        objective=objective,
+        base_kld=base_kld,
+        predicted_kld=chosen.predicted(KLD),
+        measured_kld=divergence.mean if divergence else None,
+        kld_ci=_bounds(divergence),
+        tradeoff=tradeoff(decision, objective),
+        candidates=tuple(_candidate(proposal) for proposal in decision.proposals),
+        points=decision.points,
+        memory=target.memory(chosen.changes),
     )
 
 
-def _total(intervals: Sequence[Interval | None]) -> Interval | None:
-    """Bounds add up too: layers of a role share much of their uncertainty."""
-    known = [interval for interval in intervals if interval is not None]
-    if len(known) < len(intervals):
+def _row(point: PointRow, layout: Layout) -> PlanRow:
+    group = layout.groups[point.group]
+    changes = {} if point.type is None else {point.group: point.type}
+    saved = layout.bytes_saved(changes)
+    verdict = "kept" if point.type is None else ("demoted" if saved > 0 else "promoted")
+    alone = _look(point.nll)
+    return PlanRow(
+        name=point.group,
+        role=group.role,
+        layers=group.layers,
+        tensors=len(group.tensors),
+        base_type="+".join(layout.base_types([point.group])),
+        chosen_type=PlanRow.told(point.type),
+        bytes_saved=saved,
+        delta_pct=alone.delta_pct,
+        ci_pct=alone.ci_pct,
+        chunks=point.kld.n if point.kld else None,
+        verdict=verdict,
+        decision=verdict,
+        kld_change=point.kld.mean if point.kld else None,
+    )
+
+
+def _candidate(proposal: Proposal) -> CandidateRow:
+    divergence = proposal.measured(KLD)
+    measured = _look(proposal.measured(PPL))
+    return CandidateRow(
+        how=proposal.how,
+        changes=dict(proposal.changes),
+        file_bytes=proposal.file_bytes,
+        predicted_kld=proposal.predicted(KLD),
+        measured_kld=divergence.mean if divergence else None,
+        kld_ci=_bounds(divergence),
+        delta_pct=measured.delta_pct,
+        ci_pct=measured.ci_pct,
+        chunks=measured.chunks,
+    )
+
+
+def _look(change: Estimate | None) -> Look:
+    return Look.of(None if change is None else change.interval())
+
+
+def _bounds(change: Estimate | None) -> Bounds | None:
+    if change is None:
         return None
-    low, mean, high = (sum(getattr(i, bound) for i in known) for bound in ("low", "mean", "high"))
-    return replace(known[0], low=low, mean=mean, high=high)
+    interval = change.interval()
+    return finite_pair(interval.low, interval.high)
 
 
-def _sum_of_parts(candidate: Candidate, objective: str) -> float | None:
-    """None where a part was never measured in this way."""
-    damages = [point.damage(objective) for point in candidate.points]
-    known = [damage.mean for damage in damages if damage is not None]
-    return sum(known) if len(known) == len(damages) else None
+def tradeoff(decision: Decision, objective: Objective) -> str | None:
+    """Says what the chosen plan costs in the measure it was not chosen by, if that is sure; None if nothing."""
+    if decision.chosen.effect is None:
+        return None
+    kld, nll = (decision.chosen.measured(measure) for measure in (KLD, PPL))
+    if kld is None or nll is None:
+        return None
+    if kld.mean < 0 < nll.interval().low:
+        return "closer to the source than the base (KL divergence), but with a higher perplexity on the text"
+    if nll.mean < 0 < kld.interval().low:
+        return "a lower perplexity on the text than the base, but farther from the source (KL divergence)"
+    return _rival(decision, PPL if objective == KLD else KLD)
 
 
-def _candidate_json(candidate: Candidate, sizes: Sizes) -> dict[str, Any]:
-    together = merged(candidate.points, sizes)
-    return {
-        "how": candidate.how,
-        "changes": {point.part.name: point.kind for point in together if point.kind != BASE},
-        "variant": dict(candidate.changes),
-        "file_bytes": candidate.n_bytes,
-        "predicted_kld": _sum_of_parts(candidate, KLD),
-        "measured_kld": candidate.kld.mean if candidate.kld else None,
-        "kld_ci": [candidate.kld.low, candidate.kld.high] if candidate.kld else None,
-        **interval_json(candidate.nll),
-    }
-
-
-def _row(point: Point, sizes: Sizes) -> dict[str, Any]:
-    kind, part = point.kind, point.part
-    alone = interval_json(point.nll)
-    saved = sizes.bytes_saved(part.at(kind))
-    verdict = "kept" if kind == BASE else ("demoted" if saved > 0 else "promoted")
-    return {
-        "name": part.name,
-        "role": sizes.groups[part.groups[0]].role,
-        "layers": sorted(layer for name in part.groups for layer in sizes.groups[name].layers),
-        "members": list(part.groups),
-        "tensors": sum(len(sizes.groups[name].tensors) for name in part.groups),
-        "base_type": "+".join(sorted(base_kinds(part, sizes))),
-        "chosen_type": kind if kind == BASE else parse_type(kind).name,
-        "bytes_saved": saved,
-        "delta_pct": alone["delta_pct"],
-        "ci_pct": alone["ci_pct"],
-        "kld_change": point.kld.mean if point.kld else None,
-        "chunks": point.kld.n if point.kld else None,
-        "verdict": verdict,
-        "decision": verdict,
-        "measured_with": [],
-    }
+def _rival(decision: Decision, other: Objective) -> str | None:
+    """Names another proposal that is surely better by the ``other`` measure, paired chunk by chunk."""
+    ours = decision.chosen.score
+    rivals = [each for each in decision.proposals if each.changes and each is not decision.chosen]
+    for rival in sorted(rivals, key=lambda proposal: proposal.badness(other)):
+        theirs = rival.score
+        if ours is None or theirs is None or rival.measured(other) is None:
+            continue
+        gain = theirs.change(ours).damage(other)
+        if gain is not None and gain.interval().high < 0:
+            name = "perplexity" if other == PPL else "KL divergence"
+            told = f"{as_percent(gain.mean):+.2f}%" if other == PPL else f"{gain.mean:+.5f} nats"
+            return f"another measured plan of {rival.file_bytes:,} bytes has a lower {name} ({told})"
+    return None

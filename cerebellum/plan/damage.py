@@ -1,6 +1,6 @@
-"""Measured responses + rounding errors -> what every group costs at every type.
+"""The damage model: what every group costs at every type, from measured responses and rounding errors.
 
-The damage of a group at a type is its sensitivity times the type's rounding error there (rounding.py);
+The damage of a group at a type is its sensitivity times the type's rounding error there (measure/rounding.py);
 damages of groups add up. That is one linear model for everything measured, from half a role at one type to
 a whole plan: sensitivities are its non-negative least squares, drawn towards those of their role. It leaves
 out a few percent that belong to a role and type together; where those were measured, they count.
@@ -12,243 +12,230 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from cerebellum.measure.curves import BASE, KLD, PPL, Effect, Part, Point, Response, base_kinds, roles
-from cerebellum.measure.race import Changes
-from cerebellum.measure.rounding import RoundingErrors
-from cerebellum.plan.limit import Sizes
-from cerebellum.stats.paired import NORMAL_95, Interval
-
-_LAYERS_SD = 0.5  # of a group's sensitivity around its role's, before it was measured
-_MODEL_SD = 0.1  # of a damage around what the linear model says
-_WHOLE_SD = 0.03  # of the damage of a whole plan, beyond what types and roles explain
-_LESSON_SD = 0.15  # of what a type, or a role, does in a whole plan around what it did alone
-_OBJECTIVES_SD = 0.5  # of a sensitivity of the NLL around that of the divergence
-_CROSS_SHARE = 0.05  # of the anchor's own damage: an error of every damage measured above it
-_FLOOR = 0.05  # of its prior, below which no sensitivity is believed; of a factor, too
-_LEAST_DAMAGE = 1e-7  # nats/token: parts that do nothing are worth next to nothing, not nothing
+from cerebellum.layout import Layout
+from cerebellum.measure.artifacts import Curves, Effect, Response, RoundingErrors
+from cerebellum.measure.method import Method
+from cerebellum.plan.artifacts import PointRow
+from cerebellum.settings import KLD, OBJECTIVES, PPL, Objective
+from cerebellum.stats.estimate import Estimate
+from cerebellum.verdicts import Changes
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Whole(Effect):
-    """A whole plan that was measured: its changes from the base, and its damage above the anchor."""
+class WholePlan(Effect, frozen=True, kw_only=True):
+    """A whole plan that was measured: its changes from the base, and its damage above the anchor's."""
 
     changes: Changes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
-    """``heights`` (groups,) nats per unit of rounding error, with their ``covariance``.
+class Fitted:
+    """The model in one measure: ``sensitivities`` (groups,), nats per unit of rounding error, and ``covariance``.
 
-    ``departures``: (role, type) -> how many times the linear model's damage was measured alone.
-    ``lessons``: role or type -> by how much, as a share, it did more in whole plans.
+    ``measured_over_modelled`` says of a role at a type how many times the linear model's damage was measured
+    alone; ``learned`` says of a role or a type by what share it did more in whole plans.
     """
 
-    heights: Vector
+    sensitivities: Vector
     covariance: Matrix
-    departures: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    lessons: Mapping[str, float] = field(default_factory=dict)
+    measured_over_modelled: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    learned: Mapping[str, float] = field(default_factory=dict)
 
-    def drawn(self, rng: np.random.Generator) -> Fit:
-        """Another fit that the measurements allow, drawn in units of each height's own spread."""
+    def drawn(self, rng: np.random.Generator, floor: float) -> Fitted:
+        """Returns another fit that the measurements allow, drawn in units of each sensitivity's own spread."""
         sd = np.sqrt(np.diag(self.covariance))
         correlation = self.covariance / np.outer(sd, sd)
-        drawn = self.heights + sd * rng.multivariate_normal(np.zeros(len(sd)), correlation, method="eigh")
-        return replace(self, heights=np.maximum(drawn, _FLOOR * self.heights))
+        draw = sd * rng.multivariate_normal(np.zeros(len(sd)), correlation, method="eigh")
+        lowest = floor * self.sensitivities
+        return replace(self, sensitivities=np.maximum(self.sensitivities + draw, lowest))
 
 
-class Sensitivities:
-    """The model of one run; groups that were never measured, or only collapsed, stay at their base."""
+@dataclass(frozen=True, kw_only=True)
+class DamageModel:
+    """Foretells the change of every group at every type; groups that were never measured stay at their base.
 
-    def __init__(
-        self,
-        responses: Sequence[Response],
-        errors: RoundingErrors,
-        sizes: Sizes,
-        anchor_kld: float = 0.0,
-    ) -> None:
-        """``anchor_kld``: what the anchor itself loses, nats/token; damages mix with it a little."""
-        self.sizes, self.errors = sizes, errors
-        self.responses = [r for r in responses if r.kld is not None]
-        self._collapsed = [r for r in responses if r.kld is None]
-        self._blur = _CROSS_SHARE * anchor_kld
-        heard = {r.part for r in self.responses if self._rounds(r)}
-        self._roles = {part.name: part for part in roles(sizes) if part in heard}
-        self.groups = [name for name in errors.of if sizes.groups[name].role in self._roles]
-        self._number = {name: number for number, name in enumerate(self.groups)}
+    ``fitted`` has the fit by objective, and is empty where nothing survived its measurement. Learning and
+    drawing give another model and leave this one as it was.
+    """
 
-    def points(self, wholes: Sequence[Whole] = (), rng: np.random.Generator | None = None) -> list[Point]:
-        """Every group at its base and at every type it may take, as changes against the base.
+    observed: Observed
+    base: WholePlan
+    fitted: Mapping[Objective, Fitted]
 
-        With ``rng``, of a fit drawn from what the measurements allow, for plans that differ.
-        """
-        fits = {objective: self._fit(objective, wholes) for objective in (KLD, PPL)} if self.groups else {}
-        if rng is not None:
-            fits = {objective: fit.drawn(rng) for objective, fit in fits.items()}
-        return [
+    def learning(self, plans: Sequence[WholePlan]) -> DamageModel:
+        """Returns the model that has learned from the base as a whole and from these plans, and nothing else."""
+        wholes = [self.base, *plans]
+        return replace(
+            self,
+            fitted={
+                objective: replace(fit, learned=_lessons(self.observed, fit, wholes, objective))
+                for objective, fit in self.fitted.items()
+            },
+        )
+
+    def drawn(self, rng: np.random.Generator) -> DamageModel:
+        """Returns a model drawn from what the measurements allow, so that other plans come out best."""
+        floor = self.observed.method.floor
+        return replace(
+            self, fitted={objective: fit.drawn(rng, floor) for objective, fit in self.fitted.items()}
+        )
+
+    def points(self) -> tuple[PointRow, ...]:
+        """Returns every group at its base and at every type it may take, as changes against the base."""
+        measured = set(self.observed.groups) if self.fitted else set()
+        return tuple(
             point
-            for name in self.sizes.groups
-            for point in (self._curve(name, fits) if name in self._number else [self._kept(name)])
-        ]
+            for name in self.observed.layout.groups
+            for point in (self._curve(name) if name in measured else [base_point(name, self.observed.layout)])
+        )
 
-    def _rounds(self, response: Response) -> bool:
-        """Whether the type rounds the part at all: weights that are all zero say nothing."""
-        return sum(self.errors.above(name, response.kind) for name in response.part.groups) != 0
+    def _curve(self, name: str) -> Iterator[PointRow]:
+        layout = self.observed.layout
+        in_base = layout.base_types([name])
+        chunks = self.observed.chunks_of(name)
+        allowed = [qtype for qtype in self.observed.errors.of[name] if self.observed.survives(name, qtype)]
+        for qtype in (None, *allowed):
+            if in_base != (qtype,):
+                yield PointRow(
+                    group=name,
+                    type=qtype,
+                    bytes=layout.group_bytes(name, qtype),
+                    kld=self._change(name, qtype, KLD, chunks),
+                    nll=self._change(name, qtype, PPL, chunks),
+                )
 
-    # --- the fit
+    def _change(self, name: str, qtype: str | None, objective: Objective, chunks: int) -> Estimate:
+        """Returns the change against the base; the linear model's own error is a share of it."""
+        fit = self.fitted[objective]
+        number = self.observed.groups.index(name)
+        error = self.observed.error(name, qtype, fit) - self.observed.error(name, None, fit)
+        mean = float(fit.sensitivities[number] * error)
+        of_sensitivity = error * np.sqrt(fit.covariance[number, number])
+        se = float(np.hypot(of_sensitivity, self.observed.method.model_sd * mean))
+        return Estimate(mean=mean, se=se, n=chunks)
 
-    def _fit(self, objective: str, wholes: Sequence[Whole]) -> Fit:
-        fit = self._of_divergence if objective == KLD else self._of_nll
-        return replace(fit, lessons=self._lessons(fit, wholes, objective))
 
-    @cached_property
-    def _of_divergence(self) -> Fit:
-        """To the parts alone; layers are like their role until they were looked at."""
-        role_heights = {name: self._role_height(part) for name, part in self._roles.items()}
-        prior = np.array([role_heights[self.sizes.groups[name].role] for name in self.groups])
-        fit = _least_squares(prior, _LAYERS_SD * prior, [self._row(r, KLD) for r in self._known])
-        return replace(fit, departures=self._departures(fit.heights))
+def base_point(name: str, layout: Layout) -> PointRow:
+    """Returns a group at its base types, where by definition it changes nothing."""
+    zero = Estimate.exact(0.0)
+    return PointRow(group=name, type=None, bytes=layout.group_bytes(name), kld=zero, nll=zero)
 
-    @cached_property
-    def _of_nll(self) -> Fit:
-        """To the parts alone. Of a calibrated model the divergence is the expected change of the NLL, which
-        is too noisy to tell types apart."""
-        prior = self._of_divergence.heights
-        return _least_squares(prior, _OBJECTIVES_SD * prior, [self._row(r, PPL) for r in self._known])
 
-    @cached_property
-    def _known(self) -> list[Response]:
-        """Of groups that have a sensitivity."""
-        return [r for r in self.responses if set(r.part.groups) <= self._number.keys()]
+def fit_damage(curves: Curves, layout: Layout, responses: Sequence[Response] = ()) -> DamageModel:
+    """Fits sensitivities to the curves and to further ``responses``, and learns from the base as a whole.
 
-    def _role_height(self, part: Part) -> float:
-        """Weighted least squares through the origin over the types of a whole role."""
-        rows = [self._row(r, KLD) for r in self.responses if r.part == part]
-        error = np.array([row.coefficients.sum() for row in rows])
-        damage, sd = np.array([row.value for row in rows]), np.array([row.sd for row in rows])
-        height = float((error * damage / sd**2).sum() / (error**2 / sd**2).sum())
-        largest, blur = float(np.abs(damage).max()), max(self._blur, _LEAST_DAMAGE)
-        return max(height, max(_FLOOR * largest, blur * _FLOOR) / float(np.abs(error).max()))
+    A group's prior is its role's sensitivity. The prior of a sensitivity of the NLL is that of the divergence:
+    of a calibrated model the divergence is the expected change of the NLL, which is too noisy to tell types
+    apart.
+    """
+    observed = Observed.of(curves, layout, (*curves.responses, *responses))
+    above = curves.base_above_anchor
+    base = WholePlan(changes={}, kld=above.kld, nll=above.nll)
+    if not observed.groups:
+        return DamageModel(observed=observed, base=base, fitted={})
+    method = curves.method
+    by_role = {role: _role_sensitivity(observed, role) for role in observed.roles}
+    prior = np.array([by_role[layout.groups[name].role] for name in observed.groups])
+    rows = {
+        objective: [observed.row(response, objective) for response in observed.known]
+        for objective in OBJECTIVES
+    }
+    of_divergence = _least_squares(prior, method.layers_sd * prior, rows[KLD], method.floor)
+    found = of_divergence.sensitivities
+    of_nll = _least_squares(found, method.objectives_sd * found, rows[PPL], method.floor)
+    ratios = _measured_over_modelled(observed, found)
+    fitted = {KLD: replace(of_divergence, measured_over_modelled=ratios), PPL: of_nll}
+    return DamageModel(observed=observed, base=base, fitted=fitted).learning(())
 
-    def _row(self, response: Response, objective: str) -> _Row:
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What was measured, as rows of one linear model whose unknowns are the sensitivities of ``groups``.
+
+    ``roles`` maps every role that was measured as a whole to its groups; ``blur`` is an error of every damage
+    above the anchor, nats a token, for damages mix with the anchor's own a little.
+    """
+
+    layout: Layout
+    errors: RoundingErrors
+    method: Method
+    blur: float
+    responses: tuple[Response, ...]
+    collapsed: tuple[Response, ...]
+    roles: Mapping[str, tuple[str, ...]]
+    groups: tuple[str, ...]
+
+    @classmethod
+    def of(cls, curves: Curves, layout: Layout, responses: Sequence[Response]) -> Observed:
+        """Sorts responses into those with a damage and those that collapsed, and finds what they tell of."""
+        errors = curves.rounding
+        survived = tuple(response for response in responses if response.kld is not None)
+        heard = {response.groups for response in survived if errors.summed(response.groups, response.type)}
+        roles = {part.name: part.groups for part in layout.roles() if part.groups in heard}
+        return cls(
+            layout=layout,
+            errors=errors,
+            method=curves.method,
+            blur=curves.method.cross_share * curves.anchor_kld,
+            responses=survived,
+            collapsed=tuple(response for response in responses if response.kld is None),
+            roles=roles,
+            groups=tuple(name for name in errors.of if layout.groups[name].role in roles),
+        )
+
+    @property
+    def known(self) -> list[Response]:
+        """The responses of groups that have a sensitivity."""
+        return [response for response in self.responses if set(response.groups) <= set(self.groups)]
+
+    def row(self, response: Response, objective: Objective) -> _Row:
+        """Returns a response as a row: the rounding error of each of its groups, and its damage."""
         damage = response.damage(objective)
         assert damage is not None
-        row = np.zeros(len(self.groups))
-        for name in response.part.groups:
-            row[self._number[name]] = self.errors.above(name, response.kind)
-        return _Row.of(row, damage, _MODEL_SD, self._blur)
+        coefficients = np.zeros(len(self.groups))
+        for name in response.groups:
+            coefficients[self.groups.index(name)] = self.errors.above(name, response.type)
+        return _Row.of(coefficients, damage, self.method.model_sd, self.blur)
 
-    def _departures(self, heights: Vector) -> dict[tuple[str, str], float]:
-        """Measured over modelled for each role and type, drawn towards 1 as far as noise allows.
+    def survives(self, name: str, qtype: str) -> bool:
+        """Says whether no part of the group collapsed at this type, or at one that rounds less."""
+        own = self.errors.of[name]
+        broken = (response.type for response in self.collapsed if name in response.groups)
+        return all(own[qtype] < own[other] for other in broken)
 
-        Of the largest part that was measured at it: the whole role, as a rule.
-        """
-        largest: dict[tuple[str, str], Response] = {}
-        for response in sorted(filter(self._rounds, self._known), key=lambda r: len(r.part.groups)):
-            largest[self.sizes.groups[response.part.groups[0]].role, response.kind] = response
-        found = {}
-        for key, response in largest.items():
-            row = self._row(response, KLD)
-            modelled = float(row.coefficients @ heights)
-            error = max(row.noise / abs(modelled), 1e-6)
-            weights = np.array([1 / _MODEL_SD**2, 1 / error**2])
-            ratio = float(weights @ np.array([1.0, row.value / modelled]) / weights.sum())
-            found[key] = max(ratio, _FLOOR)
-        return found
+    def chunks_of(self, name: str) -> int:
+        """Returns the most chunks that a part with this group was measured on."""
+        counts = (r.kld.n for r in self.responses if r.kld and name in r.groups)
+        return max(counts, default=0)
 
-    def _lessons(self, fit: Fit, wholes: Sequence[Whole], objective: str) -> dict[str, float]:
-        """What whole plans did beyond the sum of their parts, shared out among types and roles.
+    def types(self, name: str, qtype: str | None) -> tuple[str, ...]:
+        """Returns the types of a group's tensors: one, or those that they have in the base."""
+        return self.layout.base_types([name]) if qtype is None else (qtype,)
 
-        Ridge regression: each may have done some ``_LESSON_SD`` more or less than alone.
-        """
-        base = {kind for name in self.groups for kind in self._kinds(name, BASE)}
-        names = [*self._roles, *dict.fromkeys((*self.errors.all_kinds, *sorted(base)))]
-        rows, seen = [], []
-        for whole in wholes:
-            damage = whole.damage(objective)
-            if damage is None:
-                continue
-            shares, total = self._shares(fit, whole.changes)
-            row = _Row.of(np.array([shares.get(name, 0.0) for name in names]), damage, _WHOLE_SD, self._blur)
-            rows.append(row.coefficients * _LESSON_SD / row.sd)
-            seen.append((row.value - total) / row.sd)
-        if not rows:
-            return {}
-        design = np.vstack([rows, np.eye(len(names))])
-        found = np.linalg.lstsq(design, np.append(seen, np.zeros(len(names))))[0] * _LESSON_SD
-        return dict(zip(names, found.tolist(), strict=True))
-
-    def _shares(self, fit: Fit, changes: Changes) -> tuple[dict[str, float], float]:
-        """The damage of a plan by role and by type, and in all."""
-        shares: dict[str, float] = {}
-        for name, height in zip(self.groups, fit.heights, strict=True):
-            kinds = self._kinds(name, changes.get(name, BASE))
-            damage = float(height * self._error(name, changes.get(name, BASE), fit))
-            role = self.sizes.groups[name].role
-            shares[role] = shares.get(role, 0.0) + damage
-            for kind in kinds:
-                shares[kind] = shares.get(kind, 0.0) + damage / len(kinds)
-        return shares, sum(shares.get(role, 0.0) for role in self._roles)
-
-    # --- what it says
-
-    def _kinds(self, name: str, kind: str) -> list[str]:
-        part = Part(name=name, groups=(name,))
-        return sorted(base_kinds(part, self.sizes)) if kind == BASE else [kind]
-
-    def _error(self, name: str, kind: str, fit: Fit) -> float:
-        """Rounding error of a group above the anchor, times what was measured beside it."""
-        role = self.sizes.groups[name].role
-        lessons = fit.lessons.get(role, 0.0)
+    def error(self, name: str, qtype: str | None, fit: Fitted) -> float:
+        """Returns the rounding error of a group above the anchor, times how much more was measured than modelled."""
+        role = self.layout.groups[name].role
+        of_role = fit.learned.get(role, 0.0)
         factors = [
-            fit.departures.get((role, each), 1.0) * max(1 + lessons + fit.lessons.get(each, 0.0), _FLOOR)
-            for each in self._kinds(name, kind)
+            fit.measured_over_modelled.get((role, each), 1.0)
+            * max(1 + of_role + fit.learned.get(each, 0.0), self.method.floor)
+            for each in self.types(name, qtype)
         ]
-        return self.errors.above(name, kind) * float(np.mean(factors))
-
-    def _curve(self, name: str, fits: Mapping[str, Fit]) -> Iterator[Point]:
-        part = Part(name=name, groups=(name,))
-        kinds = [kind for kind in self.errors.kinds(name) if self._allowed(name, kind)]
-        for kind in (BASE, *kinds):
-            if base_kinds(part, self.sizes) == {kind}:
-                continue
-            kld, nll = (self._change(name, kind, fits[objective]) for objective in (KLD, PPL))
-            yield Point(part=part, kind=kind, n_bytes=part.n_bytes(kind, self.sizes), kld=kld, nll=nll)
-
-    def _allowed(self, name: str, kind: str) -> bool:
-        """Whether no part of the group collapsed at this type, or at one that rounds less."""
-        error = self.errors.of[name][kind]
-        broken = (r.kind for r in self._collapsed if name in r.part.groups)
-        return all(error < self.errors.of[name][other] for other in broken)
-
-    def _change(self, name: str, kind: str, fit: Fit) -> Interval:
-        number = self._number[name]
-        error = self._error(name, kind, fit) - self._error(name, BASE, fit)
-        mean = float(fit.heights[number] * error)
-        sd = np.hypot(error * np.sqrt(fit.covariance[number, number]), _MODEL_SD * mean)
-        half = NORMAL_95 * float(sd)
-        n = max((r.kld.n for r in self.responses if r.kld and name in r.part.groups), default=0)
-        return Interval(mean=mean, low=mean - half, high=mean + half, n=n, population=n)
-
-    def _kept(self, name: str) -> Point:
-        part = Part(name=name, groups=(name,))
-        zero = Interval(mean=0.0, low=0.0, high=0.0, n=0, population=0)
-        return Point(part=part, kind=BASE, n_bytes=part.n_bytes(BASE, self.sizes), kld=zero, nll=zero)
+        return self.errors.above(name, qtype) * sum(factors) / len(factors)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """One observation: ``coefficients`` (groups,) @ heights = ``value`` give or take ``sd``.
+    """One observation: ``coefficients`` @ the unknowns = ``value`` give or take ``sd``.
 
-    ``noise`` is the part of ``sd`` that is not the model's.
+    ``noise`` is the part of ``sd`` that is the measurement's and not the model's.
     """
 
     coefficients: Vector
@@ -257,23 +244,101 @@ class _Row:
     noise: float
 
     @classmethod
-    def of(cls, coefficients: Vector, damage: Interval, model_sd: float, blur: float) -> _Row:
-        noise = float(np.hypot((damage.high - damage.low) / 2 / NORMAL_95, blur))
+    def of(cls, coefficients: Vector, damage: Estimate, model_sd: float, blur: float) -> _Row:
+        noise = float(np.hypot(damage.se, blur))
         sd = max(float(np.hypot(noise, model_sd * damage.mean)), 1e-12)
         return cls(coefficients=coefficients, value=damage.mean, sd=sd, noise=noise)
 
 
-def _least_squares(prior: Vector, spread: Vector, rows: Sequence[_Row]) -> Fit:
-    """Bayesian linear regression with a normal prior, its mean kept above a floor.
+def _role_sensitivity(observed: Observed, role: str) -> float:
+    """Returns a role's sensitivity: weighted least squares through the origin over the types of the whole role."""
+    names = observed.roles[role]
+    method = observed.method
+    rows = [observed.row(response, KLD) for response in observed.responses if response.groups == names]
+    error = np.array([row.coefficients.sum() for row in rows])
+    damage = np.array([row.value for row in rows])
+    weight = np.array([row.sd for row in rows]) ** -2
+    found = float((error * damage * weight).sum() / (error**2 * weight).sum())
+    largest = float(np.abs(damage).max())
+    least = method.floor * max(largest, observed.blur, method.least_damage)
+    return max(found, least / float(np.abs(error).max()))
 
-    Solved in units of the prior's spread, so that all columns are of one size.
+
+def _measured_over_modelled(observed: Observed, sensitivities: Vector) -> dict[tuple[str, str], float]:
+    """Returns measured over modelled damage of each role at each type, drawn towards 1 as far as noise allows.
+
+    It is that of the largest part that was measured at the type: the whole role, as a rule.
+    """
+    method = observed.method
+    largest: dict[tuple[str, str], Response] = {}
+    for response in sorted(observed.known, key=lambda response: len(response.groups)):
+        if observed.errors.summed(response.groups, response.type):
+            role = observed.layout.groups[response.groups[0]].role
+            largest[role, response.type] = response
+    found = {}
+    for key, response in largest.items():
+        row = observed.row(response, KLD)
+        modelled = float(row.coefficients @ sensitivities)
+        error = max(row.noise / abs(modelled), 1e-6)
+        weights = np.array([method.model_sd, error]) ** -2
+        ratio = float(weights @ np.array([1.0, row.value / modelled]) / weights.sum())
+        found[key] = max(ratio, method.floor)
+    return found
+
+
+def _lessons(
+    observed: Observed, fit: Fitted, plans: Sequence[WholePlan], objective: Objective
+) -> dict[str, float]:
+    """Shares out what whole plans did beyond the sum of their parts among types and roles.
+
+    It is ridge regression: each may have done some ``lesson_sd`` more or less than alone.
+    """
+    method = observed.method
+    alone = replace(fit, learned={})
+    in_base = sorted({qtype for name in observed.groups for qtype in observed.types(name, None)})
+    names = [*observed.roles, *dict.fromkeys((*observed.errors.all_types, *in_base))]
+    rows: list[Vector] = []
+    seen: list[float] = []
+    for plan in plans:
+        damage = plan.damage(objective)
+        if damage is None:
+            continue
+        shares = _shares(observed, alone, plan.changes)
+        total = sum(shares.get(role, 0.0) for role in observed.roles)
+        coefficients = np.array([shares.get(name, 0.0) for name in names])
+        row = _Row.of(coefficients, damage, method.plan_sd, observed.blur)
+        rows.append(row.coefficients * method.lesson_sd / row.sd)
+        seen.append((row.value - total) / row.sd)
+    if not rows:
+        return {}
+    design = np.vstack([rows, np.eye(len(names))])
+    wanted = np.append(seen, np.zeros(len(names)))
+    found = np.linalg.lstsq(design, wanted)[0] * method.lesson_sd
+    return dict(zip(names, found.tolist(), strict=True))
+
+
+def _shares(observed: Observed, fit: Fitted, changes: Changes) -> dict[str, float]:
+    """Returns the damage of a plan as the parts alone foretell it, by role, and once more by type."""
+    shares: dict[str, float] = {}
+    for name, sensitivity in zip(observed.groups, fit.sensitivities, strict=True):
+        qtypes = observed.types(name, changes.get(name))
+        damage = float(sensitivity * observed.error(name, changes.get(name), fit))
+        role = observed.layout.groups[name].role
+        shares[role] = shares.get(role, 0.0) + damage
+        for qtype in qtypes:
+            shares[qtype] = shares.get(qtype, 0.0) + damage / len(qtypes)
+    return shares
+
+
+def _least_squares(prior: Vector, spread: Vector, rows: Sequence[_Row], floor: float) -> Fitted:
+    """Solves Bayesian linear regression with a normal prior, its mean kept above ``floor`` of the prior.
+
+    It is solved in units of the prior's spread, so that all columns are of one size.
     """
     scaled = np.array([row.coefficients * spread / row.sd for row in rows])
-    floor = _FLOOR * prior
+    lowest = floor * prior
     design = np.vstack([scaled, np.eye(len(prior))])
-    wanted = np.append(
-        [(row.value - row.coefficients @ floor) / row.sd for row in rows], (prior - floor) / spread
-    )
-    found, _ = nnls(design, wanted)
+    misfit = [(row.value - row.coefficients @ lowest) / row.sd for row in rows]
+    found, _ = nnls(design, np.append(misfit, (prior - lowest) / spread))
     covariance = np.linalg.inv(design.T @ design) * np.outer(spread, spread)
-    return Fit(heights=floor + found * spread, covariance=covariance)
+    return Fitted(sensitivities=lowest + found * spread, covariance=covariance)

@@ -1,51 +1,112 @@
-"""A card and a context -> the bytes of file that fit, and what a plan then takes on the card."""
+"""Turns the size that was asked for into bytes of file: a number, a preset's size, or what a GPU has room for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
+import msgspec
+
+from cerebellum.base import preset_base
+from cerebellum.engine.protocols import Engine
+from cerebellum.gguf import tensor_bytes
 from cerebellum.groups import attention_layers, recurrent_layers
+from cerebellum.imatrix import ImportanceMatrix
+from cerebellum.layout import Layout
 from cerebellum.memory.shape import (
     Memory,
     Shape,
     ask,
     memory_json,
     memory_shape,
-    off_the_card,
-    plain_metadata,
+    off_the_gpu,
     weights_budget,
 )
-from cerebellum.plan.limit import Sizes
-from cerebellum.source import Source
+from cerebellum.plan.artifacts import GpuMemory
+from cerebellum.settings import Bytes, Gpu, Preset
+from cerebellum.source import Source, plain_metadata
+from cerebellum.verdicts import NOTHING, Changes
 
 
-class Card:
-    """``card_bytes`` of memory, on which a model shall run with ``context`` tokens."""
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The largest file that is wanted, in bytes, and the room on the GPU that the size came from, if any."""
 
-    def __init__(self, source: Source, sizes: Sizes, card_bytes: int, context: int) -> None:
-        self.sizes, self.bytes = sizes, card_bytes
-        self._elsewhere = off_the_card(source.tensors.keys())
-        self.shape: Shape = memory_shape(
-            plain_metadata(source.files[0]),
-            attention_layers(source),
-            len(recurrent_layers(source)),
-            self._on_card({}),
-        )
-        self.memory: Memory = ask(self.shape, [file.path for file in source.files], context)
+    file_bytes: int
+    room: _GpuRoom | None = field(default=None, repr=False)
+
+    def memory(self, changes: Changes) -> GpuMemory | None:
+        """Returns what the base with ``changes`` takes on the GPU part by part, or None where none was named."""
+        return None if self.room is None else self.room.taken(changes)
+
+
+def target_of(
+    size: Bytes | Preset | Gpu,
+    engine: Engine,
+    source: Source,
+    layout: Layout,
+    matrix: ImportanceMatrix | None = None,
+) -> Target:
+    """Returns the bytes of file that a size stands for on this model.
+
+    Raises BadInput for a preset that llama.cpp does not know, and AnswerIsNo for a GPU where the context leaves
+    no room for weights. llama.cpp reads the model's header and loads no weights.
+    """
+    match size:
+        case Bytes(n_bytes=n_bytes):
+            return Target(file_bytes=n_bytes)
+        case Preset(name=name):
+            preset = replace(layout, base=preset_base(engine, source, name, matrix))
+            return Target(file_bytes=preset.file_bytes())
+        case Gpu():
+            room = _gpu_room(size, source, layout)
+            return Target(file_bytes=room.file_bytes(), room=room)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GpuRoom:
+    """A GPU with all that goes on it beside the weights: the cache of the context, the state, compute buffers."""
+
+    gpu: Gpu
+    layout: Layout
+    elsewhere: frozenset[str]
+    shape: Shape
+    beside: Memory
 
     def file_bytes(self) -> int:
-        """The largest file that goes on the card; AnswerIsNo where the rest leaves no room for one."""
-        elsewhere = self.sizes.total({}) - self._on_card({})
-        return weights_budget(self.shape, self.memory, self.bytes) + elsewhere + self.sizes.header_bytes()
+        """Returns the largest file that runs on the GPU; AnswerIsNo where the rest leaves no room for one.
 
-    def plan_json(self, changes: Mapping[str, str]) -> dict[str, Any]:
-        """What the base with ``changes`` takes, part by part, in bytes."""
-        weights = self._on_card(changes)
-        memory = replace(self.memory, weights=weights)
-        return memory_json(replace(self.shape, weights=weights), memory, self.bytes)
+        A file is larger than its weights on the GPU: by its header, and by tensors that stay in main memory.
+        """
+        off_the_gpu = self.layout.tensor_bytes() - _bytes_on_gpu(self.layout, NOTHING, self.elsewhere)
+        room = weights_budget(self.shape, self.beside, self.gpu.n_bytes)
+        return room + off_the_gpu + self.layout.header_bytes()
 
-    def _on_card(self, changes: Mapping[str, str]) -> int:
-        elsewhere = (self.sizes.tensor_bytes(name) for name in self._elsewhere)
-        return self.sizes.total(changes) - sum(elsewhere)
+    def taken(self, changes: Changes) -> GpuMemory:
+        """Returns what the base with ``changes`` takes, part by part, in bytes."""
+        weights = _bytes_on_gpu(self.layout, changes, self.elsewhere)
+        told = memory_json(
+            replace(self.shape, weights=weights), replace(self.beside, weights=weights), self.gpu.n_bytes
+        )
+        return msgspec.convert(told, GpuMemory)
+
+
+def _gpu_room(gpu: Gpu, source: Source, layout: Layout) -> _GpuRoom:
+    """Asks llama.cpp, once, what it would allocate beside the weights for this model and context."""
+    elsewhere = off_the_gpu(source.tensors.keys())
+    shape = memory_shape(
+        plain_metadata(source.files[0]),
+        attention_layers(source),
+        len(recurrent_layers(source)),
+        _bytes_on_gpu(layout, NOTHING, elsewhere),
+    )
+    beside = ask(shape, [file.path for file in source.files], gpu.context)
+    return _GpuRoom(gpu=gpu, layout=layout, elsewhere=elsewhere, shape=shape, beside=beside)
+
+
+def _bytes_on_gpu(layout: Layout, changes: Changes, elsewhere: frozenset[str]) -> int:
+    types = layout.types(changes)
+    return sum(
+        tensor_bytes(type_, layout.tensors[name].shape)
+        for name, type_ in types.items()
+        if name not in elsewhere
+    )

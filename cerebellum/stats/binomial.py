@@ -1,4 +1,4 @@
-"""Accuracies and their paired differences: Wilson, McNemar, and what a number of questions can show.
+"""Computes accuracies and their paired differences: Wilson, McNemar, and what a number of questions can show.
 
 Two models that answered the same questions differ only where one is right and the other wrong. Those
 discordant pairs carry all the evidence; an unpaired comparison of two accuracies throws it away.
@@ -19,7 +19,9 @@ POWER = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class Proportion:
-    """``successes`` of ``n`` with an interval, all as fractions."""
+    """Holds ``successes`` of ``n`` questions with the interval of their share, low and high as fractions of
+    1.
+    """
 
     successes: int
     n: int
@@ -28,11 +30,15 @@ class Proportion:
 
     @property
     def value(self) -> float:
+        """Returns the share of successes as a fraction of 1."""
         return self.successes / self.n
 
 
 def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Proportion:
-    """Wilson's score interval: never outside [0, 1], right at both ends (Wilson 1927)."""
+    """Returns Wilson's score interval, which never leaves [0, 1] and is right at both ends (Wilson 1927).
+
+    Raises ValueError where there is no question.
+    """
     if n < 1:
         raise ValueError("an accuracy needs at least one question")
     interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
@@ -41,8 +47,9 @@ def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Proportion
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """Two models on the same ``n`` questions; ``difference`` is the accuracy of a minus that of b.
+    """Compares two models on the same ``n`` questions; ``difference`` is the accuracy of a minus that of b.
 
+    All shares are fractions of 1. ``only_a`` and ``only_b`` count the questions that just one has right, and
     ``p_value`` is McNemar's exact, two-sided. ``detectable`` is the difference that a test on this many
     questions would find with probability ``POWER``, given how often the two disagree.
     """
@@ -59,7 +66,10 @@ class Paired:
 
 
 def paired(a: Sequence[bool], b: Sequence[bool], confidence: float = CONFIDENCE) -> Paired:
-    """Right or wrong, question by question, of model a and of model b."""
+    """Compares two models by whether each was right or wrong, question by question, in the same order.
+
+    Raises ValueError where the two have different numbers of questions, or none.
+    """
     if len(a) != len(b) or not a:
         raise ValueError(f"{len(a)} answers cannot be paired with {len(b)}")
     only_a = sum(x and not y for x, y in zip(a, b, strict=True))
@@ -80,51 +90,43 @@ def paired(a: Sequence[bool], b: Sequence[bool], confidence: float = CONFIDENCE)
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided p-value: were the discordant pairs tossed with a fair coin? 1 where there are none."""
+    """Returns the two-sided p-value of the question whether a fair coin tossed the discordant pairs; 1 for
+    none.
+    """
     total = only_a + only_b
     return float(binomtest(only_a, total, 0.5).pvalue) if total else 1.0
 
 
-def holm(p_values: Sequence[float], alpha: float = 1 - CONFIDENCE) -> list[bool]:
-    """Which of several tests are significant, all together wrong with chance ``alpha``, however related.
-
-    Holm 1979: the smallest p-value is held to alpha / n, the next to alpha / (n - 1), up to the first miss.
-    """
-    found = [False] * len(p_values)
-    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        if p_values[place] >= alpha / (len(p_values) - rank):
-            break
-        found[place] = True
-    return found
-
-
 def bonett_price(only_a: int, only_b: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Interval of a paired difference: Wald's with one pair added to each discordant cell.
+    """Returns the interval of a paired difference: Wald's with one pair added to each discordant cell.
 
-    Bonett and Price 2012, Statistics in Medicine 31; it holds its coverage on small samples, and has
-    width even where no pair disagrees.
+    Bonett and Price 2012, Statistics in Medicine 31: it holds its coverage on small samples, and has width
+    even where no pair disagrees.
     """
-    p_a, p_b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+    p_a = (only_a + 1) / (n + 2)
+    p_b = (only_b + 1) / (n + 2)
     half = float(norm.ppf(0.5 + confidence / 2)) * math.sqrt((p_a + p_b - (p_a - p_b) ** 2) / (n + 2))
     return max(-1.0, p_a - p_b - half), min(1.0, p_a - p_b + half)
 
 
 def discordance(only_a: int, only_b: int, n: int) -> float:
-    """How often the two disagree, never 0: one pair more than was seen."""
+    """Returns the share of questions on which the two disagree, never 0: it counts one pair more."""
     return min(1.0, (only_a + only_b + 1) / (n + 1))
 
 
 def detectable_difference(
     n: int, disagreement: float, alpha: float = 1 - CONFIDENCE, power: float = POWER
 ) -> float:
-    """The smallest difference of accuracies that McNemar's test on ``n`` questions finds with ``power``.
+    """Returns the smallest difference of accuracies that McNemar's test on ``n`` questions finds with
+    ``power``.
 
     Connor 1987 (Biometrics 43): z_a sqrt(psi) + z_b sqrt(psi - d^2) = d sqrt(n), solved for d. A difference
-    of d takes disagreement of d at least, so where psi is too little for n questions, it grows with d; two
-    models that agree on 40 questions of 40 may still differ by 18 points. Never less than what the exact test
-    takes, six pairs on one side at 5%; 1 where nothing could be found.
+    of d takes a disagreement of d at least, so where psi is too little for n questions, it grows with d; two
+    models that agree on 40 questions of 40 may still differ by 18 points. It is never less than what the
+    exact test takes, six pairs on one side at 5%, and 1 where nothing could be found.
     """
-    z_a, z_b = float(norm.ppf(1 - alpha / 2)), float(norm.ppf(power))
+    z_a = float(norm.ppf(1 - alpha / 2))
+    z_b = float(norm.ppf(power))
 
     def excess(d: float) -> float:
         psi = max(disagreement, d)
@@ -135,9 +137,9 @@ def detectable_difference(
 
 
 def smallest_significant(discordant: int, n: int, alpha: float = 1 - CONFIDENCE) -> float | None:
-    """The smallest difference that would have been significant with so many discordant pairs.
+    """Returns the smallest difference that would have been significant with so many discordant pairs.
 
-    None where no split of them could be: fewer than six pairs never are at 5%.
+    None where no split of them could be, because fewer than six pairs never are at 5%.
     """
     rarer = int(binom.ppf(alpha / 2, discordant, 0.5)) if discordant else 0
     while rarer >= 0 and mcnemar_exact(rarer, discordant - rarer) >= alpha:

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
 
 Floats = NDArray[np.floating]
 
 CONFIDENCE = 0.95
-NORMAL_95 = 1.96
-"""Half-width to standard error. Student's intervals are wider, so of few chunks it gives too much."""
+
+
+@cache
+def student_quantile(confidence: float, degrees: int) -> float:
+    """Returns Student's two-sided quantile, in standard errors; without end below one degree of freedom.
+
+    SciPy takes half a second to load, and whoever only reads finished artifacts does not need it.
+    """
+    from scipy.stats import t as student_t
+
+    return float(student_t.ppf(0.5 + confidence / 2, degrees)) if degrees > 0 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,35 +86,13 @@ def mean_interval(values_N: Floats, population: int, confidence: float = CONFIDE
     if n < 2:
         return Interval(mean=mean, low=-math.inf, high=math.inf, n=n, population=population)
     correction = math.sqrt((population - n) / (population - 1))
-    half = float(student_t.ppf(0.5 + confidence / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
-    half *= correction
+    half = student_quantile(confidence, n - 1) * float(values.std(ddof=1)) / math.sqrt(n) * correction
     return Interval(mean=mean, low=mean - half, high=mean + half, n=n, population=population)
 
 
 def superpopulation_interval(values_N: Floats, confidence: float = CONFIDENCE) -> Interval:
     """Student-t interval for text *like* this one: no correction, so never without width."""
     return mean_interval(values_N, population=10**12, confidence=confidence)
-
-
-def ratio_interval(
-    values_N: Floats, yardstick_N: Floats, yardstick_mean: float, confidence: float = CONFIDENCE
-) -> Interval:
-    """The mean of ``values_N``, were it over the chunks on which the yardstick has ``yardstick_mean``.
-
-    A few chunks may be harder than the rest; a yardstick known on all of them says by how much. This is
-    the ratio estimator (Cochran, Sampling Techniques, 1977, 6.2) with Student's interval of its
-    residuals. Where the yardstick is not surely positive on these chunks, the plain mean stands.
-    """
-    values, yardstick = np.asarray(values_N, np.float64), np.asarray(yardstick_N, np.float64)
-    own = superpopulation_interval(yardstick, confidence)
-    if not (own.low > 0 and yardstick_mean > 0):
-        return superpopulation_interval(values, confidence)
-    scale, ratio = yardstick_mean / own.mean, float(values.mean()) / own.mean
-    residual = superpopulation_interval(values - ratio * yardstick, confidence)
-    mean, half = float(values.mean()) * scale, (residual.high - residual.mean) * scale
-    return Interval(
-        mean=mean, low=mean - half, high=mean + half, n=residual.n, population=residual.population
-    )
 
 
 def without_nan(value: Any) -> Any:

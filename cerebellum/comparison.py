@@ -1,15 +1,18 @@
-"""Two GGUFs on the same tokens: paired perplexity change, KL divergence, agreement of the top token."""
+"""Compares two GGUFs on the same tokens: perplexity change, KL divergence, agreement of the top token.
+
+Both score the same chunks, so the difference on a chunk is free of what makes its text hard or easy.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cerebellum.codec import Record
 from cerebellum.engine.protocols import Engine, Logits, Tokens
 from cerebellum.engine.scoring import divergence, normalize, overlapped, predict, token_nll
 from cerebellum.errors import BadInput
@@ -32,7 +35,11 @@ _BURN_IN = 8  # chunks before a sequential interval is looked at
 
 @dataclass(frozen=True, kw_only=True)
 class PairScore:
-    """One chunk under both models; vectors over its scored tokens."""
+    """Holds one chunk under both models, as vectors over its scored tokens.
+
+    The NLLs and the KL divergence of B from A are in nats; ``same_top`` says where both models have the same
+    likeliest token.
+    """
 
     nll_a: NDArray[np.float64]
     nll_b: NDArray[np.float64]
@@ -41,8 +48,9 @@ class PairScore:
 
 
 def open_pair(a: Path, b: Path) -> tuple[Source, Source]:
-    """Both models, refused unless they share a tokenizer: other tokens cannot be paired."""
-    first, second = open_source(a, allow_requantize=True), open_source(b, allow_requantize=True)
+    """Opens both models; BadInput unless they share a tokenizer, because other tokens cannot be paired."""
+    first = open_source(a, allow_requantize=True)
+    second = open_source(b, allow_requantize=True)
     for key in _VOCABULARY_KEYS:
         if first.kv_records.get(key) != second.kv_records.get(key):
             raise BadInput(
@@ -53,8 +61,13 @@ def open_pair(a: Path, b: Path) -> tuple[Source, Source]:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonSettings:
-    """``chunks``: the first so many of the text (0: all). ``until_pct`` stops earlier, in random order,
-    once the interval of the perplexity change is no wider than plus or minus that."""
+    """Says on which tokens two models are compared, and when to stop.
+
+    ``ctx`` counts tokens in a chunk. ``chunks`` takes the first so many of the text (0: all). ``until_pct``
+    takes them in random order instead and stops once the interval of the perplexity change is no wider than
+    plus or minus that many percent; ``seed`` decides the order, and the interval is wrong with chance
+    ``alpha`` whenever it is looked at.
+    """
 
     text: Path
     ctx: int
@@ -64,10 +77,46 @@ class ComparisonSettings:
     alpha: float = 0.05
 
 
-def compare(
-    engine: Engine, a: Path, b: Path, settings: ComparisonSettings, reporter: Reporter
-) -> dict[str, Any]:
-    """The contract of ``compare --json``."""
+class Comparison(Record, frozen=True, kw_only=True):
+    """Holds the answer of `compare --json`; intervals are 95% over chunks, None for a single chunk.
+
+    ``delta_pct`` is the change of perplexity from A to B in percent, ``kld_mean`` the KL divergence of B from
+    A in nats/token, ``top1_agreement`` the share of tokens with the same likeliest prediction, and ``tokens``
+    the number that were scored.
+    """
+
+    ppl_a: float
+    ppl_b: float
+    delta_pct: float
+    ci_pct: tuple[float | None, float | None]
+    kld_mean: float
+    kld_ci: tuple[float | None, float | None]
+    top1_agreement: float
+    chunks: int
+    tokens: int
+    ctx: int
+
+
+class PerplexityAnswer(Record, frozen=True, kw_only=True):
+    """Holds the answer of `perplexity --json`, to the digits that llama-perplexity prints.
+
+    ``se`` is the standard error of the perplexity and ``tokens`` the number that were scored, half of each
+    chunk of ``ctx`` tokens.
+    """
+
+    ppl: float
+    se: float
+    chunks: int
+    tokens: int
+    ctx: int
+
+
+def compare(engine: Engine, a: Path, b: Path, settings: ComparisonSettings, reporter: Reporter) -> Comparison:
+    """Returns how the model at ``b`` differs from that at ``a`` on the same tokens.
+
+    Raises BadInput where a file or the text cannot be used, the two have different vocabularies, or one gives
+    logits that are not finite.
+    """
     first, second = open_pair(a, b)
     corpus = load_corpus(engine, a, settings.text, settings.ctx)
     count = min(settings.chunks or corpus.n_chunks, corpus.n_chunks)
@@ -92,15 +141,16 @@ def _narrow_enough(scores: list[PairScore], rule: StoppingRule, until_pct: float
 
 
 def _differences(scores: list[PairScore]) -> NDArray[np.float64]:
-    """Mean NLL of B less that of A for each chunk, nats/token."""
+    """Returns the mean NLL of B less that of A for each chunk, (chunks,), in nats/token."""
     return np.array([(score.nll_b - score.nll_a).mean() for score in scores])
 
 
 def score_pairs(
     engine: Engine, a: Source, b: Source, corpus: Corpus, order: Sequence[int]
 ) -> Iterator[PairScore]:
-    """Both models stay open; each chunk is decoded by one, then the other."""
-    files_a, files_b = ([file.path for file in source.files] for source in (a, b))
+    """Yields a score for every chunk of ``order``; both models stay open and take turns on each chunk."""
+    files_a = [file.path for file in a.files]
+    files_b = [file.path for file in b.files]
     with engine.open(files_a, corpus.ctx) as model_a, engine.open(files_b, corpus.ctx) as model_b:
 
         def decoded() -> Iterator[tuple[Logits, Logits, Tokens]]:
@@ -112,7 +162,8 @@ def score_pairs(
 
 
 def _score(logits_a: Logits, logits_b: Logits, targets: Tokens) -> PairScore:
-    a, b = normalize(logits_a), normalize(logits_b)
+    a = normalize(logits_a)
+    b = normalize(logits_b)
     kld, same_top = divergence(predict(a), b)
     return PairScore(
         nll_a=a.nll(targets),
@@ -122,38 +173,42 @@ def _score(logits_a: Logits, logits_b: Logits, targets: Tokens) -> PairScore:
     )
 
 
-def summarise(scores: list[PairScore], ctx: int, delta: Interval | None = None) -> dict[str, Any]:
-    """Means with 95% intervals over chunks; the chunk is the unit, since its tokens share a context.
+def summarise(scores: list[PairScore], ctx: int, delta: Interval | None = None) -> Comparison:
+    """Returns means with 95% intervals over chunks; the chunk is the unit, since its tokens share a context.
 
-    ``delta`` is the sequential interval where the comparison could stop early; a Student interval else.
+    ``delta`` is the sequential interval of the change where the comparison could stop early; without it a
+    Student interval is computed. Raises BadInput where a model's logits are not finite.
     """
-    nll_a, nll_b = (np.stack([getattr(s, name) for s in scores]) for name in ("nll_a", "nll_b"))
+    nll_a = np.stack([score.nll_a for score in scores])
+    nll_b = np.stack([score.nll_b for score in scores])
     if not (np.isfinite(nll_a).all() and np.isfinite(nll_b).all()):
         raise BadInput("one of the models gives logits that are not finite; it has collapsed")
     delta = delta or superpopulation_interval(_differences(scores))
-    kld = superpopulation_interval(np.array([s.kld.mean() for s in scores]))
+    kld = superpopulation_interval(np.array([score.kld.mean() for score in scores]))
     mean, low, high = delta.percent()
-    found_a, found_b = perplexity(nll_a), perplexity(nll_b)
-    answer = {
-        "ppl_a": found_a.ppl,
-        "ppl_b": found_b.ppl,
-        "delta_pct": mean,
-        "ci_pct": [low, high],
-        "kld_mean": kld.mean,
-        "kld_ci": [kld.low, kld.high],
-        "top1_agreement": float(np.mean([s.same_top.mean() for s in scores])),
-        "chunks": len(scores),
-        "tokens": found_a.tokens,
-        "ctx": ctx,
-    }
-    # One chunk has no interval: null rather than infinity.
-    return answer if len(scores) > 1 else answer | {"ci_pct": [None, None], "kld_ci": [None, None]}
+    found_a = perplexity(nll_a)
+    one_chunk = len(scores) == 1  # it has no interval: null rather than infinity
+    return Comparison(
+        ppl_a=found_a.ppl,
+        ppl_b=perplexity(nll_b).ppl,
+        delta_pct=mean,
+        ci_pct=(None, None) if one_chunk else (low, high),
+        kld_mean=kld.mean,
+        kld_ci=(None, None) if one_chunk else (kld.low, kld.high),
+        top1_agreement=float(np.mean([score.same_top.mean() for score in scores])),
+        chunks=len(scores),
+        tokens=found_a.tokens,
+        ctx=ctx,
+    )
 
 
 def perplexity_of(
     engine: Engine, model: Path, text: Path, ctx: int, chunks: int, reporter: Reporter
-) -> dict[str, Any]:
-    """The contract of ``perplexity --json``: llama-perplexity's number on the first ``chunks`` chunks."""
+) -> PerplexityAnswer:
+    """Returns llama-perplexity's number on the first ``chunks`` chunks (0: all) of ``ctx`` tokens.
+
+    Raises BadInput where the model or the text cannot be used, or the logits are not finite.
+    """
     source = open_source(model, allow_requantize=True)
     corpus = load_corpus(engine, model, text, ctx)
     count = min(chunks or corpus.n_chunks, corpus.n_chunks)
@@ -169,4 +224,4 @@ def perplexity_of(
     if not np.isfinite(nll).all():
         raise BadInput(f"{model}: gives logits that are not finite on {text}; it has collapsed")
     found = perplexity(np.stack(nll))
-    return {"ppl": found.ppl, "se": found.se, "chunks": count, "tokens": found.tokens, "ctx": ctx}
+    return PerplexityAnswer(ppl=found.ppl, se=found.se, chunks=count, tokens=found.tokens, ctx=ctx)

@@ -1,0 +1,338 @@
+"""The options that commands share, and the goal that they come to."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from cerebellum.errors import BadInput
+from cerebellum.gguf import parse_preset, parse_weight_type, preset_label
+from cerebellum.settings import (
+    K_LADDER,
+    KLD,
+    OBJECTIVES,
+    REPORT_TEXT,
+    SELECTION_TEXT,
+    Budget,
+    Bytes,
+    Goal,
+    Gpu,
+    Limit,
+    Preset,
+)
+from cerebellum.units import parse_size
+
+Command = Callable[..., Any]
+PathArgument = click.Path(path_type=Path)
+
+_LEAST_GPU = 1 << 20  # bytes: below it a unit was forgotten
+_DEFAULT_CONTEXT = 4096
+
+_LIMIT_OPTIONS = ("max_increase", "demote", "indifference", "alpha", "chunks", "max_chunks")
+_BUDGET_OPTIONS = ("types", "fine_types", "zoom", "objective", "anchor", "context")
+
+
+class Percent(click.ParamType[float]):
+    """``3%`` or ``3``."""
+
+    name = "percent"
+
+    def __init__(self, low: float = 1e-9) -> None:
+        self.low = low
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Returns the number; fails where it is none, or is below ``low`` or 1000 and more."""
+        try:
+            number = float(str(value).removesuffix("%"))
+        except ValueError:
+            self.fail(f"{value!r} is not a percentage such as 3%", param, ctx)
+        if not self.low <= number < 1000:
+            self.fail(f"{value} is not between 0% and 1000%", param, ctx)
+        return number
+
+
+class Size(click.ParamType[int]):
+    """``14.2GB``, ``13GiB`` or bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Returns bytes."""
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class GpuSize(Size):
+    """The memory of a graphics card, which is never a handful of bytes: ``24GiB``, not ``24``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Returns bytes; fails where the unit was forgotten."""
+        n_bytes = super().convert(value, param, ctx)
+        if n_bytes < _LEAST_GPU:
+            self.fail(f"{value} is {n_bytes:,} bytes; did you mean {value}GiB?", param, ctx)
+        return n_bytes
+
+
+class FileSize(click.ParamType[Any]):
+    """A size in bytes, or a preset whose size for this model is meant."""
+
+    name = "size or preset"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Bytes | Preset:
+        """Returns what was meant; fails, before anything is read, where it is neither."""
+        if isinstance(value, Bytes | Preset):
+            return value
+        try:
+            return Bytes(n_bytes=parse_size(str(value)))
+        except ValueError:
+            pass
+        try:
+            return Preset(name=preset_label(parse_preset(str(value))))
+        except BadInput as error:
+            self.fail(f"{value!r} is neither a size such as 13GiB nor a preset; {error}", param, ctx)
+
+
+class WeightType(click.ParamType[str]):
+    """A type that weights may have, by its name."""
+
+    name = "type"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns the type's canonical name."""
+        try:
+            return parse_weight_type(str(value)).name
+        except BadInput as error:
+            self.fail(str(error), param, ctx)
+
+
+class WeightTypes(click.ParamType[Any]):
+    """Several types by comma."""
+
+    name = "types"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """Returns the canonical names in the order given."""
+        if isinstance(value, tuple):
+            return value
+        names = [name.strip() for name in str(value).split(",") if name.strip()]
+        if not names:
+            self.fail("no type is named; give some, such as Q2_K,Q4_K", param, ctx)
+        return tuple(WeightType().convert(name, param, ctx) for name in names)
+
+
+class PresetName(click.ParamType[str]):
+    """One of llama.cpp's presets."""
+
+    name = "preset"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns the preset's label."""
+        try:
+            return preset_label(parse_preset(str(value)))
+        except BadInput as error:
+            self.fail(str(error), param, ctx)
+
+
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Returns several click options as one decorator, shown in the order given."""
+
+    def apply(command: Command) -> Command:
+        return functools.reduce(lambda wrapped, option: option(wrapped), reversed(decorators), command)
+
+    return apply
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, nothing else there.")
+ctx_option = click.option(
+    "--ctx",
+    type=click.IntRange(8),
+    default=512,
+    show_default=True,
+    help="Tokens of a chunk that is measured.",
+)
+engine_options = options(
+    click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True),
+    click.option("--gpu-layers", type=int, default=0, show_default=True, help="-1 offloads all."),
+)
+text_option = click.option(
+    "--text", type=PathArgument, default=REPORT_TEXT, help="UTF-8 text [default: WikiText-2 test]."
+)
+first_chunks_option = click.option(
+    "--chunks", type=click.IntRange(0), default=0, help="The first N chunks of the text [default: all]."
+)
+folder_option = click.option("-o", "--out", type=PathArgument, required=True, help="The run folder.")
+size_options = options(
+    click.option(
+        "--budget", type=FileSize(), help="Instead of a limit: the best file of this SIZE or PRESET's size."
+    ),
+    click.option("--fit", type=GpuSize(), help="The best file for a graphics card of this SIZE."),
+    click.option(
+        "--context",
+        type=click.IntRange(8),
+        default=_DEFAULT_CONTEXT,
+        show_default=True,
+        help="With --fit: tokens of context that the card must hold beside the file.",
+    ),
+)
+limit_options = options(
+    click.option(
+        "--demote",
+        type=WeightType(),
+        default="Q2_K",
+        show_default=True,
+        help="Type that groups are tried at.",
+    ),
+    click.option("--max-increase", type=Percent(), default="3%", show_default=True, help="Limit on damage."),
+    click.option(
+        "--chunks",
+        type=click.IntRange(0),
+        default=0,
+        help="Exactly N chunks for every group [default: as many as a verdict takes].",
+    ),
+    click.option(
+        "--max-chunks", type=click.IntRange(0), default=0, help="A limit for each group [default: the text]."
+    ),
+    click.option(
+        "--indifference",
+        type=Percent(0),
+        default="0.2%",
+        show_default=True,
+        help="A near-tie this close to the limit may be called either way.",
+    ),
+    click.option(
+        "--alpha",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        default=0.05,
+        show_default=True,
+        help="Chance that any verdict is wrong.",
+    ),
+)
+budget_options = options(
+    click.option(
+        "--types",
+        type=WeightTypes(),
+        default=",".join(K_LADDER),
+        show_default=True,
+        help="With --budget or --fit: the types that every group is measured at.",
+    ),
+    click.option(
+        "--fine-types/--no-fine-types",
+        default=True,
+        show_default=True,
+        help="With --budget or --fit: try IQ types too, where the plan could want them.",
+    ),
+    click.option(
+        "--zoom/--no-zoom",
+        default=True,
+        show_default=True,
+        help="With --budget or --fit: treat the layers of a role apart where they differ.",
+    ),
+    click.option(
+        "--objective",
+        type=click.Choice(OBJECTIVES),
+        default=KLD,
+        show_default=True,
+        help="With --budget or --fit: what is made least, KL divergence from the source or perplexity.",
+    ),
+    click.option(
+        "--anchor",
+        type=WeightType(),
+        default="Q8_0",
+        show_default=True,
+        help="With --budget or --fit: the type of all else while a group is measured; smaller saves memory.",
+    ),
+)
+source_options = options(
+    click.option(
+        "--base",
+        type=PresetName(),
+        default="Q3_K_M",
+        show_default=True,
+        help="Preset everything is compared with.",
+    ),
+    click.option("--base-file", type=PathArgument, help="A base made already, instead of --base."),
+    limit_options,
+    size_options,
+    budget_options,
+    click.option("--imatrix", type=PathArgument, help="An importance matrix (GGUF or .dat)."),
+    click.option("--imatrix-text", type=PathArgument, help="Text to make one from [default: --select-text]."),
+    click.option("--imatrix-chunks", type=click.IntRange(0), default=0, help="First N of it [default: all]."),
+    click.option("--select-text", type=PathArgument, default=SELECTION_TEXT, help="Text that decides."),
+    click.option("--report-text", type=PathArgument, default=REPORT_TEXT, help="Text that reports."),
+    ctx_option,
+    click.option(
+        "--kld-cache", type=Size(), help="Disk for predictions [default: 1GiB; with --budget 8GiB]."
+    ),
+    click.option("--report-chunks", type=click.IntRange(0), default=0, help="First N of --report-text."),
+    engine_options,
+    click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Order of the chunks."),
+    click.option("--allow-requantize", is_flag=True, help="Accept a source that is quantized already."),
+)
+bench_options = options(
+    click.option("--bench", is_flag=True, help="Question benchmarks of base and result at the end."),
+    click.option("--bench-limit", type=click.IntRange(0), default=400, show_default=True, help="0: all."),
+    click.option(
+        "--data", type=PathArgument, help="Folder of the benchmark files [default: CEREBELLUM_DATA]."
+    ),
+)
+
+
+def given(name: str) -> bool:
+    """Says whether an option of the current command was typed, whatever its value."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source not in (None, ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+
+
+def take_size(asked: dict[str, Any]) -> Bytes | Preset | Gpu | None:
+    """Takes --budget, --fit and --context out of what was asked; None where neither size was given.
+
+    Raises a usage error that names both options where two of them exclude each other.
+    """
+    budget, fit, context = (asked.pop(name) for name in ("budget", "fit", "context"))
+    if budget is not None and fit is not None:
+        raise click.UsageError("--budget and --fit exclude each other: give one size, or one graphics card")
+    if fit is None and given("context"):
+        raise click.UsageError("--context is for --fit: give the graphics card's size with --fit too")
+    return Gpu(n_bytes=fit, context=context) if fit is not None else budget
+
+
+def take_goal(asked: dict[str, Any]) -> Goal:
+    """Takes the options of both goals out of what was asked and returns the one that was meant.
+
+    Raises a usage error that names both options where one belongs to the other goal: an option that would be
+    ignored in silence is a misunderstanding.
+    """
+    size = take_size(asked)
+    size_flag = "--budget" if given("budget") else "--fit"
+    for name in _LIMIT_OPTIONS if size is not None else ():
+        if given(name):
+            flag = _flag(name)
+            raise click.UsageError(
+                f"{size_flag} and {flag} exclude each other: {flag} is of runs with a limit"
+            )
+    for name in _BUDGET_OPTIONS if size is None else ():
+        if given(name):
+            raise click.UsageError(f"{_flag(name)} is of runs with a size: give --budget or --fit too")
+    limit = {name: asked.pop(name) for name in _LIMIT_OPTIONS}
+    budget = {name: asked.pop(name) for name in _BUDGET_OPTIONS if name != "context"}
+    if size is not None:
+        return Budget(size=size, **budget)
+    if limit["chunks"] and limit["max_chunks"]:
+        raise click.UsageError("--chunks and --max-chunks exclude each other: --chunks is exact already")
+    limit["max_increase_pct"] = limit.pop("max_increase")
+    limit["indifference_pct"] = limit.pop("indifference")
+    return Limit(**limit)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

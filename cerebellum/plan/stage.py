@@ -1,0 +1,106 @@
+"""Measurements or curves -> plan.json: what to ship. Combinations are measured whole before they ship."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from cerebellum.base import preset_base
+from cerebellum.engine.protocols import Engine
+from cerebellum.errors import BadInput
+from cerebellum.folder import MEASUREMENTS, PLAN
+from cerebellum.groups import make_groups
+from cerebellum.layout import Layout
+from cerebellum.measure.artifacts import Curves, read_recorded
+from cerebellum.measure.probe import Session
+from cerebellum.measure.stage import SINGLES_SHARE, against_base, measure_until_sure, write_measurements
+from cerebellum.plan.artifacts import BudgetPlan, LimitPlan, Plan
+from cerebellum.plan.budget import plan_budget, plan_unmeasured
+from cerebellum.plan.limit import limit_plan, make_units, plan_from, threshold_plan
+from cerebellum.plan.recorded import plan_recorded
+from cerebellum.plan.target import target_of
+from cerebellum.settings import Budget, Limit, Settings
+from cerebellum.source import Source, open_source
+from cerebellum.verdicts import Changes, Measurement, drive
+from cerebellum.workspace import Workspace
+
+P = TypeVar("P", bound=Plan)
+
+
+def plan_against_limit(workspace: Workspace, limit: Limit) -> LimitPlan:
+    """Plans by the limit, measures each combination that it wants whole, and writes plan.json.
+
+    The k-th combination may be wrong with half the chance of the one before, so that all of them together
+    spend no more than their share.
+    """
+    known = read_recorded(workspace.path(MEASUREMENTS))
+    singles = tuple(m for m in known if len(m.changes) == 1)
+    combinations: list[Measurement] = []
+    with against_base(workspace) as measurer:
+
+        def measured(changes: Changes) -> Measurement:
+            alpha = limit.alpha * (1 - SINGLES_SHARE) / 2 ** (len(combinations) + 1)
+            combinations.extend(measure_until_sure(workspace, limit, measurer, [changes], alpha))
+            return combinations[-1]
+
+        chosen = drive(threshold_plan(make_units(singles, workspace.layout), limit.threshold), measured)
+        joint = (m for m in combinations if len(m.changes) > 1)
+        write_measurements(workspace, limit, (*singles, *joint), measurer)
+    return _written(workspace, limit_plan(chosen, workspace.layout, limit))
+
+
+def plan_for_budget(workspace: Workspace, budget: Budget, curves: Curves, session: Session) -> BudgetPlan:
+    """Proposes plans within the budget, measures each whole, and writes the best measured as plan.json."""
+    target = target_of(budget.size, workspace.engine, workspace.source, workspace.layout, workspace.matrix)
+    return _written(workspace, plan_budget(curves, session, target))
+
+
+def replan_limit(workspace: Workspace, limit: Limit, measurements: Path | None = None) -> LimitPlan:
+    """Plans from the folder's measurements, or from others, and writes plan.json; loads no model.
+
+    A combination that nobody measured stays unmeasured.
+    """
+    found = read_recorded(measurements or workspace.path(MEASUREMENTS))
+    layout = workspace.layout
+    workspace.write_groups()
+    return _written(workspace, limit_plan(plan_from(found, layout, limit), layout, limit))
+
+
+def replan_budget(workspace: Workspace, budget: Budget, measurements: Path | None = None) -> BudgetPlan:
+    """Plans from the folder's curves and writes plan.json; loads no model, and measures nothing whole."""
+    if measurements is not None:
+        raise BadInput("--measurements: a folder plans a budget from its curves.json; leave it out")
+    layout = workspace.layout
+    target = target_of(budget.size, workspace.engine, workspace.source, layout, workspace.matrix)
+    plan = plan_unmeasured(workspace.artifacts.curves(), layout, target, budget.objective)
+    workspace.write_groups()
+    return _written(workspace, plan)
+
+
+def _written(workspace: Workspace, plan: P) -> P:
+    """Writes plan.json with the matrix that it rests on, and returns it."""
+    resting: P = msgspec.structs.replace(plan, imatrix_sha256=workspace.matrix.sha256)
+    workspace.artifacts.write(PLAN, resting)
+    return resting
+
+
+def header_layout(settings: Settings, engine: Engine) -> tuple[Source, Layout]:
+    """Opens a GGUF of which only the header is looked at, and returns it with its layout by roles."""
+    source = open_source(settings.source, allow_requantize=True)
+    base = preset_base(engine, source, settings.base, None)
+    return source, Layout.of(source, make_groups(source), base)
+
+
+def limit_header(settings: Settings, limit: Limit, engine: Engine, measurements: Path) -> LimitPlan:
+    """Plans for a header from measurements made elsewhere."""
+    _, layout = header_layout(settings, engine)
+    return limit_plan(plan_from(read_recorded(measurements), layout, limit), layout, limit)
+
+
+def budget_header(settings: Settings, budget: Budget, engine: Engine, measurements: Path) -> BudgetPlan:
+    """Plans for a header from measurements made elsewhere, and a stated model where they say nothing."""
+    source, layout = header_layout(settings, engine)
+    target = target_of(budget.size, engine, source, layout)
+    return plan_recorded(read_recorded(measurements), layout, target)

@@ -1,0 +1,160 @@
+"""What was asked of a run: the source, the texts, the engine and the goal. It is settings.json."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import msgspec
+
+from cerebellum.codec import Artifact, Record
+from cerebellum.verdicts import Threshold
+
+DATA = Path(__file__).parent / "data"
+DEMO_MODEL = DATA / "cerebellum-demo.F16.gguf"
+SELECTION_TEXT = DATA / "selection.txt"
+REPORT_TEXT = DATA / "report.txt"
+
+K_LADDER = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+"""The types that every role is measured at for a budget."""
+
+FINE_LADDER = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")
+"""Types that quantize ten times as slowly: measured only where a plan could want them."""
+
+Objective = Literal["kld", "ppl"]
+KLD: Objective = "kld"
+PPL: Objective = "ppl"
+OBJECTIVES = (KLD, PPL)
+"""What a budget makes least: KL divergence from the source, or perplexity."""
+
+
+class Bytes(Record, frozen=True, kw_only=True, tag="bytes", tag_field="by"):
+    """A size given as bytes of the whole file."""
+
+    n_bytes: int
+
+
+class Preset(Record, frozen=True, kw_only=True, tag="preset", tag_field="by"):
+    """The size that one of llama.cpp's presets has for this model."""
+
+    name: str
+
+
+class Gpu(Record, frozen=True, kw_only=True, tag="gpu", tag_field="by"):
+    """The largest file that runs on a graphics card of ``n_bytes`` with ``context`` tokens of context."""
+
+    n_bytes: int
+    context: int = 4096
+
+
+Size = Bytes | Preset | Gpu
+
+
+class Limit(Record, frozen=True, kw_only=True, tag="limit", tag_field="goal"):
+    """The published method: demote every group that does less damage than a limit allows.
+
+    ``chunks`` 0 stops each group as soon as its verdict is sure; N gives every group the same N.
+    ``max_chunks`` 0 means as many as the text has.
+
+    What stages ask of either goal: whether layers of a role are told apart, the disk that predictions may take
+    where nobody says (the first block of chunks here), and how many whole models the run folder will hold.
+    """
+
+    demote: str = "Q2_K"
+    max_increase_pct: float = 3.0
+    indifference_pct: float = 0.2
+    alpha: float = 0.05
+    chunks: int = 0
+    max_chunks: int = 0
+
+    layers_apart: ClassVar[bool] = False
+    prediction_bytes: ClassVar[int] = 1 << 30
+    wholes: ClassVar[int] = 2
+    objective: ClassVar[Objective] = KLD
+
+    @property
+    def threshold(self) -> Threshold:
+        """The limit with its indifference, as verdicts want it."""
+        return Threshold(limit_pct=self.max_increase_pct, indifference_pct=self.indifference_pct)
+
+    def with_size(self, size: Size) -> Budget:
+        """Returns the budget that takes this goal's place."""
+        return Budget(size=size)
+
+    def with_limit(self, changed: dict[str, Any]) -> Limit:
+        """Returns this limit with some of its fields changed."""
+        return msgspec.structs.replace(self, **changed)
+
+
+class Budget(Record, frozen=True, kw_only=True, tag="budget", tag_field="goal"):
+    """The best file of a size: bytes go where the measurement says that they matter.
+
+    ``types`` are measured for every role, and IQ types too with ``fine_types``; with ``zoom`` the layers of a
+    role are told apart. ``anchor`` is the type of all else while a part is measured. ``passes`` limits what
+    the measurement may cost, in passes over the selection text.
+    """
+
+    size: Bytes | Preset | Gpu
+    types: tuple[str, ...] = K_LADDER
+    fine_types: bool = True
+    zoom: bool = True
+    objective: Objective = KLD
+    anchor: str = "Q8_0"
+    passes: float = 2.0
+
+    prediction_bytes: ClassVar[int] = 8 << 30
+
+    @property
+    def layers_apart(self) -> bool:
+        """Whether a plan may treat the layers of a role apart."""
+        return self.zoom
+
+    @property
+    def wholes(self) -> int:
+        """How many whole models the folder will hold: base, result and the IQ types of plans."""
+        return 2 + self.fine_types
+
+    def with_size(self, size: Size) -> Budget:
+        """Returns this budget for another size."""
+        return msgspec.structs.replace(self, size=size)
+
+    def with_limit(self, changed: dict[str, Any]) -> Limit:
+        """Returns the limit that takes this goal's place."""
+        return Limit(**changed)
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """The types that a plan may choose: those measured, and IQ types, which rounding errors foretell."""
+        return tuple(dict.fromkeys((*self.types, *(FINE_LADDER if self.fine_types else ()))))
+
+
+Goal = Limit | Budget
+"""What a run is for. Whoever must know which matches on it; most only ask what both can tell."""
+
+
+class Settings(Artifact, frozen=True, kw_only=True):
+    """Everything that was asked. A count of 0 chunks means all that there are."""
+
+    format: Literal[2] = 2
+    source: Path
+    goal: Limit | Budget = Limit()
+    base: str = "Q3_K_M"
+    base_file: Path | None = None
+    imatrix: Path | None = None
+    imatrix_text: Path | None = None
+    imatrix_chunks: int = 0
+    select_text: Path = SELECTION_TEXT
+    report_text: Path = REPORT_TEXT
+    ctx: int = 512
+    kld_cache_bytes: int | None = None
+    report_chunks: int = 0
+    threads: int = os.cpu_count() or 1
+    gpu_layers: int = 0
+    seed: int = 1
+    allow_requantize: bool = False
+
+    @property
+    def prediction_bytes(self) -> int:
+        """Disk for predictions: a budget compares every part with them, a limit the first block of chunks."""
+        return self.goal.prediction_bytes if self.kld_cache_bytes is None else self.kld_cache_bytes

@@ -1,0 +1,95 @@
+"""Whole runs of both goals on the official fake engine: no llama.cpp is loaded, nothing takes longer than seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import Recorder, ledger_rows, small_text, write_hybrid
+
+from cerebellum import open_run
+from cerebellum.engine.fake import FakeEngine
+from cerebellum.gguf import TensorInfo, bits_per_weight, is_quantized, read_gguf
+from cerebellum.run import run_all
+from cerebellum.settings import Budget, Goal, Limit, Preset, Settings
+from cerebellum.workspace import Workspace
+
+
+def damage(tensor: TensorInfo) -> float:
+    """State-space tensors are forty times as sensitive as experts; error falls fourfold with each bit."""
+    if not is_quantized(tensor.type):
+        return 0.0
+    worth = 2.0 if "ssm" in tensor.name else 0.05
+    return worth * 4.0 ** -bits_per_weight(tensor.type)
+
+
+def workspace(folder: Path, goal: Goal, engine: FakeEngine | None = None) -> Workspace:
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [folder / "select.txt", folder / "report.txt"]
+    for seed, text in enumerate(texts):
+        text.write_bytes(small_text(40 * 32, seed))
+    settings = Settings(
+        source=write_hybrid(folder / "hybrid.F16.gguf"),
+        goal=goal,
+        select_text=texts[0],
+        report_text=texts[1],
+        ctx=32,
+        threads=2,
+    )
+    return Workspace(folder / "run", settings, engine or FakeEngine(damage=damage), Recorder())
+
+
+@pytest.mark.parametrize(
+    "goal", [Limit(max_increase_pct=1.0), Budget(size=Preset(name="Q3_K_M"))], ids=["limit", "budget"]
+)
+def test_a_whole_run_works_on_the_fake(tmp_path: Path, goal: Goal) -> None:
+    opened = workspace(tmp_path, goal)
+    manifest = run_all(opened)
+    run = open_run(tmp_path / "run")
+    plan = run.plan()
+    assert run.verified().ok and plan.file_bytes == manifest.result.bytes
+    found = {t.name: t.type.name for t in read_gguf(tmp_path / "run" / manifest.result.file).tensors}
+    assert found == plan.tensor_types
+    assert {row.name for row in plan.groups} <= {group.name for group in run.groups().groups}
+    assert (tmp_path / "run" / "README.md").exists() and (tmp_path / "run" / "report.html").exists()
+
+
+def test_by_limit_the_sensitive_group_is_kept(tmp_path: Path) -> None:
+    run_all(workspace(tmp_path, Limit(max_increase_pct=3.0)))
+    rows = {row.name: row for row in open_run(tmp_path / "run").plan().groups}
+    assert not rows["ssm_in"].changed and rows["ffn_gate_exps"].changed
+
+
+def test_by_budget_the_sensitive_role_gets_more_bits(tmp_path: Path) -> None:
+    run_all(workspace(tmp_path, Budget(size=Preset(name="Q3_K_M"))))
+    plan = open_run(tmp_path / "run").plan()
+    types = {row.role: row.chosen_type for row in plan.groups}
+    assert types["ssm_in"] not in ("base", "Q2_K", "IQ2_XXS"), types
+    assert plan.file_bytes <= plan.budget_bytes  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("goal", [Limit(), Budget(size=Preset(name="Q3_K_M"))], ids=["limit", "budget"])
+def test_the_same_run_again_measures_nothing_and_ends_the_same(tmp_path: Path, goal: Goal) -> None:
+    run_all(workspace(tmp_path, goal))
+    rows = ledger_rows(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.json")}
+    run_all(workspace(tmp_path, goal))
+    assert ledger_rows(tmp_path / "run") == rows
+    after = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.json")}
+    assert after == before
+
+
+def test_no_llama_cpp_is_loaded(tmp_path: Path) -> None:
+    """In a process where importing llama_cpp fails, as on a machine where it was never compiled."""
+    program = (
+        "import sys; sys.modules['llama_cpp'] = None\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\n"
+        "from test_fake_run import workspace, run_all, Limit, Budget, Preset\n"
+        f"run_all(workspace(Path({str(tmp_path)!r}) / 'a', Limit(max_increase_pct=1.0)))\n"
+        f"run_all(workspace(Path({str(tmp_path)!r}) / 'b', Budget(size=Preset(name='Q3_K_M'))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
