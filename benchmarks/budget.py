@@ -83,7 +83,6 @@ def mse_types(bench: Bench, budget: int, qtypes: Sequence[str]) -> Types:
             workspace.matrix,
             name,
             Method(),
-            workspace.settings.threads,
         )
         for name in names
     ]

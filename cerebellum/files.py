@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from cerebellum.engine.timings import timed
 from cerebellum.errors import BadInput
 
 PARTIAL_SUFFIX = ".partial"
@@ -121,7 +122,7 @@ def sha256_files(paths: Sequence[str | os.PathLike[str]], progress: Progress | N
         for path in paths:
             n_total += os.stat(path).st_size
         for path in paths:
-            with open(path, "rb", buffering=0) as stream:
+            with timed("hashing"), open(path, "rb", buffering=0) as stream:
                 while n_read := stream.readinto(block):
                     digest.update(memoryview(block)[:n_read])
                     n_done += n_read

@@ -24,7 +24,8 @@ from cerebellum.progress import Reporter, Tick
 from cerebellum.texts import Corpus
 
 _RECIPE = "cerebellum.recipe"
-_SUMS, _COUNTS = ".in_sum2", ".counts"
+_SUMS = ".in_sum2"
+_COUNTS = ".counts"
 _FLOOR = 1e-6  # of the row's mean: small enough to mean "unused", large enough not to be zero
 
 Floats = NDArray[np.float32]
@@ -207,12 +208,14 @@ def _read_legacy(path: Path) -> ImportanceMatrix:
     raw = path.read_bytes()
     entries: dict[str, Entry] = {}
     try:
-        n_entries, at = _int32(raw, 0), 4
+        n_entries = _int32(raw, 0)
+        at = 4
         for _ in range(n_entries):
             length = _int32(raw, at)
             name = raw[at + 4 : at + 4 + length].decode("utf-8")
             at += 4 + length
-            calls, n_values = _int32(raw, at), _int32(raw, at + 4)
+            calls = _int32(raw, at)
+            n_values = _int32(raw, at + 4)
             if n_values < 1 or length < 1 or not name.isprintable():
                 raise ValueError
             values = np.frombuffer(raw, "<f4", n_values, at + 8)

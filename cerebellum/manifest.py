@@ -15,6 +15,7 @@ import msgspec
 
 from cerebellum import __version__
 from cerebellum.codec import Artifact, Record
+from cerebellum.engine.timetable import TimeTable
 from cerebellum.files import atomic_writer, sha256_file
 from cerebellum.settings import Settings
 from cerebellum.verdicts import NOTHING
@@ -77,9 +78,10 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     evidence: dict[str, str]
     ledger_digest: str
     result: ResultNamed
+    timings: TimeTable | None = None
 
 
-def make_manifest(workspace: Workspace) -> Manifest:
+def make_manifest(workspace: Workspace, timings: TimeTable | None = None) -> Manifest:
     """Writes manifest.json of a finished run; a matrix from elsewhere is put beside it."""
     from cerebellum.build import output_path
     from cerebellum.folder import EVIDENCE, MANIFEST
@@ -113,6 +115,7 @@ def make_manifest(workspace: Workspace) -> Manifest:
         evidence={path.name: sha256_file(path) for path in evidence if path.exists()},
         ledger_digest=workspace.ledger.digest(),
         result=ResultNamed(file=out.name, sha256=sha256_file(out), bytes=out.stat().st_size),
+        timings=timings,
     )
     workspace.artifacts.write(MANIFEST, manifest)
     return manifest

@@ -11,6 +11,8 @@ from cerebellum.bench.scores import Examinee
 from cerebellum.bench.stage import BenchRequest, bench, examinee_from
 from cerebellum.build import build, output_path
 from cerebellum.engine.protocols import Engine
+from cerebellum.engine.timetable import time_table
+from cerebellum.engine.timings import collecting
 from cerebellum.errors import BadInput
 from cerebellum.files import is_one_of
 from cerebellum.folder import BENCH, PLAN, VERIFY
@@ -128,13 +130,14 @@ def run_all(workspace: Workspace, request: BenchRequest | None = None) -> Manife
     """Runs every stage in order; what is finished already is read, not repeated."""
     way = way_of(workspace.settings.goal)
     with workspace.locked():
-        check(workspace, way)
-        way.measure_and_plan(workspace)
-        build_stage(workspace)
-        verify_stage(workspace)
-        if request is not None:
-            bench_stage(workspace, request)
-        manifest = make_manifest(workspace)
+        with collecting() as timings:
+            check(workspace, way)
+            way.measure_and_plan(workspace)
+            build_stage(workspace)
+            verify_stage(workspace)
+            if request is not None:
+                bench_stage(workspace, request)
+        manifest = make_manifest(workspace, time_table(timings))
         card_stage(workspace.folder)
         return manifest
 

@@ -42,7 +42,7 @@ class Preset(Record, frozen=True, kw_only=True, tag="preset", tag_field="by"):
 
 
 class Gpu(Record, frozen=True, kw_only=True, tag="gpu", tag_field="by"):
-    """The largest file that runs on a graphics card of ``n_bytes`` with ``context`` tokens of context."""
+    """The largest file that runs on a GPU of ``n_bytes`` with ``context`` tokens of context."""
 
     n_bytes: int
     context: int = 4096
@@ -134,7 +134,11 @@ Goal = Limit | Budget
 
 
 class Settings(Artifact, frozen=True, kw_only=True):
-    """Everything that was asked. A count of 0 chunks means all that there are."""
+    """Everything that was asked. A count of 0 chunks means all that there are.
+
+    ``gpu_layers`` go onto the GPU (-1: all), but for the routed experts of the first
+    ``cpu_expert_layers``; both as they were worked out, so that a run goes on with the numbers it began with.
+    """
 
     format: Literal[2] = 2
     source: Path
@@ -151,6 +155,7 @@ class Settings(Artifact, frozen=True, kw_only=True):
     report_chunks: int = 0
     threads: int = os.cpu_count() or 1
     gpu_layers: int = 0
+    cpu_expert_layers: int = 0
     seed: int = 1
     allow_requantize: bool = False
 

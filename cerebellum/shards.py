@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
+from cerebellum.engine.ahead import Ahead
 from cerebellum.engine.protocols import Engine, QuantizeJob
+from cerebellum.engine.timings import timed
 from cerebellum.errors import BadInput
 from cerebellum.files import sha256_file
 from cerebellum.gguf import TensorSource, encode_kv, read_gguf, row_bytes, write_gguf
@@ -75,6 +79,7 @@ class Shards:
         self._number = {name: number for number, name in enumerate(recipe.layout.groups, start=1)}
         self._hashes: dict[Path, str] = {}
         self._written: dict[Path, _Content] = {}
+        self._ahead: Ahead | None = None
         base = recipe.layout.base
         self._origin = [
             recipe.source.sha256(),
@@ -146,27 +151,57 @@ class Shards:
         return self._made(self._number[name], name, qtype or BASE_LABEL, types)
 
     def _made(self, number: int, name: str, label: str, types: Mapping[str, GGMLQuantizationType]) -> Path:
-        names = {tensor: type_.name for tensor, type_ in types.items()}
-        recipe = json.dumps([*self._origin, self._split_numbers(number), names])
-        digest = hashlib.sha256(recipe.encode()).hexdigest()
-        path = self._recipe.folder / f"{number:02d}-{name}.{label}.{digest[:12]}.gguf"
+        content = _Content(number=number, types=types)
+        path, digest = self._path(content, name, label)
         if path not in self._hashes:
-            self._written[path] = _Content(number=number, types=types)
-            if not path.exists():
+            self._written[path] = content
+            made = self._ahead.take(path) if self._ahead else None
+            if made is None and not path.exists():
                 self._tick(f"{name} at {label}")
-                self._write(path, self._written[path])
-            self._hashes[path] = self._content_hash(path, digest)
+                made = self._write(path, self._written[path])
+            self._hashes[path] = self._content_hash(path, digest, made)
         return path
 
-    def _content_hash(self, path: Path, recipe: str) -> str:
-        known = self._ledger.content_hash(path.name, recipe)
+    @contextmanager
+    def made_ahead(self, wanted: Iterable[Changes]) -> Iterator[None]:
+        """Makes the shards of these variants on a thread of its own while the block runs, in this order.
+
+        It is worth it where a GPU measures and the processor would idle. A shard that is needed before
+        its turn is made by who needs it.
+        """
+        self._ahead = Ahead()
+        try:
+            for name, qtype in dict.fromkeys(change for changes in wanted for change in changes.items()):
+                types = self._recipe.layout.group_types(name, qtype)
+                content = _Content(number=self._number[name], types=types)
+                path, _ = self._path(content, name, qtype)
+                if path not in self._hashes and not path.exists():
+                    self._ahead.begin(path, partial(self._write, path, content))
+            yield
+        finally:
+            self._ahead.close()
+            self._ahead = None
+
+    def _path(self, content: _Content, name: str, label: str) -> tuple[Path, str]:
+        """Returns the file of a shard, and the hash of what it is made from."""
+        names = {tensor: type_.name for tensor, type_ in content.types.items()}
+        recipe = json.dumps([*self._origin, self._split_numbers(content.number), names])
+        digest = hashlib.sha256(recipe.encode()).hexdigest()
+        return self._recipe.folder / f"{content.number:02d}-{name}.{label}.{digest[:12]}.gguf", digest
+
+    def _content_hash(self, path: Path, recipe: str, made: str | None) -> str:
+        """Returns the hash of a shard that was ``made`` just now, or the one that was recorded when it was."""
+        known = self._ledger.content_hash(path.name, recipe) if made is None else made
         if known is None:
             known = sha256_file(path)
-            self._ledger.record_content_hash(path.name, recipe, known)
+        self._ledger.record_content_hash(path.name, recipe, known)
         return known
 
-    def _write(self, path: Path, content: _Content) -> None:
-        """Only the shard with the metadata carries general.alignment; the others use the default."""
+    def _write(self, path: Path, content: _Content) -> str:
+        """Writes a shard and returns its hash, worked out as the bytes went by.
+
+        Only the shard with the metadata carries general.alignment; the others use the default.
+        """
         base = self._recipe.layout.base
         records = () if content.number else base.records
         _, count, total = self._split_numbers(content.number)
@@ -175,8 +210,28 @@ class Shards:
             encode_kv("split.count", count, GGUFValueType.UINT16),
             encode_kv("split.tensors.count", total, GGUFValueType.INT32),
         )
-        tensors = [self.tensor(tensor, type_) for tensor, type_ in content.types.items()]
-        write_gguf(path, (*records, *split), tensors, 32 if content.number else base.alignment)
+        digest = hashlib.sha256()
+        alignment = 32 if content.number else base.alignment
+        with timed("quantizing"):
+            write_gguf(path, (*records, *split), self._one_ahead(content.types), alignment, digest.update)
+        return digest.hexdigest()
+
+    def _one_ahead(self, types: Mapping[str, GGMLQuantizationType]) -> list[TensorSource]:
+        """Returns the tensors of a shard; as one is written the next is begun, so that no thread waits at a seam."""
+        names = list(types)
+        begun: dict[str, Iterator[NDArray[np.uint8]]] = {}
+
+        def chunks(index: int) -> Iterator[NDArray[np.uint8]]:
+            for name in names[index : index + 2]:
+                if name not in begun:
+                    begun[name] = self._bytes(name, types[name])
+            return begun.pop(names[index])
+
+        shapes = self._recipe.source.tensors
+        return [
+            TensorSource(name=name, shape=shapes[name].shape, type=type_, chunks=partial(chunks, index))
+            for index, (name, type_) in enumerate(types.items())
+        ]
 
     def _split_numbers(self, number: int) -> tuple[int, int, int]:
         return (number, len(self._number) + 1, len(self._recipe.source.tensors))
@@ -186,14 +241,13 @@ class Shards:
 
 
 def tensor_content(recipe: Recipe, name: str, type_: GGMLQuantizationType) -> Iterator[NDArray[np.uint8]]:
-    """Yields a tensor's bytes at a type: a given base's own where it has that type, else quantized.
+    """Begins to make the bytes of a tensor at a type: a given base's own where it has that type, else the encoder's.
 
     This is the only place where bytes of a finished file come from, whether it is built or made again.
     """
     base = recipe.layout.base
     if base.file is not None and base.types[name] == type_:
-        yield base.file.read(name)
-        return
+        return iter([base.file.read(name)])
     tensor = recipe.source.tensors[name]
     job = QuantizeJob(
         name=name,
@@ -203,7 +257,7 @@ def tensor_content(recipe: Recipe, name: str, type_: GGMLQuantizationType) -> It
         to_type=type_,
         importance=recipe.matrix.importance(name) if recipe.matrix else None,
     )
-    yield from recipe.engine.quantize(job, recipe.threads)
+    return recipe.engine.quantize(job, recipe.threads)
 
 
 def row_content(recipe: Recipe, name: str, type_: GGMLQuantizationType, rows: range) -> NDArray[np.uint8]:

@@ -449,3 +449,11 @@ def test_text_is_written_whole_and_hashed(tmp_path: Path) -> None:
     assert seen == [(4, 4)]
     with pytest.raises(BadInput, match=r"no\.json: no such file"):
         files.sha256_file(tmp_path / "no.json")
+
+
+def test_the_tee_sees_every_byte_of_the_file(tmp_path: Path) -> None:
+    digest = hashlib.sha256()
+    data = np.arange(100, dtype=np.float32)
+    source = TensorSource(name="t", shape=(100,), type=GGMLQuantizationType.F32, chunks=lambda: iter([data]))
+    write_gguf(tmp_path / "t.gguf", [], [source], tee=digest.update)
+    assert digest.hexdigest() == hashlib.sha256((tmp_path / "t.gguf").read_bytes()).hexdigest()

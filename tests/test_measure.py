@@ -8,16 +8,17 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from tiny import MATRIX_Q3, Bench, make_bench, measured, n_measured, run_sweep
+from tiny import MATRIX_Q3, Bench, Recorder, make_bench, measured, n_measured, run_sweep
 
 from cerebellum.codec import as_json
 from cerebellum.engine.fake import FakeEngine, FakeModel
 from cerebellum.engine.predictions import PredictionCache
 from cerebellum.engine.protocols import Logits, Tokens
+from cerebellum.errors import BadInput
+from cerebellum.ledger import Ledger
 from cerebellum.measure.artifacts import MeasurementRow
 from cerebellum.measure.measurer import Measurer, file_variant
 from cerebellum.measure.race import ChunkAsk, chunk_order, measure_fixed
@@ -118,24 +119,18 @@ class Stopping(FakeEngine):
     left = 10**9
 
     @contextmanager
-    def open(self, paths: Sequence[Path], ctx: int) -> Iterator[Any]:
+    def open(self, paths: Sequence[Path], ctx: int) -> Iterator[FakeModel]:
         with super().open(paths, ctx) as model:
-            yield _StoppingModel(self, model)
+            logits = model.logits
 
+            def counted(tokens_T: Tokens) -> Logits:
+                self.left -= 1
+                if self.left <= 0:
+                    raise KeyboardInterrupt
+                return logits(tokens_T)
 
-class _StoppingModel:
-    def __init__(self, engine: Stopping, model: FakeModel) -> None:
-        self.engine, self.model = engine, model
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.vocab_size
-
-    def logits(self, tokens_T: Tokens) -> Logits:
-        self.engine.left -= 1
-        if self.engine.left <= 0:
-            raise KeyboardInterrupt
-        return self.model.logits(tokens_T)
+            model.logits = counted
+            yield model
 
 
 @pytest.mark.parametrize("stop", [1, 2, 7, 12])
@@ -272,3 +267,79 @@ def test_a_shard_is_made_once_ever(bench: Bench) -> None:
     with ledger:
         assert {p: p.stat().st_mtime_ns for p in shards.variant({"ssm_in": "Q2_K"}).paths} == before
     assert not list(bench.folder.rglob("*.partial"))
+
+
+def test_variants_are_swapped_into_one_open_model(bench: Bench) -> None:
+    ledger, measurer, shards = bench.session()
+    with ledger:
+        base = measurer.nll(shards.variant({}), [0, 1])
+        changed = measurer.nll(shards.variant({"ssm_in": "Q2_K"}), [0, 1])
+        measurer.nll(shards.variant({}), [2])
+        assert (bench.engine.opened, bench.engine.swapped) == (1, 2)
+        assert (changed > base).mean() > 0.9
+        measurer.close()
+    opened_afresh = dict(bench.engine.scored)
+    bench.engine.cannot_swap = "there is no room"
+    assert opened_afresh
+    with Ledger(bench.folder / "again.sqlite") as again:
+        measurer = Measurer(bench.engine, again, bench.corpus())
+        assert np.array_equal(measurer.nll(shards.variant({}), [0, 1]), base)
+        assert np.array_equal(measurer.nll(shards.variant({"ssm_in": "Q2_K"}), [0, 1]), changed)
+        assert bench.engine.opened == 3
+        measurer.close()
+
+
+def test_why_variants_are_opened_afresh_is_said_once(bench: Bench) -> None:
+    notes = Recorder()
+    bench.engine.cannot_swap = "its weights lie on 2 devices"
+    ledger, _, shards = bench.session()
+    with ledger:
+        measurer = Measurer(bench.engine, ledger, bench.corpus(), notes)
+        for changes in ({}, {"ssm_in": "Q2_K"}, {}, {"attn_q": "Q2_K"}):
+            measurer.nll(shards.variant(changes), [0, 1, 2])
+        measurer.close()
+    said = [note for note in notes.notes if "afresh" in note]
+    assert said == ["variants are opened afresh, not swapped in: its weights lie on 2 devices"]
+
+
+def test_several_chunks_at_once_are_as_many_measurements(bench: Bench) -> None:
+    ledger, measurer, shards = bench.session()
+    with ledger:
+        alone = measurer.nll(shards.variant({}), range(5))
+        measurer.close()
+        bench.engine.identity, bench.engine.chunks_at_once = "fake, 4 at once", 4
+        assert np.array_equal(measurer.nll(shards.variant({}), range(5)), alone)
+        assert measurer.measured == 10
+        measurer.close()
+
+
+def test_shards_made_ahead_are_the_same_files(bench: Bench) -> None:
+    wanted = [{"ssm_in": "Q2_K"}, {"attn_q": "Q2_K"}, {"ffn_down_exps": "Q2_K"}]
+    ledger, measurer, shards = bench.session()
+    with ledger:
+        measurer.close()
+        with shards.made_ahead(wanted):
+            ahead = [shards.variant(changes) for changes in wanted]
+    for variant in ahead:
+        for path in variant.paths:
+            path.unlink(missing_ok=True)
+    ledger, measurer, shards = bench.session()
+    with ledger:
+        measurer.close()
+        assert [shards.variant(changes).digest for changes in wanted] == [v.digest for v in ahead]
+
+
+def test_a_shard_that_fails_ahead_fails_where_it_is_wanted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, measurer, shards = bench.session()
+    with ledger:
+        measurer.close()
+        shards.variant({})
+        monkeypatch.setattr("cerebellum.shards.write_gguf", _full_disk)
+        with shards.made_ahead([{"ssm_in": "Q2_K"}]), pytest.raises(BadInput, match="the disk is full"):
+            shards.variant({"ssm_in": "Q2_K"})
+
+
+def _full_disk(*_: object) -> int:
+    raise BadInput("the disk is full")

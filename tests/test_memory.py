@@ -20,7 +20,7 @@ from sparse import ATTENTION_LAYERS, N_LAYERS, write_sparse_granite
 from cerebellum.cli.tables import memory_table
 from cerebellum.errors import AnswerIsNo, BadInput
 from cerebellum.gguf import GgufFile, read_gguf
-from cerebellum.llama.allocation import Allocation, memory_report
+from cerebellum.llama.allocation import Allocated, memory_report
 from cerebellum.llama.library import LOG, llama
 from cerebellum.memory.shape import (
     RESERVE_BYTES,
@@ -68,7 +68,7 @@ def shape_of(file: GgufFile, attention_layers: tuple[int, ...], n_layers: int) -
     return memory_shape(plain_metadata(file), attention_layers, n_layers - len(attention_layers), weights)
 
 
-def holds(formula: Memory, said: Allocation, windows: bool = False) -> None:
+def holds(formula: Memory, said: Allocated, windows: bool = False) -> None:
     """Weights and state to the rounding of the log, and the cache but for windows; the rest from above."""
     assert formula.weights == said.tensors
     if not windows:

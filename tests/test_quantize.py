@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import quants
 
+from cerebellum.engine.protocols import QuantizeJob
 from cerebellum.errors import BadInput
 from cerebellum.gguf import (
     LADDER,
@@ -21,7 +23,7 @@ from cerebellum.gguf import (
 )
 from cerebellum.llama.library import llama
 from cerebellum.llama.presets import preset_types
-from cerebellum.llama.quantize import QuantizeJob, quantize, to_float
+from cerebellum.llama.quantize import quantize, round_trip, to_float
 from cerebellum.source import Source, open_source
 
 T = GGMLQuantizationType
@@ -196,3 +198,30 @@ def test_presets_are_named_as_llama_quantize_names_them() -> None:
     assert {"Q2_K", "Q3_K_M", "Q4_K_M", "IQ2_XXS", "F16"} <= set(preset_names())
     with pytest.raises(BadInput, match=r"Q9_Z.*Q3_K_M"):
         parse_preset("Q9_Z")
+
+
+@pytest.mark.parametrize("kind", LADDER, ids=lambda kind: kind.name)
+def test_reading_back_gives_the_bits_that_gguf_py_gives(kind: GGMLQuantizationType) -> None:
+    raw = result(job(kind, shape=(512, 33)))
+    theirs = quants.dequantize(raw.reshape(-1, row_bytes(kind, 512)), kind).reshape(-1)
+    ours = to_float(raw, kind, 512)
+    assert np.array_equal(ours.view(np.uint32), np.ascontiguousarray(theirs, np.float32).view(np.uint32))
+
+
+@pytest.mark.parametrize("from_type", [T.Q4_K, T.Q6_K, T.Q8_0])
+def test_a_quantized_source_gives_what_its_values_give(from_type: GGMLQuantizationType) -> None:
+    packed = result(job(from_type))
+    values = to_float(packed, from_type, 256)
+    again = result(job(T.Q2_K, raw=packed, from_type=from_type))
+    assert np.array_equal(again, result(job(T.Q2_K, raw=values.view(np.uint8))))
+
+
+def test_a_round_trip_on_one_thread_is_quantize_and_back() -> None:
+    given = job(T.Q3_K, shape=(256, 8, 3))
+    back = to_float(result(given), T.Q3_K, 256)
+    assert np.array_equal(round_trip(given), back)
+
+
+def test_half_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="no whole rows"):
+        to_float(np.zeros(100, np.uint8), T.Q4_K, 256)

@@ -60,10 +60,8 @@ def reference(engine: LlamaEngine, ask: Ask) -> list[Tokens]:
     with engine.open([DEMO_MODEL], 512) as model:
         for ending in ask.endings:
             before = np.array(ask.prompt + ending, np.int32)
-            model._decode(before, 0)
-            rows = np.ctypeslib.as_array(
-                model._lib.llama_get_logits(model._context), shape=(len(before), model.vocab_size)
-            ).copy()
+            model.context.decode([before], 0)
+            rows = model.context.rows(len(before)).copy()
             found.append(-token_nll(rows[len(ask.prompt) - 1 : -1], np.array(ending)))
     return found
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from cerebellum.card.evidence import Evidence, GroupRow
 from cerebellum.card.numbers import Change, percent
 from cerebellum.page import Cell, Picture, estimates_chart, heat_map, picture
-from cerebellum.page import Estimate as Interval
+from cerebellum.page import EstimateMark as Interval
 
 AGAINST_BASE = "change of perplexity against the base"
 

@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -31,16 +32,21 @@ from cerebellum.cli.options import (
     take_goal,
     take_size,
     text_option,
+    timings_option,
 )
 from cerebellum.cli.progress import ERR, OUT, ProgressReporter
 from cerebellum.codec import as_json as plain
 from cerebellum.codec import write_artifact
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput, CerebellumError
-from cerebellum.folder import MEASUREMENTS
+from cerebellum.folder import MEASUREMENTS, SETTINGS, RunFolder
 from cerebellum.plan.artifacts import AnyPlan
 from cerebellum.settings import DEMO_MODEL, SELECTION_TEXT, Goal, Limit, Settings
 from cerebellum.workspace import Workspace
+
+if TYPE_CHECKING:
+    from cerebellum.llama.native import LlamaEngine
+    from cerebellum.llama.offload import Offload
 
 
 class Pipeline(click.Group):
@@ -72,17 +78,20 @@ def cli(ctx: click.Context) -> None:
 @click.option("-o", "--out", type=PathArgument, default=Path("cerebellum-demo"), show_default=True)
 @engine_options
 @click.option("--bench", is_flag=True, help="Question benchmarks too, on the samples that come along.")
+@timings_option
 @json_option
-def demo(out: Path, threads: int, gpu_layers: int, bench: bool, as_json: bool) -> None:
+def demo(out: Path, threads: int, gpu_layers: int | None, bench: bool, timings: bool, as_json: bool) -> None:
     """The whole pipeline on the small model that comes with Cerebellum."""
+    placed = _placed(out, DEMO_MODEL, 512)
     settings = Settings(
         source=DEMO_MODEL,
         imatrix_chunks=100,
         report_chunks=200,
         threads=threads,
-        gpu_layers=gpu_layers,
+        gpu_layers=placed.gpu_layers if gpu_layers is None else gpu_layers,
+        cpu_expert_layers=placed.cpu_expert_layers if gpu_layers is None else 0,
     )
-    _run(_workspace(out, settings), as_json, _DEMO_BENCH if bench else None)
+    _run(_workspace(out, settings), as_json, _DEMO_BENCH if bench else None, timings)
 
 
 @cli.command()
@@ -90,11 +99,14 @@ def demo(out: Path, threads: int, gpu_layers: int, bench: bool, as_json: bool) -
 @folder_option
 @source_options
 @bench_options
+@timings_option
 @json_option
-def run(as_json: bool, out: Path, bench: bool, bench_limit: int, data: Path | None, **asked: Any) -> None:
+def run(
+    as_json: bool, out: Path, bench: bool, bench_limit: int, data: Path | None, timings: bool, **asked: Any
+) -> None:
     """The whole pipeline: SOURCE (a GGUF, or hf:owner/repo/file.gguf) to a smaller GGUF with its evidence."""
     request = {"limit": bench_limit, "data": data, "seed": asked["seed"]} if bench else None
-    _run(_workspace(out, _settings(asked)), as_json, request)
+    _run(_workspace(out, _settings(asked, out)), as_json, request, timings)
 
 
 @cli.command()
@@ -124,7 +136,7 @@ def imatrix(
     ctx: int,
     chunks: int,
     threads: int,
-    gpu_layers: int,
+    gpu_layers: int | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -136,7 +148,7 @@ def imatrix(
     if not force:
         refuse_foreign(out)
     opened = open_source(source, allow_requantize=True)
-    engine = _engine(threads, gpu_layers)
+    engine = _engine(threads, gpu_layers, source, ctx)
     corpus = load_corpus(engine, source, imatrix_text, ctx)
     matrix = compute_or_reuse(
         engine=engine,
@@ -168,7 +180,7 @@ def measure(as_json: bool, out: Path, **asked: Any) -> None:
     """Every group of SOURCE alone at the demoted type, or with --budget at every type, into the run folder."""
     from cerebellum.run import measure_stage
 
-    done = measure_stage(_workspace(out, _settings(asked)))
+    done = measure_stage(_workspace(out, _settings(asked, out)))
     answer = plain(done.found) | {"measured": done.measured, "reused": done.reused}
     counts = f"{done.measured} chunks measured now, {done.reused} already in the ledger"
     _answer(answer, as_json, *tables.measured_tables(done.found), counts)
@@ -252,7 +264,7 @@ def bench(
     protocol: str,
     out: Path | None,
     threads: int,
-    gpu_layers: int,
+    gpu_layers: int | None,
     as_json: bool,
     **asked: Any,
 ) -> None:
@@ -266,7 +278,7 @@ def bench(
     request = BenchRequest(tasks=names, protocols=PROTOCOLS if protocol == "both" else (protocol,), **asked)
     folder = out or model.with_name(f"{model.stem}-bench")
     found = bench_files(
-        (model, *against), request, _engine(threads, gpu_layers).asker, folder, ProgressReporter()
+        (model, *against), request, _engine(threads, gpu_layers, model).asker, folder, ProgressReporter()
     )
     write_artifact(folder / "bench.json", found)
     _answer(found, as_json, *bench_tables(found))
@@ -347,14 +359,14 @@ def reproduce(
 @click.option("--seed", type=int, default=1, show_default=True, help="Order of the chunks with --until.")
 @engine_options
 @json_option
-def compare(a: Path, b: Path, threads: int, gpu_layers: int, as_json: bool, **asked: Any) -> None:
+def compare(a: Path, b: Path, threads: int, gpu_layers: int | None, as_json: bool, **asked: Any) -> None:
     """B against A on the same tokens: perplexity, KL divergence, top token, with intervals."""
     from cerebellum.comparison import ComparisonSettings
     from cerebellum.comparison import compare as compare_models
 
     asked["until_pct"] = asked.pop("until")
     found = compare_models(
-        _engine(threads, gpu_layers), a, b, ComparisonSettings(**asked), ProgressReporter()
+        _engine(threads, gpu_layers, a, asked["ctx"]), a, b, ComparisonSettings(**asked), ProgressReporter()
     )
     _answer(found, as_json, tables.comparison_table(found))
 
@@ -367,22 +379,38 @@ def compare(a: Path, b: Path, threads: int, gpu_layers: int, as_json: bool, **as
 @engine_options
 @json_option
 def perplexity(
-    model: Path, text: Path, ctx: int, chunks: int, threads: int, gpu_layers: int, as_json: bool
+    model: Path, text: Path, ctx: int, chunks: int, threads: int, gpu_layers: int | None, as_json: bool
 ) -> None:
     """Perplexity of MODEL, equal to llama-perplexity's."""
     from cerebellum.comparison import perplexity_of
 
-    found = perplexity_of(_engine(threads, gpu_layers), model, text, ctx, chunks, ProgressReporter())
+    found = perplexity_of(
+        _engine(threads, gpu_layers, model, ctx), model, text, ctx, chunks, ProgressReporter()
+    )
     line = f"PPL = {found.ppl:.4f} ± {found.se:.5f}  ({found.chunks} chunks of {ctx})"
     _answer(found, as_json, line)
 
 
 @cli.command()
+@click.option(
+    "--swap",
+    "model",
+    type=PathArgument,
+    help="Check that variants swapped into MODEL are fresh loads, bit for bit.",
+)
+@engine_options
 @json_option
-def doctor(as_json: bool) -> None:
+def doctor(model: Path | None, threads: int, gpu_layers: int | None, as_json: bool) -> None:
     """What this machine has, and what is missing."""
-    from cerebellum.doctor import examine
+    from cerebellum.doctor import check_swaps, examine
 
+    if model is not None:
+        report = check_swaps(model, _engine(threads, gpu_layers, model), ProgressReporter())
+        trouble = (
+            [report.refusal] if report.refusal else [f"[red]not a fresh load's:[/] {w}" for w in report.wrong]
+        )
+        _answer(report.as_json(), as_json, f"{report.tried} variants swapped in and opened afresh", *trouble)
+        sys.exit(0 if report.ok else 1)
     found = examine(Path.cwd())
     lines = [f"{key}: {value}" for key, value in found.items() if key not in ("problems", "ok", "devices")]
     for device in found.get("devices", []):
@@ -394,7 +422,7 @@ def doctor(as_json: bool) -> None:
     sys.exit(0 if found["ok"] else 1)
 
 
-def _settings(asked: dict[str, Any]) -> Settings:
+def _settings(asked: dict[str, Any], folder: Path) -> Settings:
     """Returns what a run was asked for; a source on the Hub is fetched first."""
     from cerebellum.hub import download, is_address  # huggingface_hub takes half a second to load
 
@@ -403,21 +431,56 @@ def _settings(asked: dict[str, Any]) -> Settings:
     if is_address(address):
         asked["source"] = download(address, ProgressReporter().note)
     asked["kld_cache_bytes"] = asked.pop("kld_cache")
+    if asked["gpu_layers"] is None:
+        placed = _placed(folder, Path(asked["source"]), asked["ctx"])
+        asked |= {"gpu_layers": placed.gpu_layers, "cpu_expert_layers": placed.cpu_expert_layers}
     values: dict[str, Any] = {
         key: value.absolute() if isinstance(value, Path) else value for key, value in asked.items()
     }
     return Settings(goal=goal, **values)
 
 
-def _engine(threads: int, gpu_layers: int) -> Engine:
-    """Returns llama.cpp; it is loaded when it is first asked for something."""
+def _engine(
+    threads: int, gpu_layers: int | None, model: Path | None = None, ctx: int = 512, experts: int = 0
+) -> LlamaEngine:
+    """Returns llama.cpp. Without a number of layers, as much of ``model`` as fits goes onto the graphics card."""
     from cerebellum.llama.native import EngineSettings, LlamaEngine
 
-    return LlamaEngine(EngineSettings(threads=threads, gpu_layers=gpu_layers))
+    tell = ProgressReporter().note
+    if gpu_layers is None and model is not None:
+        placed = _offload(model, ctx)
+        gpu_layers = placed.gpu_layers
+        experts = placed.cpu_expert_layers
+    settings = EngineSettings(threads=threads, gpu_layers=gpu_layers or 0, cpu_expert_layers=experts)
+    return LlamaEngine(settings, tell)
+
+
+def _offload(model: Path, ctx: int) -> Offload:
+    """Returns what of a model goes onto the graphics card, and says so in a line where there is one."""
+    from cerebellum.llama.library import gpus
+    from cerebellum.llama.offload import auto_offload
+    from cerebellum.source import open_source
+
+    if not gpus():
+        return auto_offload([], ctx)
+    files = open_source(model, allow_requantize=True).files
+    placed = auto_offload([file.path for file in files], ctx)
+    ProgressReporter().note(f"graphics card: {placed.line}")
+    return placed
 
 
 def _engine_for(settings: Settings) -> Engine:
-    return _engine(settings.threads, settings.gpu_layers)
+    return _engine(settings.threads, settings.gpu_layers, experts=settings.cpu_expert_layers)
+
+
+def _placed(folder: Path, source: Path, ctx: int) -> Settings | Offload:
+    """Returns where the layers go: as this folder's run had them, so that it goes on, or worked out now."""
+    if (folder / SETTINGS).exists():
+        with suppress(BadInput):
+            before = RunFolder(folder).settings()
+            if before.source == source.absolute() and before.ctx == ctx:
+                return before
+    return _offload(source, ctx)
 
 
 def _workspace(folder: Path, settings: Settings) -> Workspace:
@@ -432,7 +495,9 @@ def _reopened(folder: Path) -> Workspace:
 _DEMO_BENCH = {"protocols": (LOGLIKELIHOOD,), "data": SAMPLES}
 
 
-def _run(workspace: Workspace, as_json: bool, bench_request: dict[str, Any] | None = None) -> None:
+def _run(
+    workspace: Workspace, as_json: bool, bench_request: dict[str, Any] | None, with_timings: bool
+) -> None:
     from cerebellum.bench.stage import BenchRequest
     from cerebellum.cli.bench_tables import bench_tables
     from cerebellum.run import run_all
@@ -451,6 +516,7 @@ def _run(workspace: Workspace, as_json: bool, bench_request: dict[str, Any] | No
         tables.verify_table(verified),
         tables.report_table(verified),
         *(bench_tables(benched) if benched else ()),
+        *((manifest.timings.table(),) if with_timings and manifest.timings else ()),
         f"[bold]{path}[/]  {units.size(path.stat().st_size)}",
         f"card {workspace.path('README.md')}, report {workspace.path('report.html')}",
         tables.run_instructions(path, plan.memory),

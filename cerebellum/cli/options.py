@@ -46,7 +46,7 @@ class Percent(click.ParamType[float]):
     def __init__(self, low: float = 1e-9) -> None:
         self.low = low
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Returns the number; fails where it is none, or is below ``low`` or 1000 and more."""
         try:
             number = float(str(value).removesuffix("%"))
@@ -62,7 +62,7 @@ class Size(click.ParamType[int]):
 
     name = "size"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Returns bytes."""
         try:
             return parse_size(str(value))
@@ -73,7 +73,7 @@ class Size(click.ParamType[int]):
 class GpuSize(Size):
     """The memory of a graphics card, which is never a handful of bytes: ``24GiB``, not ``24``."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Returns bytes; fails where the unit was forgotten."""
         n_bytes = super().convert(value, param, ctx)
         if n_bytes < _LEAST_GPU:
@@ -86,7 +86,9 @@ class FileSize(click.ParamType[Any]):
 
     name = "size or preset"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Bytes | Preset:
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Bytes | Preset:
         """Returns what was meant; fails, before anything is read, where it is neither."""
         if isinstance(value, Bytes | Preset):
             return value
@@ -105,7 +107,7 @@ class WeightType(click.ParamType[str]):
 
     name = "type"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Returns the type's canonical name."""
         try:
             return parse_weight_type(str(value)).name
@@ -119,7 +121,7 @@ class WeightTypes(click.ParamType[Any]):
     name = "types"
 
     def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
         """Returns the canonical names in the order given."""
         if isinstance(value, tuple):
@@ -135,12 +137,27 @@ class PresetName(click.ParamType[str]):
 
     name = "preset"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Returns the preset's label."""
         try:
             return preset_label(parse_preset(str(value)))
         except BadInput as error:
             self.fail(str(error), param, ctx)
+
+
+class GpuLayers(click.ParamType[Any]):
+    """A number of layers, or ``auto``: as many as the graphics card holds."""
+
+    name = "layers"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Returns the number, or None for auto."""
+        if value is None or str(value) == "auto":
+            return None
+        try:
+            return int(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is neither a number of layers nor auto", param, ctx)
 
 
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -162,8 +179,15 @@ ctx_option = click.option(
 )
 engine_options = options(
     click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True),
-    click.option("--gpu-layers", type=int, default=0, show_default=True, help="-1 offloads all."),
+    click.option(
+        "--gpu-layers",
+        type=GpuLayers(),
+        default="auto",
+        show_default=True,
+        help="Layers on the graphics card: a number, -1 for all, or as many as fit.",
+    ),
 )
+timings_option = click.option("--timings", is_flag=True, help="Say at the end where the time went.")
 text_option = click.option(
     "--text", type=PathArgument, default=REPORT_TEXT, help="UTF-8 text [default: WikiText-2 test]."
 )

@@ -90,7 +90,8 @@ class Asker(Protocol):
 
 def shared_prefix(sequences: Sequence[TokenIds]) -> int:
     """How many first tokens all sequences have in common."""
-    low, high = min(sequences), max(sequences)  # in dictionary order: these two differ the earliest
+    low = min(sequences)
+    high = max(sequences)  # in dictionary order: these two differ the earliest
     for index, (a, b) in enumerate(zip(low, high, strict=False)):
         if a != b:
             return index

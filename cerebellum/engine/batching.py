@@ -25,7 +25,7 @@ class Run:
 
 
 @dataclass
-class Part:
+class Piece:
     """An ask under way (or some of its endings, where it has more than there are sequences)."""
 
     index: int
@@ -97,25 +97,28 @@ def common_prefix(prompts: Sequence[TokenIds]) -> TokenIds:
     return prompts[0][:shared] if shared >= _PREFIX_WORTH_KEEPING else ()
 
 
-def make_parts(sheets: Sequence[Sheet], sequences: int) -> list[Part]:
+def make_parts(sheets: Sequence[Sheet], sequences: int) -> list[Piece]:
     """Asks in the order to decode them: by length of the prompt, since equal lengths share a ubatch."""
     parts = []
     for sheet in sorted(sheets, key=lambda s: len(s.ask.prompt)):
         endings = range(len(sheet.ask.endings))
         for start in range(0, len(endings), sequences):
             chosen = tuple(endings[start : start + sequences])
-            parts.append(Part(index=sheet.index, ask=sheet.ask, endings=chosen))
+            parts.append(Piece(index=sheet.index, ask=sheet.ask, endings=chosen))
     return parts
 
 
-def make_waves(parts: Sequence[Part], prefix: int, cells: int, sequences: int) -> Iterator[list[Part]]:
+def make_waves(parts: Sequence[Piece], prefix: int, cells: int, sequences: int) -> Iterator[list[Piece]]:
     """As many parts as fit together; each is given its first sequence, counted from 1."""
-    wave: list[Part] = []
-    free_cells, next_seq = cells, 1
+    wave: list[Piece] = []
+    free_cells = cells
+    next_seq = 1
     for part in parts:
         if wave and (part.cells(prefix) > free_cells or next_seq + part.sequences - 1 > sequences):
             yield wave
-            wave, free_cells, next_seq = [], cells, 1
+            wave = []
+            free_cells = cells
+            next_seq = 1
         part.seq = next_seq
         next_seq += part.sequences
         free_cells -= part.cells(prefix)
@@ -135,11 +138,13 @@ def cut_runs(runs: Sequence[Run], size: int, *, whole: bool) -> Iterator[list[Ru
     for run in runs:
         if piece and (free == 0 or (whole and len(run.tokens) > free)):
             yield piece
-            piece, free = [], size
+            piece = []
+            free = size
         while len(run.tokens) > free:
             head, run = _split(run, free)
             yield [*piece, head]
-            piece, free = [], size
+            piece = []
+            free = size
         piece.append(run)
         free -= len(run.tokens)
     if piece:
@@ -157,6 +162,6 @@ def _split(run: Run, at: int) -> tuple[Run, Run]:
     return head, tail
 
 
-def prompt_wants(sheets: Sequence[Sheet], part: Part) -> list[tuple[Sheet, int, int]]:
+def prompt_wants(sheets: Sequence[Sheet], part: Piece) -> list[tuple[Sheet, int, int]]:
     """The row after a prompt scores the first token of every ending."""
     return [(sheets[part.index], ending, 0) for ending in part.endings]

@@ -21,7 +21,19 @@ from gguf import GGMLQuantizationType, LlamaFileType
 
 from cerebellum.engine.asking import Asker
 from cerebellum.engine.fake_asker import FakeAsker
-from cerebellum.engine.protocols import Bytes, ColumnSquares, Floats, Logits, QuantizeJob, Tokenized, Tokens
+from cerebellum.engine.protocols import (
+    Bytes,
+    CannotSwap,
+    ColumnSquares,
+    Floats,
+    Job,
+    Logits,
+    QuantizeJob,
+    Scores,
+    Tokenized,
+    Tokens,
+)
+from cerebellum.engine.scoring import score_rows
 from cerebellum.errors import BadInput
 from cerebellum.gguf import (
     TensorInfo,
@@ -44,7 +56,8 @@ def no_damage(_tensor: TensorInfo) -> float:
 
 @dataclass
 class FakeEngine:
-    """Tokens are bytes. ``scored`` counts how often each (paths, chunk) was decoded, ``opened`` loads."""
+    """Tokens are bytes. ``scored`` counts how often each (paths, chunk) was decoded, ``opened`` loads,
+    ``swapped`` swaps; ``cannot_swap`` is why it refuses to swap, if it does."""
 
     damage: Damage = no_damage
     noise: float = 0.2
@@ -53,6 +66,10 @@ class FakeEngine:
     build: str = "fake"
     scored: Counter[tuple[tuple[str, ...], bytes]] = field(default_factory=Counter)
     opened: int = 0
+    swapped: int = 0
+    chunks_at_once: int = 1
+    cannot_swap: str = ""
+    on_gpu: bool = False
     _rounded: dict[bytes, Floats] = field(default_factory=dict, repr=False)
 
     def tokenize(self, path: Path, text: bytes) -> Tokenized:
@@ -101,28 +118,60 @@ class FakeEngine:
         rows = np.ascontiguousarray(raw).reshape(-1, row_bytes(type_, n_per_row))
         return np.concatenate([self._rounded[row.tobytes()] for row in rows])
 
+    def round_trip(self, job: QuantizeJob) -> Floats:
+        """Returns the tensor's values rounded to the type's grid."""
+        exact = _as_float(job.raw, job.from_type).reshape(-1, job.shape[0])
+        return _rounded(exact, job.to_type).reshape(-1)
+
     def asker(self, paths: Sequence[Path]) -> AbstractContextManager[Asker]:
         return nullcontext(FakeAsker())
 
     @contextmanager
     def open(self, paths: Sequence[Path], ctx: int) -> Iterator[FakeModel]:
-        tensors = [tensor for path in paths for tensor in read_gguf(path).tensors]
         self.opened += 1
-        total = float(sum(self.damage(tensor) for tensor in tensors))
-        yield FakeModel(engine=self, names=tuple(path.name for path in paths), damage=total)
+        yield FakeModel(engine=self, base=tuple(paths))
+
+    @contextmanager
+    def resident(self, paths: Sequence[Path], ctx: int) -> Iterator[FakeModel]:
+        with self.open(paths, ctx) as model:
+            yield model
 
 
-@dataclass(frozen=True, kw_only=True)
 class FakeModel:
-    """An open fake: ``damage`` is the sum over its tensors, nats/token."""
+    """An open fake, swappable too: its ``damage`` is the sum over the tensors of its shards, nats/token."""
 
-    engine: FakeEngine
-    names: tuple[str, ...]
-    damage: float
+    def __init__(self, engine: FakeEngine, base: tuple[Path, ...]) -> None:
+        self.engine = engine
+        self.chunks_at_once = engine.chunks_at_once
+        self._base = base
+        self.names: tuple[str, ...] = ()
+        self.damage = 0.0
+        self._show(base)
+
+    def swap(self, shards: Sequence[Path]) -> None:
+        """Puts each shard where the one of its split number is."""
+        if len(self._base) < 2:
+            raise CannotSwap("the model is one file, not shards")
+        if self.engine.cannot_swap:
+            self._show(self._base)
+            raise CannotSwap(self.engine.cannot_swap)
+        paths = list(self._base)
+        for path in shards:
+            paths[int(read_gguf(path).value("split.no"))] = path
+        self.engine.swapped += 1
+        self._show(paths)
+
+    def _show(self, paths: Sequence[Path]) -> None:
+        tensors = [tensor for path in paths for tensor in read_gguf(path).tensors]
+        self.names = tuple(path.name for path in paths)
+        self.damage = float(sum(self.engine.damage(tensor) for tensor in tensors))
 
     @property
     def vocab_size(self) -> int:
         return self.engine.n_vocab
+
+    def score(self, jobs: Sequence[Job]) -> list[Scores]:
+        return [score_rows(self.logits(job.tokens_T), job) for job in jobs]
 
     def logits(self, tokens_T: Tokens) -> Logits:
         """The target's probability is exp(-nll) with nll = 2 + noise + damage * (1 + noise)."""

@@ -1,6 +1,7 @@
-"""The base's predictions for a few chunks, on disk, so that variants are compared with them for free.
+"""The base's predictions for a few chunks, kept so that variants are compared with them for free.
 
-Bounded in bytes and removed when the measuring is done; losing it costs a decode, never a measurement.
+They stay on the GPU where the engine could keep them there, else on disk. Bounded in bytes and removed when
+the measuring is done; losing them costs a decode, never a measurement.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cerebellum.engine.protocols import Kept
 from cerebellum.engine.scoring import Prediction
 from cerebellum.files import atomic_write_bytes
 
 
 class PredictionCache:
-    """Two .npy files a chunk, for the first of ``chunks`` that fit in ``max_bytes``."""
+    """For the first of ``chunks`` that fit in ``max_bytes``: two .npy files each, or what lies on a GPU."""
 
     def __init__(self, folder: Path, chunks: Sequence[int], chunk_bytes: int, max_bytes: int) -> None:
         self.folder = folder
         self.chunks = frozenset(chunks[: max_bytes // max(chunk_bytes, 1)])
         self.n_bytes = len(self.chunks) * chunk_bytes
+        self._on_card: dict[int, Kept] = {}
 
     def claim(self, owner: str) -> None:
         """Forgets what a killed run of another ``owner`` (model, text, context) left in the folder."""
@@ -34,16 +37,22 @@ class PredictionCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(mark, owner.encode())
 
-    def store(self, chunk: int, prediction: Prediction) -> None:
+    def store(self, chunk: int, prediction: Kept) -> None:
         """Keeps a chunk of the base; the probabilities go last, so they vouch for the rest."""
         if chunk not in self.chunks:
+            prediction.close()
+            return
+        if not isinstance(prediction, Prediction):
+            self._on_card[chunk] = prediction
             return
         rows = np.stack([prediction.neg_entropy_S, prediction.top_S.astype(np.float64)])
         self._save(self._rows_path(chunk), rows)
         self._save(self._path(chunk), prediction.probabilities_SV)
 
-    def load(self, chunk: int) -> Prediction | None:
-        """The base's prediction, mapped from the file, or None where it is not kept."""
+    def load(self, chunk: int) -> Kept | None:
+        """The base's prediction, on the GPU or mapped from the file, or None where it is not kept."""
+        if chunk in self._on_card:
+            return self._on_card[chunk]
         if chunk not in self.chunks or not self._path(chunk).exists():
             return None
         neg_entropy_S, top_S = np.load(self._rows_path(chunk))
@@ -55,9 +64,14 @@ class PredictionCache:
 
     def missing(self, chunks: Sequence[int]) -> list[int]:
         """Those of ``chunks`` that should be here and are not."""
-        return [chunk for chunk in chunks if chunk in self.chunks and not self._path(chunk).exists()]
+        there = (chunk in self._on_card or self._path(chunk).exists() for chunk in chunks)
+        return [c for c, kept in zip(chunks, there, strict=True) if c in self.chunks and not kept]
 
     def remove(self) -> None:
+        """Frees the GPU and the disk."""
+        for kept in self._on_card.values():
+            kept.close()
+        self._on_card.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, chunk: int) -> Path:

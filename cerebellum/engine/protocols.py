@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
 from cerebellum.engine.asking import Asker
+from cerebellum.errors import CerebellumError
 
 Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
@@ -32,17 +33,83 @@ class Tokenized:
     bos: int | None
 
 
+class Kept(Protocol):
+    """What a reference model predicts for one chunk, kept so that other models can be compared with it.
+
+    It lies where its maker put it, on a GPU or in main memory, and outlives the model that made it.
+    """
+
+    @property
+    def n_bytes(self) -> int: ...
+
+    def close(self) -> None:
+        """Frees the memory it takes."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One chunk to score. ``against`` asks for divergences from a reference, ``keep`` makes one of this."""
+
+    tokens_T: Tokens
+    against: Kept | None = None
+    keep: bool = False
+
+    @property
+    def targets(self) -> Tokens:
+        """The tokens that are scored: the second half but for its first."""
+        return self.tokens_T[len(self.tokens_T) // 2 + 1 :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a model says of one chunk, by scored token: float64 nats (S,), and whether top tokens agree (S,).
+
+    Divergence and agreement are there where the job had something to compare with, ``kept`` where it said so.
+    """
+
+    nll_S: NDArray[np.float64]
+    kld_S: NDArray[np.float64] | None = None
+    same_top_S: NDArray[np.bool_] | None = None
+    kept: Kept | None = None
+
+
 class Model(Protocol):
     """An open model, good for chunks of one length."""
 
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def chunks_at_once(self) -> int:
+        """How many chunks one decode takes; fewer are as good, and more are cut."""
+        ...
+
     def logits(self, tokens_T: Tokens) -> Logits:
         """The logits that predict the scored half of a chunk.
 
         ``tokens_T`` is one chunk; the memory of earlier chunks is cleared first. Returns (S, V)
         float32 in fresh memory: row s predicts token T//2 + 1 + s, so S = T - T//2 - 1.
+        """
+        ...
+
+    def score(self, jobs: Sequence[Job]) -> list[Scores]:
+        """Scores chunks of one length where the logits are: on the GPU, or on all threads of the host."""
+        ...
+
+
+class CannotSwap(CerebellumError):
+    """A variant cannot be swapped into the open model; open it afresh. The message says why."""
+
+
+class Resident(Model, Protocol):
+    """An open model whose groups can be replaced without loading it again."""
+
+    def swap(self, shards: Sequence[Path]) -> None:
+        """Puts shards in place of those of the same groups; an empty list is the model as it was opened.
+
+        Logits are those of a model opened afresh, bit for bit. CannotSwap, the weights as they were opened,
+        where there is no room or no way.
         """
         ...
 
@@ -80,6 +147,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether models run on a GPU, so that the processor is free meanwhile."""
+        ...
+
+    @property
     def build(self) -> str:
         """Names everything that can change a byte or a type: the library's version and commit."""
         ...
@@ -94,6 +166,10 @@ class Engine(Protocol):
 
     def open(self, paths: Sequence[Path], ctx: int) -> AbstractContextManager[Model]:
         """Opens shards (first the one with the metadata) for chunks of ``ctx`` tokens."""
+        ...
+
+    def resident(self, paths: Sequence[Path], ctx: int) -> AbstractContextManager[Resident]:
+        """Opens shards like ``open``, to be swapped one by one."""
         ...
 
     def importance(
@@ -114,6 +190,10 @@ class Engine(Protocol):
 
     def to_float(self, raw: Bytes, type_: GGMLQuantizationType, n_per_row: int) -> Floats:
         """Returns rows of any type as float32, contiguous, (rows * n_per_row,)."""
+        ...
+
+    def round_trip(self, job: QuantizeJob) -> Floats:
+        """Returns a small tensor's values as they come back from its new type, worked out on this thread alone."""
         ...
 
     def asker(self, paths: Sequence[Path]) -> AbstractContextManager[Asker]:

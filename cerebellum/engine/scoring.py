@@ -1,7 +1,6 @@
-"""Logits to nats, on a worker thread while the next chunk decodes.
+"""Logits to nats on the host: one pass over rows that fit in a core's cache, on as many threads as there are.
 
-NumPy and llama.cpp both let go of the GIL, so decoding chunk n + 1 and the log-sum-exp of chunk n
-run at the same time on CPU and GPU alike.
+NumPy lets go of the GIL, so blocks of rows run side by side, and a worker can score while a model decodes.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cerebellum.engine.protocols import Logits, Tokens
+from cerebellum.engine.protocols import Job, Logits, Scores, Tokens
 
-_ROWS_AT_ONCE = 16  # keeps the temporary of a 152k vocabulary under 10 MB
+_ROWS_AT_ONCE = 4  # of 152k float32 logits: 2.4 MB, within a core's cache
+_RUN = 256  # float32 values summed before float64 takes over: a divergence is a small difference
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -52,20 +52,22 @@ class BlockMap(Protocol):
 
 
 def normalize(logits_SV: Logits, mapping: BlockMap = map) -> Normalized:
-    """As llama-perplexity's log_softmax: float32 exponentials, summed in float64.
+    """As llama-perplexity's log_softmax: float32 exponentials, in float64 beyond short runs.
 
     ``mapping`` spreads blocks of rows over threads: NumPy lets go of the GIL.
     """
     n = len(logits_SV)
-    best_S, top_S, log_sum_S = np.empty(n, np.int64), np.empty(n, np.float32), np.empty(n)
+    best_S = np.empty(n, np.int64)
+    top_S = np.empty(n, np.float32)
+    log_sum_S = np.empty(n)
 
     def work(rows: slice) -> None:
         block = logits_SV[rows]
         best_S[rows] = block.argmax(axis=1)
         top_S[rows] = block[np.arange(len(block)), best_S[rows]]
         with np.errstate(invalid="ignore", over="ignore"):
-            exps = np.exp(block - top_S[rows, None])
-            log_sum_S[rows] = np.log(exps.sum(axis=1, dtype=np.float64))
+            exps = block - top_S[rows, None]
+            log_sum_S[rows] = np.log(_sums(np.exp(exps, out=exps)))
 
     for _ in mapping(work, _row_blocks(logits_SV)):
         pass
@@ -88,15 +90,31 @@ class Prediction:
     neg_entropy_S: NDArray[np.float64]
     top_S: NDArray[np.int64]
 
+    @property
+    def n_bytes(self) -> int:
+        return int(self.probabilities_SV.nbytes)
 
-def predict(base: Normalized) -> Prediction:
+    def close(self) -> None:
+        """Nothing: main memory goes with the last who holds it."""
+
+
+def predict(base: Normalized, mapping: BlockMap = map) -> Prediction:
     """The base's probabilities, worked out once for all variants."""
     probabilities_SV = np.empty_like(base.logits_SV)
     neg_entropy_S = np.empty(len(base.logits_SV))
-    for rows in _row_blocks(base.logits_SV):
-        log_p = base.logits_SV[rows] - (base.top_S[rows] + base.log_sum_S[rows].astype(np.float32))[:, None]
-        probabilities_SV[rows] = np.exp(log_p)
-        neg_entropy_S[rows] = _dot(probabilities_SV[rows], log_p)
+
+    def work(rows: slice) -> None:
+        exact = base.top_S[rows] + base.log_sum_S[rows]
+        rounded = exact.astype(np.float32)
+        log_p = base.logits_SV[rows] - rounded[:, None]
+        with np.errstate(invalid="ignore"):
+            p = np.exp(log_p)
+            p /= _sums(p)[:, None].astype(np.float32)  # a millionth short of 1 would show
+            probabilities_SV[rows] = p
+            neg_entropy_S[rows] = _dot(p, log_p) + (rounded - exact)
+
+    for _ in mapping(work, _row_blocks(base.logits_SV)):
+        pass
     return Prediction(probabilities_SV=probabilities_SV, neg_entropy_S=neg_entropy_S, top_S=base.best_S)
 
 
@@ -112,9 +130,55 @@ def divergence(base: Prediction, other: Normalized) -> tuple[NDArray[np.float64]
     return kld_S + other.log_sum_S, base.top_S == other.best_S
 
 
-def _dot(a_SV: NDArray[np.float32], b_SV: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Row-wise products summed in float64: a divergence is a small difference of large sums."""
-    return np.asarray(np.multiply(a_SV, b_SV, dtype=np.float64).sum(axis=1))
+def score_rows(logits_SV: Logits, job: Job, mapping: BlockMap = map) -> Scores:
+    """All that a job asks of its chunk's logits: NLL, divergence and agreement in one pass over them."""
+    if job.keep:
+        base = normalize(logits_SV, mapping)
+        return Scores(nll_S=base.nll(job.targets), kept=predict(base, mapping))
+    reference = job.against if isinstance(job.against, Prediction) else None
+    n = len(logits_SV)
+    nll_S = np.empty(n)
+    kld_S = np.zeros(n)
+    best_S = np.empty(n, np.int64)
+
+    def work(rows: slice) -> None:
+        block = logits_SV[rows]
+        each = np.arange(len(block))
+        best_S[rows] = block.argmax(axis=1)
+        with np.errstate(
+            invalid="ignore", over="ignore"
+        ):  # what is not finite gives NaN, which is the answer
+            shifted = block - block[each, best_S[rows], None]
+            chosen = shifted[each, job.targets[rows]].astype(np.float64)
+            if reference is not None:
+                cross = _dot(reference.probabilities_SV[rows], shifted)
+                kld_S[rows] = reference.neg_entropy_S[rows] - cross
+            log_sum = np.log(_sums(np.exp(shifted, out=shifted)))
+            nll_S[rows] = log_sum - chosen
+            kld_S[rows] += log_sum
+
+    for _ in mapping(work, _row_blocks(logits_SV)):
+        pass
+    if reference is None:
+        return Scores(nll_S=nll_S)
+    return Scores(nll_S=nll_S, kld_S=kld_S, same_top_S=reference.top_S == best_S)
+
+
+def _sums(a_RV: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Row sums: short runs in float32, which is fast, and their sums in float64, (R,)."""
+    whole = a_RV.shape[1] // _RUN * _RUN
+    runs = a_RV[:, :whole].reshape(len(a_RV), -1, _RUN)
+    tail = a_RV[:, whole:].sum(axis=1, dtype=np.float64)
+    return np.asarray(np.add.reduce(runs, axis=2).sum(axis=1, dtype=np.float64) + tail)
+
+
+def _dot(a_RV: NDArray[np.float32], b_RV: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Row-wise products, summed as ``_sums`` does, (R,)."""
+    whole = a_RV.shape[1] // _RUN * _RUN
+    shape = (len(a_RV), -1, _RUN)
+    runs = np.einsum("rnk,rnk->rn", a_RV[:, :whole].reshape(shape), b_RV[:, :whole].reshape(shape))
+    tail = np.multiply(a_RV[:, whole:], b_RV[:, whole:], dtype=np.float64).sum(axis=1)
+    return np.asarray(runs.sum(axis=1, dtype=np.float64) + tail)
 
 
 def _row_blocks(rows: Logits) -> Iterator[slice]:

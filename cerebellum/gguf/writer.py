@@ -10,7 +10,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -103,8 +103,11 @@ def write_gguf(
     kv_records: Sequence[bytes],
     tensors: Sequence[TensorSource],
     alignment: int = DEFAULT_ALIGNMENT,
+    tee: Callable[[bytes | memoryview], object] | None = None,
 ) -> int:
     """Writes a GGUF v3 file and returns its size in bytes; memory stays at one chunk.
+
+    ``tee`` is given every byte in order as it is written, so that a hash needs no second reading.
 
     The file is written beside as `<name>.partial` and renamed when it is whole and on the disk. On any
     failure, an interrupt included, the partial file is removed and an older `path` stays as it was.
@@ -117,9 +120,15 @@ def write_gguf(
     header = encode_header(kv_records, tensors, alignment)
     n_bytes = gguf_size(kv_records, tensors, alignment)
     with atomic_writer(path, n_bytes) as stream:
-        stream.write(header)
+
+        def write(part: bytes | memoryview) -> None:
+            stream.write(part)
+            if tee is not None:
+                tee(part)
+
+        write(header)
         for tensor in tensors:
-            _write_tensor(stream, tensor, alignment)
+            _write_tensor(write, tensor, alignment)
     return n_bytes
 
 
@@ -162,7 +171,7 @@ def _encode_tensor_entry(tensor: TensorMeta, offset: int) -> bytes:
     )
 
 
-def _write_tensor(stream: BinaryIO, tensor: TensorSource, alignment: int) -> None:
+def _write_tensor(write: Callable[[bytes | memoryview], None], tensor: TensorSource, alignment: int) -> None:
     """Writes one tensor and its padding, and refuses bytes that are not exactly its size."""
     n_expected = tensor_bytes(tensor.type, tensor.shape)
     n_written = 0
@@ -171,14 +180,14 @@ def _write_tensor(stream: BinaryIO, tensor: TensorSource, alignment: int) -> Non
         n_written += view.nbytes
         if n_written > n_expected:
             break
-        stream.write(view)
+        write(view)
     if n_written != n_expected:
         trouble = "more" if n_written > n_expected else f"only {n_written:,} bytes"
         raise BadInput(
             f"tensor {tensor.name!r} gave {trouble} where {tensor.type.name} {tensor.shape} takes "
             f"{n_expected:,} bytes; the file was not written"
         )
-    stream.write(bytes(_padded(n_expected, alignment) - n_expected))
+    write(bytes(_padded(n_expected, alignment) - n_expected))
 
 
 def _byte_view(chunk: Chunk) -> memoryview:

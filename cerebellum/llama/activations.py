@@ -3,74 +3,225 @@
 llama.cpp's ``cb_eval`` shows every graph node before (``ask``) and after it is computed. For
 MUL_MAT and MUL_MAT_ID the second operand is the activation; the importance of a weight column is
 the mean of its squares (llama-imatrix's definition), kept per expert for MUL_MAT_ID.
+
+What several weights read is summed once. On a GPU it is summed there, by a product with ones or with the
+routing, and read when all chunks are through; in main memory it is summed where it lies.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cerebellum.engine.protocols import ColumnSquares
+from cerebellum.engine.protocols import ColumnSquares, Floats, Tokens
+from cerebellum.engine.timings import timed
 from cerebellum.errors import BadInput
-from cerebellum.llama.library import GgmlTensor, ggml
+from cerebellum.llama.graphs import BF16, F32, Arena, Block, Graph, Workbench, device_of, fill
+from cerebellum.llama.library import GgmlTensor, Pointer, ggml
+from cerebellum.llama.model import Context, ContextShape
 
-_F32 = 0
 _MIN_ROWS = 16  # llama-imatrix leaves smaller batches out
+_LAST = b"result_norm"  # only the output head comes after it, and that has no importance
 
-Floats = NDArray[np.float32]
+
+def sum_squares(
+    model: Pointer, shape: ContextShape, chunks: Iterable[Tokens], tick: Callable[[], None]
+) -> Mapping[str, ColumnSquares]:
+    """Decodes chunks, several at a time, and sums the squares that every weight meets."""
+    collector = ActivationCollector()
+    context = Context(model, shape, collector.callback)
+    # On another thread: Ctrl-C reaches Python's main thread only, and raised in there, in a callback
+    # that C called, it would be lost.
+    try:
+        with ThreadPoolExecutor(max_workers=1) as worker:
+            for batch in _batches(chunks, shape.sequences):
+                with timed("importance matrix"):
+                    collector.new_graph()
+                    # An output at every token: without, the last layer drops rows that no logit needs.
+                    worker.submit(context.decode, batch, 0).result()
+                if collector.error:
+                    raise collector.error
+                for _ in batch:
+                    tick()
+            return collector.sums()
+    finally:
+        context.close()
+        collector.close()
 
 
-@dataclass
+def _batches(chunks: Iterable[Tokens], size: int) -> Iterator[list[Tokens]]:
+    waiting = iter(chunks)
+    while batch := list(islice(waiting, size)):
+        yield batch
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What is summed: the activation's struct, the routing's (0 where there is none), and for how many
+    matrices; weights that agree in all three share their sums."""
+
+    activation: int
+    routing: int
+    matrices: int
+
+
 class ActivationCollector:
-    """Pass ``.callback`` to ``LlamaEngine.open``; read ``.sums`` after decoding."""
+    """A ``cb_eval``. ``new_graph`` before every decode, ``sums`` after the last."""
 
-    sums: dict[str, ColumnSquares] = field(default_factory=dict)
-    error: BaseException | None = None
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self._first_reader: dict[_Read, str] = {}
+        self._shares: dict[str, str] = {}
+        self._host: dict[str, ColumnSquares] = {}
+        self._device = _DeviceSums()
+
+    def new_graph(self) -> None:
+        """Forgets which structs were seen: the next graph has its own."""
+        self._first_reader.clear()
 
     def callback(self, address: int, ask: bool) -> bool:
-        """cb_eval. Exceptions, Ctrl-C too, cannot cross C, so the first is kept in ``error``."""
+        """Exceptions, Ctrl-C too, cannot cross C, so the first is kept in ``error``."""
         try:
             node = GgmlTensor.from_address(address)
             op = ggml().ggml_op_name(node.op)
             if op not in (b"MUL_MAT", b"MUL_MAT_ID"):
-                return not ask  # after the fact, True means: go on
-            weight, activation = _source(node, 0), _source(node, 1)
-            name = _weight_name(weight)
-            if not ask:
-                self._collect(name, node, weight, activation, routed=op == b"MUL_MAT_ID")
-                return True
-            enough = op == b"MUL_MAT_ID" or activation.ne[1] >= _MIN_ROWS
-            return name.startswith("blk.") and enough and activation.type == _F32
+                # After the fact, True means: go on. What follows the last norm is not worth its time.
+                return bool(node.name == _LAST) if ask else node.name != _LAST
+            return self._wanted(node, op) if ask else self._collect(node, op)
         except BaseException as error:
             self.error = self.error or error
             return not ask
 
-    def _collect(
-        self, name: str, node: GgmlTensor, weight: GgmlTensor, activation: GgmlTensor, *, routed: bool
-    ) -> None:
+    def _wanted(self, node: GgmlTensor, op: bytes) -> bool:
+        """Whether the graph must stop at this product: it is the first to read its activation."""
+        name = _weight_name(_source(node, 0))
+        activation = _source(node, 1)
+        enough = op == b"MUL_MAT_ID" or activation.ne[1] >= _MIN_ROWS
+        if not (name.startswith("blk.") and enough and activation.type == F32):
+            return False
+        first = self._first_reader.setdefault(_read_of(node, op), name)
+        if self._shares.setdefault(name, first) != first:
+            raise BadInput(f"{name}: read with other weights than in the first chunk; sum it with none")
+        return first == name
+
+    def _collect(self, node: GgmlTensor, op: bytes) -> bool:
+        weight = _source(node, 0)
+        activation = _source(node, 1)
+        name = _weight_name(weight)
+        routed = op == b"MUL_MAT_ID"
+        matrices = int(weight.ne[2])
+        ids_TK = _read_i32(_source(node, 2)) if routed else None
+        if not _on_host(activation) and (routed or matrices == 1) and _is_packed(activation):
+            self._device.add(name, node.src[1], ids_TK, matrices)
+            return True
         values = _read_f32(activation)  # (ne3, ne2, ne1, ne0)
-        n_experts = int(weight.ne[2])
-        if routed:
-            ids_TK = _read_i32(_source(node, 2))
-            squares, counts = _routed_sums(values[0], ids_TK, n_experts)
-        else:
-            squares, counts = _dense_sums(values, n_experts)
-        if not np.isfinite(squares).all():
-            raise BadInput(f"{name}: activations are not finite; the model or the text is broken")
-        entry = self.sums.get(name)
+        found = _dense_sums(values, matrices) if ids_TK is None else _routed_sums(values[0], ids_TK, matrices)
+        entry = self._host.get(name)
         if entry is None:
-            self.sums[name] = ColumnSquares(squares, counts)
+            self._host[name] = found
         else:
-            entry.squares += squares
-            entry.counts += counts
+            entry.squares += found.squares
+            entry.counts += found.counts
+        return True
+
+    def sums(self) -> dict[str, ColumnSquares]:
+        """What every weight met; BadInput where that is not finite."""
+        found = self._host | self._device.read()
+        for name, entry in found.items():
+            if not np.isfinite(entry.squares).all():
+                raise BadInput(f"{name}: activations are not finite; the model or the text is broken")
+        return {name: found[first] for name, first in self._shares.items() if first in found}
+
+    def close(self) -> None:
+        self._device.close()
 
 
-def _routed_sums(
-    values_TKC: Floats, ids_TK: NDArray[np.int32], n_experts: int
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+class _DeviceSums:
+    """Sums that stay on the GPU: one (columns, matrices) tensor for each first reader."""
+
+    def __init__(self) -> None:
+        self._bench: Workbench | None = None
+        self._sums: dict[str, tuple[int, Block]] = {}
+        self._counts: dict[str, NDArray[np.int64]] = {}
+
+    def add(self, name: str, activation: int, ids_TK: NDArray[np.int32] | None, matrices: int) -> None:
+        """Adds an activation's squares, (columns, rows), times the routing, (matrices, rows)."""
+        bench = self._opened(activation)
+        struct = GgmlTensor.from_address(activation)
+        columns = int(struct.ne[0])
+        per_token = int(struct.ne[1])
+        n_rows = int(np.prod(struct.ne[1:4]))
+        if ids_TK is None:
+            routing_RE = np.ones((n_rows, 1), np.float32)
+            counts = np.array([n_rows])
+        else:
+            routing_RE, counts = _routing(ids_TK, matrices, per_token)
+        total = self._total(name, bench, columns, matrices)
+        self._counts[name] = self._counts.get(name, 0) + counts.astype(np.int64)
+        graph = Graph(bench, f"{columns} x {n_rows} x {matrices}")
+        routing = graph.given(routing_RE)
+        squares = graph.node("sqr", graph.over(activation, (columns, n_rows)))
+        # Products of float32 may keep ten bits of a factor: squares go in as two parts that have fewer.
+        high = graph.node("cast", graph.node("cast", squares, BF16), F32)
+        low = graph.node("sub", squares, high)
+        both = graph.node("add", graph.node("out_prod", high, routing), graph.node("out_prod", low, routing))
+        there = graph.over(total, (columns, matrices))
+        graph.keep(graph.node("cpy", graph.node("add", both, there), total))
+        graph.run()
+
+    def _total(self, name: str, bench: Workbench, columns: int, matrices: int) -> int:
+        if name not in self._sums:
+            arena = Arena(1)
+            tensor = arena.tensor(F32, (columns, matrices))
+            self._sums[name] = (tensor, Block(arena, bench.buffer_type))
+            fill(tensor, np.zeros(columns * matrices, np.float32))
+        return self._sums[name][0]
+
+    def read(self) -> dict[str, ColumnSquares]:
+        found = {}
+        for name, (tensor, _) in self._sums.items():
+            columns, matrices = (int(n) for n in GgmlTensor.from_address(tensor).ne[:2])
+            squares = np.empty((matrices, columns), np.float32)
+            ggml().ggml_backend_tensor_get(tensor, squares.ctypes.data, 0, squares.nbytes)
+            found[name] = ColumnSquares(squares=squares.astype(np.float64), counts=self._counts[name])
+        return found
+
+    def _opened(self, activation: int) -> Workbench:
+        if self._bench is None:
+            self._bench = Workbench(device_of(_buffer_of(GgmlTensor.from_address(activation))))
+        return self._bench
+
+    def close(self) -> None:
+        for _, block in self._sums.values():
+            block.close()
+        self._sums.clear()
+        if self._bench is not None:
+            self._bench.close()
+            self._bench = None
+
+
+def _routing(
+    ids_TK: NDArray[np.int32], n_experts: int, per_token: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """(which row goes to which expert, (rows, experts) of 0 and 1; rows of each expert).
+
+    With one row a token, all of the token's experts read it; else each expert has a row of its own.
+    """
+    n_tokens, used = ids_TK.shape
+    experts = ids_TK.ravel()
+    rows = np.arange(n_tokens * used) if per_token > 1 else np.repeat(np.arange(n_tokens), used)
+    routing_RE = np.zeros((int(rows[-1]) + 1, n_experts), np.float32)
+    routing_RE[rows, experts] = 1
+    return routing_RE, np.bincount(experts, minlength=n_experts)
+
+
+def _routed_sums(values_TKC: Floats, ids_TK: NDArray[np.int32], n_experts: int) -> ColumnSquares:
     """Per-expert column sums; the middle axis is 1 when every expert of a token sees the same row.
 
     Rows are sorted by expert and summed in runs. A matrix product would do, but BLAS threads spin
@@ -78,27 +229,31 @@ def _routed_sums(
     """
     n_tokens, used = ids_TK.shape
     columns = values_TKC.shape[-1]
-    rows = np.broadcast_to(values_TKC, (n_tokens, used, columns)).reshape(-1, columns)
+    squares = np.square(values_TKC)
+    rows = np.broadcast_to(squares, (n_tokens, used, columns)).reshape(-1, columns)
     experts = ids_TK.ravel()
     order = np.argsort(experts, kind="stable")
     counts = np.bincount(experts, minlength=n_experts).astype(np.int64)
+    seen = np.flatnonzero(counts)
+    starts = np.cumsum(counts)[seen] - counts[seen]
     sums = np.zeros((n_experts, columns))
-    stop = np.cumsum(counts)
-    for expert in np.flatnonzero(counts):
-        chosen = rows[order[stop[expert] - counts[expert] : stop[expert]]]
-        sums[expert] = np.square(chosen).sum(axis=0)
-    return sums, counts
+    sums[seen] = np.add.reduceat(rows[order], starts, axis=0)
+    return ColumnSquares(squares=sums, counts=counts)
 
 
-def _dense_sums(values: Floats, n_matrices: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _dense_sums(values: Floats, n_matrices: int) -> ColumnSquares:
     """Column sums of an ordinary product; 3-D weights keep a row of sums for each matrix."""
     columns = values.shape[-1]
-    squares = np.square(values, dtype=np.float32)
-    per_slice = squares.sum(axis=2).reshape(-1, columns)
+    per_slice = np.einsum("abrc,abrc->abc", values, values).reshape(-1, columns)
     sums = np.zeros((n_matrices, columns))
     np.add.at(sums, np.arange(len(per_slice)) % n_matrices, per_slice)
-    rows = squares.size // columns // n_matrices
-    return sums, np.full(n_matrices, rows, np.int64)
+    rows = values.size // columns // n_matrices
+    return ColumnSquares(squares=sums, counts=np.full(n_matrices, rows, np.int64))
+
+
+def _read_of(node: GgmlTensor, op: bytes) -> _Read:
+    routing = int(node.src[2]) if op == b"MUL_MAT_ID" else 0
+    return _Read(int(node.src[1]), routing, int(_source(node, 0).ne[2]))
 
 
 def _source(node: GgmlTensor, index: int) -> GgmlTensor:
@@ -111,6 +266,27 @@ def _weight_name(tensor: GgmlTensor) -> str:
     return parts[1] if len(parts) > 1 else parts[0]
 
 
+def _buffer_of(tensor: GgmlTensor) -> int:
+    """A view has no buffer of its own."""
+    while not tensor.buffer and tensor.view_src:
+        tensor = GgmlTensor.from_address(tensor.view_src)
+    return int(tensor.buffer)
+
+
+def _on_host(tensor: GgmlTensor) -> bool:
+    buffer_type = ggml().ggml_backend_buffer_get_type(_buffer_of(tensor))
+    return bool(ggml().ggml_backend_buft_is_host(buffer_type))
+
+
+def _is_packed(tensor: GgmlTensor) -> bool:
+    expected = 4
+    for n, stride in zip(tensor.ne, tensor.nb, strict=True):
+        if stride != expected:
+            return False
+        expected *= n
+    return True
+
+
 def _read_f32(tensor: GgmlTensor) -> Floats:
     return _read(tensor, np.dtype(np.float32), 4).view(np.float32)
 
@@ -120,12 +296,15 @@ def _read_i32(tensor: GgmlTensor) -> NDArray[np.int32]:
 
 
 def _read(tensor: GgmlTensor, dtype: np.dtype[np.generic], dims: int) -> NDArray[np.generic]:
-    """A tensor's elements as (ne[dims-1], ..., ne[0]), from any device, strides honoured."""
+    """A tensor's elements as (ne[dims-1], ..., ne[0]), strides honoured: in main memory where it lies, good
+    while the callback runs, from elsewhere a copy."""
     shape = tuple(int(n) for n in tensor.ne[:dims])
     strides = tuple(int(n) for n in tensor.nb[:dims])
     extent = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + dtype.itemsize
-    buffer = np.empty(extent, np.uint8)
-    ggml().ggml_backend_tensor_get(
-        ctypes.addressof(tensor), buffer.ctypes.data_as(ctypes.c_void_p), 0, extent
-    )
+    if _on_host(tensor):
+        buffer = np.ctypeslib.as_array((ctypes.c_uint8 * extent).from_address(tensor.data))
+    else:
+        buffer = np.empty(extent, np.uint8)
+        address = ctypes.addressof(tensor)
+        ggml().ggml_backend_tensor_get(address, buffer.ctypes.data_as(ctypes.c_void_p), 0, extent)
     return np.ndarray(shape[::-1], dtype, buffer, strides=strides[::-1])

@@ -10,10 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cerebellum.errors import BadInput, CerebellumError
-from cerebellum.llama.library import LOG, llama
+from cerebellum.llama.library import LOG, Pointer, llama
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 
 _CACHE = re.compile(r"^llama_kv_cache: size = +([\d.]+) MiB", re.MULTILINE)
@@ -23,27 +22,28 @@ _HOST = re.compile(r"CPU|.*_Host")  # names of buffers in main memory, pinned on
 
 
 @dataclass(frozen=True, kw_only=True)
-class Allocation:
+class Allocated:
     """Bytes, to 0.005 MiB of each buffer; ``tensors`` is exact.
 
-    ``compute`` is the card's where llama.cpp has one (``on_card``), else the CPU's.
+    ``compute`` is the GPU's where llama.cpp has one (``on_gpu``), else the CPU's.
     """
 
     tensors: int
     cache: int
     state: int
     compute: int
-    on_card: bool
+    on_gpu: bool
 
 
 def memory_report(
     paths: Sequence[Path], context: int, *, sequences: int = 1, gpu_layers: int = -1
-) -> Allocation:
+) -> Allocated:
     """What llama.cpp allocates for ``context`` tokens shared by ``sequences``, on its first device.
 
     ``gpu_layers`` of -1 are all of them. BadInput where llama.cpp cannot open the files.
     """
-    lib, engine = llama(), LlamaEngine(EngineSettings(gpu_layers=gpu_layers))
+    lib = llama()
+    engine = LlamaEngine(EngineSettings(gpu_layers=gpu_layers))
     with LOG.captured() as lines, engine.weights(paths, no_alloc=True) as model:
         opened = lib.llama_init_from_model(model, _params(context, sequences))
         if not opened:
@@ -53,25 +53,27 @@ def memory_report(
     return _read("".join(lines), tensors)
 
 
-def _params(context: int, sequences: int) -> Any:
+def _params(context: int, sequences: int) -> Pointer:
     """What llama-server runs with: its slots share one cache, a window's cache is not full size."""
     params = llama().llama_context_default_params()
-    params.n_ctx, params.n_seq_max = context, sequences
-    params.kv_unified, params.swa_full = sequences > 1, False
+    params.n_ctx = context
+    params.n_seq_max = sequences
+    params.kv_unified = sequences > 1
+    params.swa_full = False
     return params
 
 
-def _read(log: str, tensors: int) -> Allocation:
+def _read(log: str, tensors: int) -> Allocated:
     buffers = [(name, float(mib)) for name, mib in _COMPUTE.findall(log)]
     if not buffers:
         raise CerebellumError("llama.cpp did not say what its compute buffers take: use the pinned build")
-    on_card = [mib for name, mib in buffers if not _HOST.fullmatch(name)]
-    return Allocation(
+    on_gpu = [mib for name, mib in buffers if not _HOST.fullmatch(name)]
+    return Allocated(
         tensors=tensors,
         cache=_bytes(map(float, _CACHE.findall(log))),
         state=_bytes(map(float, _STATE.findall(log))),
-        compute=_bytes(on_card or [mib for _, mib in buffers]),
-        on_card=bool(on_card),
+        compute=_bytes(on_gpu or [mib for _, mib in buffers]),
+        on_gpu=bool(on_gpu),
     )
 
 

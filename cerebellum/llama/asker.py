@@ -24,7 +24,7 @@ import numpy as np
 
 from cerebellum.engine.asking import Ask, Reply, TokenIds, Vocabulary, cut_at_stop
 from cerebellum.engine.batching import (
-    Part,
+    Piece,
     Run,
     Sheet,
     Want,
@@ -37,13 +37,14 @@ from cerebellum.engine.batching import (
 from cerebellum.engine.protocols import Logits
 from cerebellum.engine.scoring import normalize
 from cerebellum.errors import BadInput, CerebellumError
-from cerebellum.llama.library import LOG, llama
+from cerebellum.llama.library import LOG, Bindings, Pointer, llama
 from cerebellum.llama.native import LlamaEngine
 from cerebellum.llama.vocabulary import read_vocabulary, text_of, tokens_of
 
 # Every token is compared with all cells of the context, its own or not: on a CPU a small context is
 # faster (768 against 2048: 12%), on a GPU and for recurrent layers a wave of many sequences is.
-_CELLS_ON_CPU, _CELLS = 768, 2048
+_CELLS_ON_CPU = 768
+_CELLS = 2048
 _MAX_SEQUENCES = 128  # llama.cpp allows 256
 _MIN_SEQUENCES = 8
 _STATE_BYTES = 2 << 30  # recurrent states of all sequences together
@@ -67,8 +68,11 @@ _Piece = tuple[list[Want], Logits]
 class Sequences:
     """An open model with one context of many sequences. Made by ``open_asker``, which frees it."""
 
-    def __init__(self, model: Any, engine: LlamaEngine, room: Room) -> None:
-        self._lib, self._model, self._engine, self._room = llama(), model, engine, room
+    def __init__(self, model: Pointer, engine: LlamaEngine, room: Room) -> None:
+        self._lib = llama()
+        self._model = model
+        self._engine = engine
+        self._room = room
         self._vocab = self._lib.llama_model_get_vocab(model)
         self._n_vocab = int(self._lib.llama_vocab_n_tokens(self._vocab))
         self._recurrent = bool(
@@ -131,17 +135,18 @@ class Sequences:
         log_probs = found.log_probs(rows, tokens)
         return zip(wants, found.best_S[rows].tolist(), log_probs.tolist(), strict=True)
 
-    def _prompt_run(self, part: Part, prefix: TokenIds) -> Run:
+    def _prompt_run(self, part: Piece, prefix: TokenIds) -> Run:
         if prefix:
             self._copy(0, part.seq)
         tokens = part.ask.prompt[len(prefix) :]
         return Run(seq=part.seq, start=len(prefix), tokens=tokens, outputs_from=len(tokens) - 1)
 
     def _fork(
-        self, sheets: Sequence[Sheet], wave: Sequence[Part]
+        self, sheets: Sequence[Sheet], wave: Sequence[Piece]
     ) -> tuple[list[Run], list[list[tuple[Sheet, int, int]]]]:
         """The endings of a wave, each in a fork of its prompt; the last goes on in the prompt's own."""
-        runs, wants = [], []
+        runs = []
+        wants = []
         for part in wave:
             longer = [e for e in part.endings if len(part.ask.endings[e]) > 1]
             for offset in range(1, len(longer)):
@@ -210,7 +215,8 @@ class Sequences:
         if not asks:
             return
         sheets = [Sheet(index=index, ask=ask) for index, ask in enumerate(asks)]
-        prefix, parts = common_prefix(prompts), make_parts(sheets, self._sequences() - 1)
+        prefix = common_prefix(prompts)
+        parts = make_parts(sheets, self._sequences() - 1)
         self._reserve(len(prefix) + max(part.cells(len(prefix)) for part in parts))
         self._keep_prefix(prefix)
         for wave in make_waves(parts, len(prefix), self._cells - len(prefix), self._sequences() - 1):
@@ -219,7 +225,7 @@ class Sequences:
             self._forget([part.seq for part in wave])
 
     def _continue(
-        self, wave: Sequence[Part], runs: Sequence[Run], max_tokens: int, stops: Sequence[str]
+        self, wave: Sequence[Piece], runs: Sequence[Run], max_tokens: int, stops: Sequence[str]
     ) -> Iterator[tuple[int, str]]:
         """Greedy decoding of a wave, one token for each sequence that is still going."""
         going = list(wave)
@@ -269,7 +275,7 @@ class Sequences:
             if not self._lib.llama_memory_seq_rm(self._memory(), seq, -1, -1):
                 raise CerebellumError(f"llama.cpp cannot drop sequence {seq}: {LOG.last_error()}")
 
-    def _memory(self) -> Any:
+    def _memory(self) -> Pointer:
         return self._lib.llama_get_memory(self._context)
 
     def _sequences(self) -> int:
@@ -287,8 +293,11 @@ class Sequences:
         self._free_context()
         wanted = -(-max(cells, self._room.cells or self._usual_cells()) // 256) * 256
         params = self._lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = wanted, self._room.piece, self._room.piece
-        params.n_seq_max, params.kv_unified = self._sequences(), True
+        params.n_ctx = wanted
+        params.n_batch = self._room.piece
+        params.n_ubatch = self._room.piece
+        params.n_seq_max = self._sequences()
+        params.kv_unified = True
         params.n_threads = params.n_threads_batch = self._engine.settings.threads
         params.no_perf = True
         self._context = self._lib.llama_init_from_model(self._model, params)
@@ -322,7 +331,7 @@ def open_asker(engine: LlamaEngine, paths: Sequence[Path], room: Room | None = N
             opened.close()
 
 
-def _state_bytes(lib: Any, model: Any) -> int:
+def _state_bytes(lib: Bindings, model: Pointer) -> int:
     """Of one sequence's recurrent state, at most: float32, every layer counted as recurrent."""
 
     def number(suffix: str, default: int) -> int:
@@ -331,13 +340,15 @@ def _state_bytes(lib: Any, model: Any) -> int:
         return default
 
     architecture = _metadata(lib, model, "general.architecture")
-    inner, state = number("ssm.inner_size", 0), number("ssm.state_size", 0)
+    inner = number("ssm.inner_size", 0)
+    state = number("ssm.state_size", 0)
     if not inner or not state:  # RWKV and its kin: a state of 64 x embedding for each layer
-        inner, state = number("embedding_length", 4096), number("wkv.head_size", 64)
+        inner = number("embedding_length", 4096)
+        state = number("wkv.head_size", 64)
     return 4 * inner * state * int(lib.llama_model_n_layer(model))
 
 
-def _metadata(lib: Any, model: Any, key: str) -> str:
+def _metadata(lib: Bindings, model: Pointer, key: str) -> str:
     buffer = ctypes.create_string_buffer(256)
     count = lib.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
     return buffer.value.decode("utf-8", "replace") if count >= 0 else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,111 +14,88 @@ import numpy as np
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from cerebellum.engine.asking import Asker
-from cerebellum.engine.protocols import Bytes, ColumnSquares, Floats, Logits, QuantizeJob, Tokenized, Tokens
+from cerebellum.engine.protocols import Bytes, ColumnSquares, Floats, QuantizeJob, Tokenized, Tokens
+from cerebellum.engine.timings import timed
 from cerebellum.errors import BadInput, CerebellumError
-from cerebellum.llama.activations import ActivationCollector
-from cerebellum.llama.library import LOG, build_id, llama
+from cerebellum.llama.activations import sum_squares
+from cerebellum.llama.library import LOG, Bindings, Pointer, build_id, cpu_device, ggml, gpus, llama
+from cerebellum.llama.model import ContextShape, LlamaModel, ResidentModel
 from cerebellum.llama.presets import preset_types
-from cerebellum.llama.quantize import quantize, to_float
+from cerebellum.llama.quantize import quantize, round_trip, to_float
 
-_MAX_UBATCH = 512  # llama.cpp's default; a larger one changes compute buffers, not results
-
-TensorCallback = Callable[[int, bool], bool]
+_UBATCH = 512  # llama.cpp's default; on a CPU a larger one is no faster
+GPU_TOKENS = 2048  # tokens of one decode on a GPU: llama-perplexity's own number
+_GPU_UBATCH = 4096  # the longest chunk that a GPU is given in one graph
+_STAGED_SHARE = 4  # of main memory, one part goes to staged shards where there is no GPU
+_EXPERTS = (
+    rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # the weights that llama.cpp's --cpu-moe keeps off the GPU
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """``threads`` of the CPU; ``gpu_layers`` to offload (-1: all). Neither touches a file."""
+    """How models are run; none of it touches a file.
+
+    ``threads`` of the CPU; ``gpu_layers`` to offload (-1: all); ``cpu_expert_layers`` first layers whose
+    routed experts stay in main memory all the same. ``decode_tokens`` go into one decode (0: what suits the
+    machine), ``staged_bytes`` of shards are kept ready to be swapped in (None: what the device has left).
+    """
 
     threads: int = os.cpu_count() or 1
     gpu_layers: int = 0
-
-
-class LlamaModel:
-    """One llama_context over one list of shards. Made by ``LlamaEngine.open``, which frees it."""
-
-    def __init__(self, context: Any, vocab_size: int, ctx: int) -> None:
-        self._lib, self._context, self._ctx = llama(), context, ctx
-        self._batch = self._lib.llama_batch_init(ctx, 0, 1)
-        self._vocab_size = vocab_size
+    cpu_expert_layers: int = 0
+    decode_tokens: int = 0
+    staged_bytes: int | None = None
 
     @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
-
-    def logits(self, tokens_T: Tokens) -> Logits:
-        first = len(tokens_T) // 2
-        self._decode(tokens_T, first)
-        rows = len(tokens_T) - first
-        pointer = self._lib.llama_get_logits(self._context)
-        if not pointer:
-            raise CerebellumError(f"llama.cpp returned no logits: {LOG.last_error()}")
-        view = np.ctypeslib.as_array(pointer, shape=(rows, self._vocab_size))
-        return view[:-1].copy()  # llama.cpp reuses its buffer for the next chunk
-
-    def evaluate(self, tokens_T: Tokens) -> None:
-        """Decodes a chunk with an output at every token, so that callbacks see whole activations.
-
-        Without outputs llama.cpp drops the rows of the last layer that no logit needs.
-        """
-        # On another thread: Ctrl-C reaches Python's main thread only, and raised in there, in a callback
-        # that C called, it would be lost.
-        with ThreadPoolExecutor(max_workers=1) as worker:
-            worker.submit(self._decode, tokens_T, 0).result()
-
-    def _decode(self, tokens_T: Tokens, first: int) -> None:
-        if len(tokens_T) > self._ctx:
-            raise ValueError(f"a chunk of {len(tokens_T)} tokens for a context of {self._ctx}")
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-        self._fill(tokens_T, first)
-        status = self._lib.llama_decode(self._context, self._batch)
-        if status != 0:
-            raise CerebellumError(f"llama_decode returned {status}: {LOG.last_error()}")
-
-    def _fill(self, tokens_T: Tokens, first: int) -> None:
-        batch, n = self._batch, len(tokens_T)
-        batch.n_tokens = n
-        np.ctypeslib.as_array(batch.token, (n,))[:] = tokens_T
-        np.ctypeslib.as_array(batch.pos, (n,))[:] = np.arange(n)
-        np.ctypeslib.as_array(batch.n_seq_id, (n,))[:] = 1
-        wanted = np.ctypeslib.as_array(batch.logits, (n,))
-        wanted[:] = 0
-        wanted[first:] = 1
-        for i in range(n):
-            batch.seq_id[i][0] = 0
-
-    def close(self) -> None:
-        self._lib.llama_batch_free(self._batch)
-        self._lib.llama_free(self._context)
+    def wants_gpu(self) -> bool:
+        return self.gpu_layers != 0
 
 
 class LlamaEngine:
-    """Opens GGUF shards in this process. Stateless but for its settings."""
+    """Opens GGUF shards in this process. Stateless but for its settings.
 
-    def __init__(self, settings: EngineSettings | None = None) -> None:
+    ``note`` hears, in a line, of everything that is done another and slower way than usual.
+    """
+
+    def __init__(
+        self, settings: EngineSettings | None = None, note: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.settings = settings or EngineSettings()
+        self.note = note
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether models are run on a GPU: one is asked for and there."""
+        return self.settings.wants_gpu and bool(gpus())
 
     @property
     def identity(self) -> str:
-        offload = f", {self.settings.gpu_layers} layers offloaded" if self.settings.gpu_layers else ""
-        return build_id() + offload
+        settings = self.settings
+        parts = [build_id()]
+        if settings.gpu_layers:
+            parts.append(f"{settings.gpu_layers} layers offloaded")
+        if settings.cpu_expert_layers:
+            parts.append(f"experts of {settings.cpu_expert_layers} layers on the host")
+        if self._decode_tokens:
+            parts.append(f"{self._decode_tokens} tokens a decode")
+        return ", ".join(parts)
 
     @property
     def build(self) -> str:
         return build_id()
 
+    @property
+    def _decode_tokens(self) -> int:
+        """Tokens of one decode where several chunks go into one, else 0."""
+        return self.settings.decode_tokens or (GPU_TOKENS if self.on_gpu else 0)
+
     def importance(
         self, paths: Sequence[Path], ctx: int, chunks: Iterable[Tokens], tick: Callable[[], None]
     ) -> Mapping[str, ColumnSquares]:
         """Decodes the chunks with ``cb_eval`` watching every matrix product."""
-        collector = ActivationCollector()
-        with self.open(paths, ctx, collector.callback) as model:
-            for tokens_T in chunks:
-                model.evaluate(tokens_T)
-                if collector.error:
-                    raise collector.error
-                tick()
-        return collector.sums
+        with self.weights(paths) as model:
+            return sum_squares(model, self._shape(ctx), chunks, tick)
 
     def preset_types(
         self, source: Path, preset: LlamaFileType, *, has_imatrix: bool, allow_requantize: bool = False
@@ -131,6 +107,9 @@ class LlamaEngine:
 
     def to_float(self, raw: Bytes, type_: GGMLQuantizationType, n_per_row: int) -> Floats:
         return to_float(raw, type_, n_per_row)
+
+    def round_trip(self, job: QuantizeJob) -> Floats:
+        return round_trip(job)
 
     def asker(self, paths: Sequence[Path]) -> AbstractContextManager[Asker]:
         from cerebellum.llama.asker import open_asker  # it opens models through this engine
@@ -151,25 +130,39 @@ class LlamaEngine:
             return int(llama().llama_vocab_n_tokens(llama().llama_model_get_vocab(model)))
 
     @contextmanager
-    def open(
-        self, paths: Sequence[Path], ctx: int, callback: TensorCallback | None = None
-    ) -> Iterator[LlamaModel]:
-        """A model over ``paths`` (first the shard with the metadata), for chunks of ``ctx`` tokens.
-
-        ``callback(tensor_address, ask)`` is llama.cpp's ``cb_eval``: it sees every graph node.
-        """
-        lib = llama()
+    def open(self, paths: Sequence[Path], ctx: int) -> Iterator[LlamaModel]:
+        """A model over ``paths`` (first the shard with the metadata), for chunks of ``ctx`` tokens."""
         with self.weights(paths) as model:
-            # The C side keeps the function pointer, so it must outlive the context.
-            c_callback = lib.ggml_backend_sched_eval_callback(_as_c(callback))
-            context = lib.llama_init_from_model(model, self._context_params(ctx, c_callback, callback))
-            if not context:
-                raise BadInput(f"{paths[0]}: no context of {ctx} tokens: {LOG.last_error()}")
-            opened = LlamaModel(context, lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)), ctx)
+            opened = LlamaModel(model, self._shape(ctx), on_gpu=self.on_gpu, note=self.note)
             try:
                 yield opened
             finally:
                 opened.close()
+
+    @contextmanager
+    def resident(self, paths: Sequence[Path], ctx: int) -> Iterator[ResidentModel]:
+        """A model over ``paths`` that other shards can be swapped into."""
+        with self.weights(paths) as model:
+            with timed("opening"):
+                opened = ResidentModel(
+                    model, paths, self._shape(ctx), on_gpu=self.on_gpu, room=self._room(), note=self.note
+                )
+            try:
+                yield opened
+            finally:
+                opened.close()
+
+    def _room(self) -> int | None:
+        if self.settings.staged_bytes is not None or self.on_gpu:
+            return self.settings.staged_bytes
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _STAGED_SHARE
+
+    def _shape(self, ctx: int) -> ContextShape:
+        """Several chunks a decode on a GPU, in one graph where they fit; one on a CPU."""
+        sequences = max(1, self._decode_tokens // ctx)
+        tokens = ctx * sequences
+        ubatch = tokens if self.on_gpu and tokens <= _GPU_UBATCH else min(ctx, _UBATCH)
+        return ContextShape(ctx=ctx, sequences=sequences, ubatch=ubatch, threads=self.settings.threads)
 
     @contextmanager
     def weights(
@@ -180,10 +173,22 @@ class LlamaEngine:
         params = lib.llama_model_default_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = 0 if vocab_only else self._gpu_layers()
+        overrides = self._overrides()  # must outlive the load
+        if overrides is not None and not vocab_only:
+            params.tensor_buft_overrides = ctypes.addressof(overrides)
         if no_alloc:
             params.no_alloc = True
             params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # llama.cpp aborts where it would map the file
             params.split_mode = lib.LLAMA_SPLIT_MODE_NONE
+        with timed("opening"):
+            model = self._load(paths, params)
+        try:
+            yield model
+        finally:
+            lib.llama_model_free(model)
+
+    def _load(self, paths: Sequence[Path], params: Any) -> Pointer:
+        lib = llama()
         if len(paths) == 1:  # where it is the first of several files, llama.cpp finds the others
             model = lib.llama_model_load_from_file(os.fsencode(paths[0]), params)
         else:
@@ -191,31 +196,30 @@ class LlamaEngine:
             model = lib.llama_model_load_from_splits(names, len(paths), params)
         if not model:
             raise BadInput(f"{paths[0]}: llama.cpp cannot load it: {LOG.last_error()}")
-        try:
-            yield model
-        finally:
-            lib.llama_model_free(model)
+        return model
 
     def _gpu_layers(self) -> int:
         return 9999 if self.settings.gpu_layers < 0 else self.settings.gpu_layers
 
-    def _context_params(self, ctx: int, c_callback: Any, callback: TensorCallback | None) -> Any:
-        params = llama().llama_context_default_params()
-        params.n_ctx = params.n_batch = ctx
-        params.n_ubatch = min(ctx, _MAX_UBATCH)
-        params.n_seq_max = 1
-        params.n_threads = params.n_threads_batch = self.settings.threads
-        params.no_perf = True
-        if callback is not None:
-            params.cb_eval = c_callback
-        return params
+    def _overrides(self) -> ctypes.Array[_Override] | None:
+        """Where weights go against the rule: the experts of the first layers into main memory."""
+        n_layers = self.settings.cpu_expert_layers
+        if not n_layers:
+            return None
+        host = ggml().ggml_backend_dev_buffer_type(cpu_device())
+        overrides = (_Override * (n_layers + 1))()  # the last one is empty and ends the list
+        for layer in range(n_layers):
+            overrides[layer] = _Override(b"blk\\.%d%s" % (layer, _EXPERTS), host)
+        return overrides
 
 
-def _as_c(callback: TensorCallback | None) -> Callable[[int, bool, object], bool]:
-    return lambda tensor, ask, _data: bool(callback and callback(tensor, ask))
+class _Override(ctypes.Structure):
+    """``struct llama_model_tensor_buft_override``."""
+
+    _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
 
 
-def _tokenize(lib: Any, vocab: Any, text: bytes) -> Tokens:
+def _tokenize(lib: Bindings, vocab: Pointer, text: bytes) -> Tokens:
     room = len(text) + 2
     buffer = (ctypes.c_int32 * room)()
     count = lib.llama_tokenize(vocab, text, len(text), buffer, room, True, False)

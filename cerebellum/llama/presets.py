@@ -11,13 +11,12 @@ import ctypes
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from cerebellum.errors import BadInput
 from cerebellum.gguf import parse_type, preset_label
-from cerebellum.llama.library import LOG, llama
+from cerebellum.llama.library import LOG, Bindings, llama
 
 _LINE = re.compile(
     r"^\[ *\d+/ *\d+\] (?P<name>\S+) +- \[.*?\], type = +(?P<source>\S+), size = +[\d.]+ MiB"
@@ -32,7 +31,9 @@ def preset_types(
     """Tensor name -> the type llama-quantize would write, fallbacks included. Loads no weights."""
     lib = llama()
     params = lib.llama_model_quantize_default_params()
-    params.ftype, params.dry_run, params.allow_requantize = int(preset), True, allow_requantize
+    params.ftype = int(preset)
+    params.dry_run = True
+    params.allow_requantize = allow_requantize
     marker = _any_imatrix(lib)  # only its presence matters to the choice of types
     if has_imatrix:
         params.imatrix = marker
@@ -49,9 +50,11 @@ def preset_types(
     return found
 
 
-def _any_imatrix(lib: Any) -> ctypes.Array[ctypes.Structure]:
+def _any_imatrix(lib: Bindings) -> ctypes.Array[ctypes.Structure]:
     entry = lib.llama_model_imatrix_data
     value = (ctypes.c_float * 1)(1.0)
     array: ctypes.Array[ctypes.Structure] = (entry * 2)()
-    array[0].name, array[0].data, array[0].size = b"present", value, 1
+    array[0].name = b"present"
+    array[0].data = value
+    array[0].size = 1
     return array

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 from cerebellum.engine.asking import TokenIds, Vocabulary
 from cerebellum.errors import CerebellumError
+from cerebellum.llama.library import Bindings, Pointer
 
 
-def tokens_of(lib: Any, vocab: Any, text: str, *, add_special: bool, parse_special: bool) -> TokenIds:
+def tokens_of(
+    lib: Bindings, vocab: Pointer, text: str, *, add_special: bool, parse_special: bool
+) -> TokenIds:
     raw = text.encode()
     room = len(raw) + 4
     buffer = (ctypes.c_int32 * room)()
@@ -19,12 +21,12 @@ def tokens_of(lib: Any, vocab: Any, text: str, *, add_special: bool, parse_speci
     return tuple(buffer[:count])
 
 
-def text_of(lib: Any, vocab: Any, tokens: TokenIds) -> str:
+def text_of(lib: Bindings, vocab: Pointer, tokens: TokenIds) -> str:
     """The tokens as text, special ones left out; bytes that are no UTF-8 become U+FFFD."""
     return b"".join(_piece(lib, vocab, token) for token in tokens).decode("utf-8", "replace")
 
 
-def _piece(lib: Any, vocab: Any, token: int) -> bytes:
+def _piece(lib: Bindings, vocab: Pointer, token: int) -> bytes:
     room = 64
     while True:
         buffer = ctypes.create_string_buffer(room)
@@ -34,8 +36,9 @@ def _piece(lib: Any, vocab: Any, token: int) -> bytes:
         room = -count
 
 
-def read_vocabulary(lib: Any, model: Any, vocab: Any) -> Vocabulary:
-    bos, eos = int(lib.llama_vocab_bos(vocab)), int(lib.llama_vocab_eos(vocab))
+def read_vocabulary(lib: Bindings, model: Pointer, vocab: Pointer) -> Vocabulary:
+    bos = int(lib.llama_vocab_bos(vocab))
+    eos = int(lib.llama_vocab_eos(vocab))
     template = lib.llama_model_chat_template(model, None)
     return Vocabulary(
         bos=bos if bos >= 0 else None,
@@ -47,5 +50,5 @@ def read_vocabulary(lib: Any, model: Any, vocab: Any) -> Vocabulary:
     )
 
 
-def _special_text(lib: Any, vocab: Any, token: int) -> str:
+def _special_text(lib: Bindings, vocab: Pointer, token: int) -> str:
     return lib.llama_vocab_get_text(vocab, token).decode("utf-8", "replace") if token >= 0 else ""

@@ -6,7 +6,7 @@ yet. What to ask is decided in ``race.py`` and ``probe.py``, without I/O.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cerebellum.engine.predictions import PredictionCache
-from cerebellum.engine.protocols import Engine, Logits, Model
-from cerebellum.engine.scoring import divergence, normalize, overlapped, predict
+from cerebellum.engine.protocols import CannotSwap, Engine, Job, Resident, Scores
 from cerebellum.files import sha256_file
 from cerebellum.ledger import Divergence, Ledger, SeriesKey
 from cerebellum.progress import Reporter, Silent
@@ -40,7 +39,7 @@ class _Scored:
 
 
 class Measurer:
-    """``nll`` gives vectors; one model stays open between calls, so a run on one variant loads it once.
+    """``nll`` gives vectors; one model stays open between calls, and other variants are swapped into it.
 
     With ``reference`` and ``cache``, chunks in the cache are also compared with its predictions: those of
     the base, or of the source.
@@ -56,13 +55,19 @@ class Measurer:
         reference: Variant | None = None,
         cache: PredictionCache | None = None,
     ) -> None:
-        self.engine, self.ledger, self.corpus = engine, ledger, corpus
+        self.engine = engine
+        self.ledger = ledger
+        self.corpus = corpus
         self.reporter: Reporter = reporter or Silent()
-        self.reference, self.cache = reference, cache
+        self.reference = reference
+        self.cache = cache
         self.measured = self.reused = 0
         self.doing = ""
-        self._stack, self._open_digest = ExitStack(), ""
-        self._model: Model | None = None
+        self._stack = ExitStack()
+        self._model: Resident | None = None
+        self._open_paths: tuple[Path, ...] = ()
+        self._open_digest = ""
+        self._refusals: set[str] = set()
         if reference is not None and cache is not None:
             cache.claim(f"{reference.digest} {corpus.sha256} {corpus.ctx} {engine.identity}")
 
@@ -85,7 +90,8 @@ class Measurer:
             raise ValueError("a measurer without a reference knows no divergence")
         if variant.digest == self.reference.digest:
             return np.zeros(len(chunks))
-        series, reference = self._series(variant), self._series(self.reference)
+        series = self._series(variant)
+        reference = self._series(self.reference)
         found = self.ledger.diverged(series, reference)
         missing = [chunk for chunk in chunks if chunk not in found]
         self._measure(variant, missing, self.ledger.measured(series))
@@ -132,51 +138,77 @@ class Measurer:
         return self.ledger.series(key)
 
     def _score(self, variant: Variant, chunks: Sequence[int]) -> Iterator[_Scored]:
+        """Scores chunks on the open model, as many at once as it decodes together."""
         model = self._opened(variant)
-        decoded = ((chunk, model.logits(self.corpus.inputs(chunk))) for chunk in chunks)
-        return overlapped(decoded, self._work(variant))
-
-    def _work(self, variant: Variant) -> Callable[[tuple[int, Logits]], _Scored]:
-        """What the worker thread does with a chunk's logits."""
         is_reference = self.reference is not None and variant.digest == self.reference.digest
         reference_series = self._series(self.reference) if self.reference and not is_reference else 0
+        for part in _parts(chunks, model.chunks_at_once):
+            jobs = [self._job(chunk, is_reference) for chunk in part]
+            for chunk, scores in zip(part, model.score(jobs), strict=True):
+                if scores.kept is not None and self.cache is not None:
+                    self.cache.store(chunk, scores.kept)
+                yield _Scored(chunk=chunk, nll=scores.nll_S, divergence=_divergence(scores, reference_series))
 
-        def work(item: tuple[int, Logits]) -> _Scored:
-            chunk, logits = item
-            scores = normalize(logits)
-            nll = scores.nll(self.corpus.targets(chunk))
-            if is_reference and self.cache and chunk in self.cache.chunks:
-                self.cache.store(chunk, predict(scores))
-            kept = self.cache.load(chunk) if self.cache and reference_series else None
-            if kept is None:
-                return _Scored(chunk=chunk, nll=nll, divergence=None)
-            kld, same_top = divergence(kept, scores)
-            found = Divergence(base_series=reference_series, kld=kld, same_top=same_top)
-            return _Scored(chunk=chunk, nll=nll, divergence=found)
-
-        return work
+    def _job(self, chunk: int, is_reference: bool) -> Job:
+        """What to ask of a chunk: the reference keeps its predictions, all others are compared with them."""
+        inputs = self.corpus.inputs(chunk)
+        if self.cache is None or self.reference is None:
+            return Job(tokens_T=inputs)
+        if is_reference:
+            return Job(tokens_T=inputs, keep=bool(self.cache.missing([chunk])))
+        return Job(tokens_T=inputs, against=self.cache.load(chunk))
 
     def _refill_cache(self, variant: Variant, chunks: Sequence[int]) -> None:
         """Decodes the reference again where its predictions are gone: after a kill, say."""
         if self.cache is None or self.reference is None or variant.digest == self.reference.digest:
             return
-        missing = self.cache.missing(chunks)
-        if missing:
-            model = self._opened(self.reference)
-            for chunk in missing:
-                self.cache.store(chunk, predict(normalize(model.logits(self.corpus.inputs(chunk)))))
+        for _ in self._score(self.reference, self.cache.missing(chunks)):
+            pass
 
-    def _opened(self, variant: Variant) -> Model:
-        if self._model is None or self._open_digest != variant.digest:
-            self.close()
-            self._model = self._stack.enter_context(self.engine.open(variant.paths, self.corpus.ctx))
-            self._open_digest = variant.digest
+    def _opened(self, variant: Variant) -> Resident:
+        """The model that is open, with the variant's groups swapped in; a new one where that cannot be."""
+        if self._model is not None and self._open_digest == variant.digest:
+            return self._model
+        if self._model is not None and self._swapped(self._model, variant):
+            return self._model
+        self.close()
+        self._model = self._stack.enter_context(self.engine.resident(variant.paths, self.corpus.ctx))
+        self._open_paths = variant.paths
+        self._open_digest = variant.digest
         return self._model
+
+    def _swapped(self, model: Resident, variant: Variant) -> bool:
+        """Whether the variant could be swapped in; where not, says why, once for each reason."""
+        if len(variant.paths) != len(self._open_paths) or variant.paths[0] != self._open_paths[0]:
+            return False
+        pairs = zip(variant.paths, self._open_paths, strict=True)
+        try:
+            model.swap([path for path, opened in pairs if path != opened])
+        except CannotSwap as error:
+            if str(error) not in self._refusals:
+                self._refusals.add(str(error))
+                self.reporter.note(f"variants are opened afresh, not swapped in: {error}")
+            return False
+        self._open_digest = variant.digest
+        return True
 
     def close(self) -> None:
         """Frees the open model. The measurer can be used again."""
         self._stack.close()
-        self._model, self._open_digest = None, ""
+        self._model = None
+        self._open_digest = ""
+
+
+def _parts(chunks: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(chunks), size):
+        yield chunks[start : start + size]
+
+
+def _divergence(scores: Scores, base_series: int) -> Divergence | None:
+    """A row for the ledger, where the chunk was compared with the reference."""
+    if scores.kld_S is None or scores.same_top_S is None or not base_series:
+        return None
+    return Divergence(base_series=base_series, kld=scores.kld_S, same_top=scores.same_top_S)
 
 
 def file_variant(path: Path, label: str) -> Variant:

@@ -15,7 +15,7 @@ import numpy as np
 
 from cerebellum.errors import BadInput
 from cerebellum.layout import Layout
-from cerebellum.measure.artifacts import Curves, Response
+from cerebellum.measure.artifacts import Curves, Response, RoundingErrors
 from cerebellum.measure.curves import (
     Probe,
     Reference,
@@ -203,6 +203,19 @@ def measure_curves(workspace: Workspace, session: Session) -> Curves:
         lambda probe: session.measure(probe, most, budget),
         lambda: budget.left >= reserved,
     )
+    return _curves(session, reference, responses, errors, budget, most)
+
+
+def _curves(
+    session: Session,
+    reference: Reference,
+    responses: tuple[Response, ...],
+    errors: RoundingErrors,
+    budget: MeasurementBudget,
+    most: int,
+) -> Curves:
+    """Puts together curves.json: what was measured, on what text, and what it cost."""
+    workspace = session.workspace
     corpus = workspace.selection
     return Curves(
         base=workspace.base.label,
@@ -218,7 +231,7 @@ def measure_curves(workspace: Workspace, session: Session) -> Curves:
         base_above_anchor=reference.damage(reference.base),
         responses=responses,
         rounding=errors,
-        method=method,
+        method=session.method,
     )
 
 

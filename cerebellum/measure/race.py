@@ -91,7 +91,8 @@ def race(candidates: Sequence[Changes], settings: RaceSettings) -> Sweep[tuple[M
     settled as many as it could.
     """
     runners = [_Runner(changes=changes) for changes in candidates]
-    undecided, base = list(runners), np.empty(0)
+    undecided = list(runners)
+    base = np.empty(0)
     for look in looks(settings.burn_in, settings.growth, settings.max_chunks):
         if not undecided:
             break

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Literal
 
@@ -103,31 +104,63 @@ def rounding_errors(
     threads: int,
     reporter: Reporter,
 ) -> RoundingErrors:
-    """Returns the errors of every group that can be at the anchor: in the base, and at all of ``qtypes`` it can be."""
-    found: dict[str, dict[str, float]] = {}
-    at_base: dict[str, float] = {}
-    at_anchor: dict[str, float] = {}
+    """Returns the errors of every group that can be at the anchor: in the base, and at all of ``qtypes`` it can be.
+
+    Every (tensor, type) is a task of its own, since one sample is too small for more than one thread. Types that
+    need an importance matrix quantize ten times as slowly and come last.
+    """
     names = [name for name in layout.groups if layout.legal(name, anchor)]
-    with reporter.task("rounding errors of every type", len(names)) as tick:
-        for name in names:
-            fallback = _usual_importance(matrix, name, layout)
-            tensors = layout.groups[name].tensors
-            samples = [
-                Sample(engine, source, matrix, tensor, method, threads, fallback) for tensor in tensors
-            ]
-            at_anchor[name] = _error(samples, parse_type(anchor))
-            at_base[name] = sum(sample.base_error(layout.base) for sample in samples)
-            found[name] = {
-                qtype: _error(samples, parse_type(qtype))
-                for qtype in layout.ladder(name, qtypes)
-                if all(sample.takes(parse_type(qtype)) for sample in samples)
-            }
-            tick()
-    return RoundingErrors(anchor=anchor, at_anchor=at_anchor, at_base=at_base, of=found)
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        read = _samples(pool, engine, source, matrix, layout, names, method)
+        ladders = {name: _possible(read[name], layout.ladder(name, qtypes)) for name in names}
+        wanted = [(name, qtype) for name in names for qtype in dict.fromkeys((None, anchor, *ladders[name]))]
+        wanted.sort(key=lambda pair: pair[1] is not None and needs_imatrix(parse_type(pair[1])))
+        begun = {pair: _begin(pool, read[pair[0]], pair[1], layout.base) for pair in wanted}
+        found: dict[tuple[str, str | None], float] = {}
+        with reporter.task("rounding errors of every type", len(begun)) as tick:
+            for pair, futures in begun.items():
+                found[pair] = sum(future.result() for future in futures)
+                tick()
+    return RoundingErrors(
+        anchor=anchor,
+        at_anchor={name: found[name, anchor] for name in names},
+        at_base={name: found[name, None] for name in names},
+        of={name: {qtype: found[name, qtype] for qtype in ladders[name]} for name in names},
+    )
 
 
-def _error(samples: Sequence[Sample], type_: GGMLQuantizationType) -> float:
-    return sum(sample.error(type_) for sample in samples)
+def _samples(
+    pool: ThreadPoolExecutor,
+    engine: Engine,
+    source: Source,
+    matrix: ImportanceMatrix | None,
+    layout: Layout,
+    names: Sequence[str],
+    method: Method,
+) -> dict[str, list[Sample]]:
+    """Reads some rows of every tensor of every group, on all threads of the pool."""
+    begun: dict[str, list[Future[Sample]]] = {}
+    for name in names:
+        usual = _usual_importance(matrix, name, layout)
+        tensors = layout.groups[name].tensors
+        begun[name] = [
+            pool.submit(Sample, engine, source, matrix, tensor, method, usual) for tensor in tensors
+        ]
+    return {name: [future.result() for future in futures] for name, futures in begun.items()}
+
+
+def _possible(samples: Sequence[Sample], qtypes: Sequence[str]) -> list[str]:
+    """Returns those types that all tensors of a group can take with the matrix that there is."""
+    return [qtype for qtype in qtypes if all(sample.takes(parse_type(qtype)) for sample in samples)]
+
+
+def _begin(
+    pool: ThreadPoolExecutor, samples: Sequence[Sample], qtype: str | None, base: Base
+) -> list[Future[float]]:
+    """Begins to work out the error of every tensor of a group at a type, or in the base."""
+    if qtype is None:
+        return [pool.submit(sample.base_error, base) for sample in samples]
+    return [pool.submit(sample.error, parse_type(qtype)) for sample in samples]
 
 
 def _usual_importance(matrix: ImportanceMatrix | None, name: str, layout: Layout) -> float:
@@ -151,13 +184,11 @@ class Sample:
         matrix: ImportanceMatrix | None,
         name: str,
         method: Method,
-        threads: int,
         fallback: float = 1.0,
     ) -> None:
         tensor = source.tensors[name]
         self.name = name
         self._engine = engine
-        self._threads = threads
         self._fallback = fallback
         self._type = tensor.type
         self._columns = tensor.shape[0]
@@ -203,8 +234,7 @@ class Sample:
             to_type=type_,
             importance=self._importance,
         )
-        rounded = np.concatenate(list(self._engine.quantize(job, self._threads)))
-        return self._weighted(self._engine.to_float(rounded, type_, self._columns))
+        return self._weighted(self._engine.round_trip(job))
 
     def _weighted(self, rounded: NDArray[np.float32]) -> float:
         columns, n_rows, experts = self._shape

@@ -6,7 +6,7 @@ This file drives; what to ask is decided without I/O in ``race.py`` and ``probe.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from cerebellum.folder import CURVES, MEASUREMENTS
 from cerebellum.measure.artifacts import Curves, MeasurementRow, Measurements
@@ -71,8 +71,9 @@ def measure_until_sure(
     def answer(ask: ChunkAsk) -> Vector:
         return measurer.chunk_means(shards.variant(ask.changes), ask.chunks)
 
+    ahead = shards.made_ahead(candidates) if workspace.engine.on_gpu else nullcontext()
     if limit.chunks:
-        found = drive(measure_fixed(candidates, order[: limit.chunks], population), answer)
+        asking = measure_fixed(candidates, order[: limit.chunks], population)
     else:
         settings = RaceSettings(
             order=order,
@@ -80,7 +81,9 @@ def measure_until_sure(
             threshold=limit.threshold,
             rule=StoppingRule(alpha=alpha, population=population),
         )
-        found = drive(race(candidates, settings), answer)
+        asking = race(candidates, settings)
+    with ahead:
+        found = drive(asking, answer)
     return tuple(with_divergence(measurement, measurer, shards) for measurement in found)
 
 

@@ -131,8 +131,8 @@ def ask(shape: Shape, paths: Sequence[Path], context: int, sequences: int = 1) -
         memory,
         cache=_exact(memory.cache, said.cache),
         state=_exact(memory.state, said.state),
-        compute=said.compute if said.on_card else max(said.compute, memory.compute),
-        asked=said.on_card,
+        compute=said.compute if said.on_gpu else max(said.compute, memory.compute),
+        asked=said.on_gpu,
         cache_asked=True,
     )
 

@@ -3,7 +3,7 @@
 from cerebellum.page.charts import (
     Cell,
     Curve,
-    Estimate,
+    EstimateMark,
     Panel,
     Point,
     Rate,
@@ -24,7 +24,7 @@ __all__ = [
     "Cell",
     "Code",
     "Curve",
-    "Estimate",
+    "EstimateMark",
     "Panel",
     "Picture",
     "Point",

@@ -43,7 +43,7 @@ _COLOURS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class EstimateMark:
     """Is one row of a forest plot: a mean with its interval, in percent.
 
     ``verdict`` picks the colour and ``text`` stands at the right end of the row.
@@ -142,7 +142,7 @@ def short(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
-def estimates_chart(width: int, rows: Sequence[Estimate], limit: float | None, label: str) -> Figure:
+def estimates_chart(width: int, rows: Sequence[EstimateMark], limit: float | None, label: str) -> Figure:
     """Draws a forest plot: a dot and its interval for each row, and the limit in percent as a dashed line.
 
     ``label`` names the axis; where the limit lies too far off to be drawn, the axis says it in words.

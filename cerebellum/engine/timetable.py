@@ -1,0 +1,42 @@
+"""What a collector of times found, as the manifest holds it and as people read it."""
+
+from __future__ import annotations
+
+from cerebellum.codec import Record
+from cerebellum.engine.timings import Timings
+
+
+class PartTime(Record, frozen=True, kw_only=True):
+    """One part of the work: its seconds, how often it was entered, and its seconds on other threads beside."""
+
+    seconds: float
+    times: int
+    beside_seconds: float
+
+
+class TimeTable(Record, frozen=True, kw_only=True):
+    """Where the time of a run went; ``other_seconds`` is what no part claims."""
+
+    wall_seconds: float
+    other_seconds: float
+    parts: dict[str, PartTime]
+
+    def table(self) -> str:
+        """Returns a table for people, one line a part."""
+        share = 100 / max(self.wall_seconds, 1e-9)
+        lines = [f"{'':20}{'seconds':>9}{'share':>7}{'times':>8}{'beside':>9}"]
+        for name, part in self.parts.items():
+            cells = f"{part.seconds:9.2f}{part.seconds * share:6.1f}%{part.times:8}{part.beside_seconds:9.2f}"
+            lines.append(f"{name:20}{cells}")
+        lines.append(f"{'all else':20}{self.other_seconds:9.2f}{self.other_seconds * share:6.1f}%")
+        lines.append(f"{'wall':20}{self.wall_seconds:9.2f}")
+        return "\n".join(lines)
+
+
+def time_table(timings: Timings) -> TimeTable:
+    """Returns what was collected, rounded to milliseconds."""
+    parts = {
+        part: PartTime(seconds=round(seconds, 3), times=times, beside_seconds=round(beside, 3))
+        for part, seconds, times, beside in timings.rows()
+    }
+    return TimeTable(wall_seconds=round(timings.wall, 3), other_seconds=round(timings.other, 3), parts=parts)
