@@ -18,7 +18,7 @@ from cerebellum.llama import native
 from cerebellum.llama.library import llama
 from cerebellum.progress import Silent
 from cerebellum.run import measure_stage
-from cerebellum.settings import DEMO_MODEL, Settings
+from cerebellum.settings import DEMO_MODEL, Limit, Settings
 from cerebellum.workspace import Workspace
 
 
@@ -49,8 +49,9 @@ def main() -> None:
     clock = Clock()
     clock.install()
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(source=asked.model, chunks=asked.chunks, imatrix_chunks=20)
-        workspace = Workspace(Path(folder), settings, Silent())
+        settings = Settings(source=asked.model, goal=Limit(chunks=asked.chunks), imatrix_chunks=20)
+        engine = native.LlamaEngine(native.EngineSettings(threads=settings.threads))
+        workspace = Workspace(Path(folder), settings, engine, Silent())
         with workspace.locked():
             workspace.matrix  # noqa: B018 - made before the clock starts: it is another stage's work
             clock.seconds, clock.calls = 0.0, 0

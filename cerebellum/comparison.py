@@ -5,7 +5,7 @@ Both score the same chunks, so the difference on a chunk is free of what makes i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from cerebellum.measure.race import chunk_order
 from cerebellum.progress import Reporter
 from cerebellum.source import Source, open_source
 from cerebellum.stats.paired import Interval, as_nats, perplexity, superpopulation_interval
-from cerebellum.stats.sequential import StoppingRule
+from cerebellum.stats.sequential import FixedWidth
 from cerebellum.texts import Corpus, load_corpus
 
 _VOCABULARY_KEYS = (
@@ -65,8 +65,8 @@ class ComparisonSettings:
 
     ``ctx`` counts tokens in a chunk. ``chunks`` takes the first so many of the text (0: all). ``until_pct``
     takes them in random order instead and stops once the interval of the perplexity change is no wider than
-    plus or minus that many percent; ``seed`` decides the order, and the interval is wrong with chance
-    ``alpha`` whenever it is looked at.
+    plus or minus that many percent; ``seed`` decides the order. Both intervals, wrong with chance ``alpha``
+    each, are then made for such a stop and are of this text; without it they are Student's, of text like this.
     """
 
     text: Path
@@ -121,7 +121,7 @@ def compare(engine: Engine, a: Path, b: Path, settings: ComparisonSettings, repo
     corpus = load_corpus(engine, a, settings.text, settings.ctx)
     count = min(settings.chunks or corpus.n_chunks, corpus.n_chunks)
     order = tuple(range(count)) if settings.until_pct is None else chunk_order(count, settings.seed)
-    rule = StoppingRule(alpha=settings.alpha / 2, population=count)
+    rule = FixedWidth(population=count, confidence=1 - settings.alpha)
     scores: list[PairScore] = []
     with reporter.task("comparing", count) as tick:
         for score in score_pairs(engine, first, second, corpus, order):
@@ -129,11 +129,10 @@ def compare(engine: Engine, a: Path, b: Path, settings: ComparisonSettings, repo
             tick()
             if settings.until_pct is not None and _narrow_enough(scores, rule, settings.until_pct):
                 break
-    delta = rule.interval(_differences(scores)) if settings.until_pct is not None else None
-    return summarise(scores, settings.ctx, delta)
+    return summarise(scores, settings.ctx, rule if settings.until_pct is not None else None)
 
 
-def _narrow_enough(scores: list[PairScore], rule: StoppingRule, until_pct: float) -> bool:
+def _narrow_enough(scores: list[PairScore], rule: FixedWidth, until_pct: float) -> bool:
     if len(scores) < _BURN_IN:
         return False
     delta = rule.interval(_differences(scores))
@@ -173,18 +172,19 @@ def _score(logits_a: Logits, logits_b: Logits, targets: Tokens) -> PairScore:
     )
 
 
-def summarise(scores: list[PairScore], ctx: int, delta: Interval | None = None) -> Comparison:
+def summarise(scores: list[PairScore], ctx: int, rule: FixedWidth | None = None) -> Comparison:
     """Returns means with 95% intervals over chunks; the chunk is the unit, since its tokens share a context.
 
-    ``delta`` is the sequential interval of the change where the comparison could stop early; without it a
-    Student interval is computed. Raises BadInput where a model's logits are not finite.
+    ``rule`` makes the intervals where the comparison could stop early; they are Student's else. Raises BadInput
+    where a model's logits are not finite.
     """
+    interval: Callable[[NDArray[np.float64]], Interval] = rule.interval if rule else superpopulation_interval
     nll_a = np.stack([score.nll_a for score in scores])
     nll_b = np.stack([score.nll_b for score in scores])
     if not (np.isfinite(nll_a).all() and np.isfinite(nll_b).all()):
         raise BadInput("one of the models gives logits that are not finite; it has collapsed")
-    delta = delta or superpopulation_interval(_differences(scores))
-    kld = superpopulation_interval(np.array([score.kld.mean() for score in scores]))
+    delta = interval(_differences(scores))
+    kld = interval(np.array([score.kld.mean() for score in scores]))
     mean, low, high = delta.percent()
     found_a = perplexity(nll_a)
     one_chunk = len(scores) == 1  # it has no interval: null rather than infinity

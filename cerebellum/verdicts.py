@@ -21,6 +21,9 @@ Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
 Result = TypeVar("Result")
 
+SET_ASIDE = "set aside"
+"""No verdict: a combination that is probably over the limit, left for another; nothing that ships depends on it."""
+
 Changes = Mapping[str, str]
 """A variant in code: group name -> type name. Groups that are not named stay at the base."""
 
@@ -65,6 +68,8 @@ class Measurement:
 
     ``delta`` is in nats a token, and None where the logits were not finite: the variant has collapsed.
     ``trace`` holds the interval at every look. ``kld`` (nats a token) and ``top1`` are against the base.
+    ``set_aside`` says that measuring stopped without a verdict, since the limit was probably exceeded;
+    ``warnings`` are sentences about chunks that no interval withstands.
     """
 
     changes: Changes
@@ -72,6 +77,13 @@ class Measurement:
     trace: tuple[Interval, ...] = field(default=(), compare=False)
     kld: Interval | None = None
     top1: float | None = None
+    set_aside: bool = False
+    warnings: tuple[str, ...] = ()
+
+    def verdict(self, threshold: Threshold) -> str:
+        """Returns the verdict against a limit, or that it was set aside without one."""
+        found = threshold.verdict(self.delta)
+        return SET_ASIDE if self.set_aside and found == UNDECIDED else found
 
     def with_divergence(self, kld: Interval, top1: float) -> Measurement:
         """Returns the same measurement with what is known of its divergence from the base."""

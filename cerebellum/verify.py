@@ -158,7 +158,10 @@ def _check_metadata(file: GgufFile, base: Base) -> Check:
 def report(
     measurer: Measurer, source: Variant, base: Variant, result: Path, chunks: int, selection: str
 ) -> Report:
-    """Measures the three on the first ``chunks`` chunks, as llama-perplexity would count them."""
+    """Measures the three on the first ``chunks`` chunks, as llama-perplexity would count them.
+
+    The interval is for text like those chunks: it speaks for the articles further on only as far as they are alike.
+    """
     from cerebellum.measure.measurer import file_variant
 
     corpus = measurer.corpus

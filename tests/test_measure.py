@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+from test_fake_run import workspace
 from tiny import MATRIX_Q3, Bench, Recorder, make_bench, measured, n_measured, run_sweep
 
 from cerebellum.codec import as_json
@@ -21,7 +23,9 @@ from cerebellum.errors import BadInput
 from cerebellum.ledger import Ledger
 from cerebellum.measure.artifacts import MeasurementRow
 from cerebellum.measure.measurer import Measurer, file_variant
-from cerebellum.measure.race import ChunkAsk, chunk_order, measure_fixed
+from cerebellum.measure.race import ChunkAsk, ChunkScores, chunk_order, fresh_order, measure_fixed
+from cerebellum.measure.stage import measure_against_limit
+from cerebellum.settings import Limit
 from cerebellum.verdicts import COLLAPSED, SENSITIVE, TOLERANT, UNDECIDED, Changes, Measurement, Threshold
 
 LIMIT = Threshold(limit_pct=3.0)
@@ -159,17 +163,21 @@ def test_a_collapse_is_a_result(bench: Bench) -> None:
     assert found.delta is None
     assert LIMIT.verdict(found.delta) == COLLAPSED
     row = as_json(MeasurementRow.of_measurement(found, LIMIT))
-    assert row["verdict"] == COLLAPSED and row["groups"] == ["ssm_in"] and row["delta_pct"] is None
+    assert row["verdict"] == COLLAPSED and list(row["groups"]) == ["ssm_in"] and row["delta_pct"] is None
     json.dumps(row, allow_nan=False)
     assert alone(bench, ["ssm_in"], n_chunks=4)["ssm_in"] == found  # from the ledger, too
+
+
+def scores(*nll: float) -> ChunkScores:
+    return ChunkScores(nll_N=np.array(nll))
 
 
 def test_one_bad_chunk_is_a_collapse() -> None:
     sweep = measure_fixed([{"a": "Q2_K"}], (0, 1), 9)
     assert next(sweep) == ChunkAsk(changes={}, chunks=(0, 1))
-    assert sweep.send(np.array([1.0, 2.0])) == ChunkAsk(changes={"a": "Q2_K"}, chunks=(0, 1))
+    assert sweep.send(scores(1.0, 2.0)) == ChunkAsk(changes={"a": "Q2_K"}, chunks=(0, 1))
     with pytest.raises(StopIteration) as stop:
-        sweep.send(np.array([1.0, np.inf]))
+        sweep.send(scores(1.0, np.inf))
     assert stop.value.value[0].delta is None
 
 
@@ -181,7 +189,7 @@ def test_a_sweep_needs_no_engine() -> None:
     with pytest.raises(StopIteration) as stop:
         while True:
             asks.append(ask)
-            ask = sweep.send(np.full(2, answers[tuple(ask.changes)]))
+            ask = sweep.send(scores(*[answers[tuple(ask.changes)]] * 2))
     assert all(ask.chunks == (3, 1) for ask in asks)
     assert [m.delta.mean for m in stop.value.value] == [0.5, 0.25]
 
@@ -198,6 +206,8 @@ def test_the_order_of_chunks_is_the_seeds() -> None:
     assert sorted(chunk_order(100, 1)) == list(range(100))
     assert chunk_order(100, 1) == chunk_order(100, 1) != chunk_order(100, 2)
     assert chunk_order(100, 1) != tuple(range(100))
+    assert sorted(fresh_order(100, 1)) == list(range(100))
+    assert fresh_order(100, 1) == fresh_order(100, 1) not in (chunk_order(100, 1), chunk_order(100, 2))
 
 
 def test_a_finished_file_is_measured_like_a_variant(bench: Bench) -> None:
@@ -240,6 +250,38 @@ def test_predictions_of_another_base_are_not_compared_with(bench: Bench) -> None
     measurer.close()
     divergence_from(bench, {}, {"attn_q": "Q2_K"})
     assert divergence_from(bench, other, same_as_other) == pytest.approx(0, abs=1e-6)
+
+
+# ---- against a limit ----
+
+
+@pytest.mark.parametrize(("cache", "fewest"), [(None, 2), (0, 8)], ids=["with divergence", "without"])
+def test_the_first_look_is_early_only_where_the_divergence_foretells_the_spread(
+    tmp_path: Path, cache: int | None, fewest: int
+) -> None:
+    goal = Limit(max_increase_pct=3.0)
+    opened = workspace(tmp_path, goal)
+    opened.settings = msgspec.structs.replace(opened.settings, kld_cache_bytes=cache)
+    with opened.locked():
+        found = measure_against_limit(opened, goal)
+    rows = found.measurements
+    assert min(row.chunks for row in rows if row.chunks) == fewest
+    assert all((row.kld_mean is None) == (cache == 0) for row in rows)
+    assert all(row.se_nats is not None for row in rows)
+
+
+def test_the_level_counts_where_the_chunks_are_fixed(tmp_path: Path) -> None:
+    """Twelve times as careful, or on few chunks: the interval is wider, never Student's 95% of a single group."""
+    widths = {}
+    for alpha in (0.05, 0.001):
+        goal = Limit(chunks=6, alpha=alpha)
+        opened = workspace(tmp_path / str(alpha), goal)
+        with opened.locked():
+            found = measure_against_limit(opened, goal)
+        bounds = [row.ci_pct for row in found.measurements if row.ci_pct]
+        widths[alpha] = np.mean([high - low for low, high in bounds])
+        assert {row.chunks for row in found.measurements} == {6}
+    assert widths[0.001] > 1.5 * widths[0.05]
 
 
 # ---- shards ----

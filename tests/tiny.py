@@ -32,7 +32,7 @@ from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
 from cerebellum.llama.native import LlamaEngine
 from cerebellum.measure.measurer import Measurer
-from cerebellum.measure.race import Sweep
+from cerebellum.measure.race import ChunkAsk, ChunkScores, Sweep
 from cerebellum.settings import DEMO_MODEL
 from cerebellum.shards import Recipe, Shards
 from cerebellum.source import Source, open_source
@@ -241,7 +241,11 @@ class Bench:
 
 def run_sweep(sweep: Sweep[Found], measurer: Measurer, shards: Shards) -> Found:
     """Drives a sweep to its end: every question is measured on real shards."""
-    return drive(sweep, lambda ask: measurer.chunk_means(shards.variant(ask.changes), ask.chunks))
+
+    def answer(ask: ChunkAsk) -> ChunkScores:
+        return ChunkScores(nll_N=measurer.chunk_means(shards.variant(ask.changes), ask.chunks))
+
+    return drive(sweep, answer)
 
 
 def hybrid_base(source: Source) -> Base:

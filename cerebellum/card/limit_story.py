@@ -68,7 +68,11 @@ class LimitStory:
         sure = ""
         if any(row.trace for row in tried):
             level = f"{100 - 100 * measured.alpha:g}%"
-            sure = f" A verdict stops as soon as it holds; all hold together with {level} confidence."
+            ends = f"{100 - 200 * measured.alpha:g}%"
+            sure = (
+                f" A verdict stops as soon as it holds; all verdicts hold together with {level} confidence, the "
+                f"intervals beside them, which have two ends, with {ends}."
+            )
         return (
             f"{len(tried)} groups of tensors were each brought to another type alone and read {read} of "
             f"{measured.chunks_in_text:,} chunks of {measured.ctx} tokens of ",
@@ -77,11 +81,19 @@ class LimitStory:
         )
 
     def doubts(self) -> list[Sentence]:
-        """Names the groups that were changed although their verdict is another than tolerant; that
-        happens where somebody planned by hand or with another limit.
+        """Names the groups that were changed although their verdict is another than tolerant, which
+        happens where somebody planned by hand or with another limit, and chunks that no interval withstands.
         """
         doubtful = [row for row in self.evidence.changed if row.verdict != TOLERANT]
-        return [(Code(row.name), f" was changed although its verdict is {row.verdict}.") for row in doubtful]
+        changed: list[Sentence] = [
+            (Code(row.name), f" was changed although its verdict is {row.verdict}.") for row in doubtful
+        ]
+        rows = self.evidence.measured.measurements
+        return changed + [
+            (Code(" + ".join(row.groups)), f": {warning} No interval from so few chunks withstands that.")
+            for row in rows
+            for warning in row.warnings
+        ]
 
     def findings(self) -> list[Sentence]:
         """Says what this run found, the most important first: what was saved, the verdicts, the
@@ -168,9 +180,13 @@ def _verdicts(evidence: LimitEvidence) -> Iterator[Sentence]:
     ):
         rows = [row for row in clear if row.verdict == verdict]
         yield from listed(f"{verdict.capitalize()} ({words})", rows, evidence)
-    room = f"within {evidence.plan.indifference_pct:g}% of +{limit:g}%"
-    ties = [row for row in evidence.rows if row.near_tie]
-    yield from listed(f"Near ties ({room}, where either verdict will do)", ties, evidence)
+    room = evidence.plan.indifference_pct
+    for verdict, words in (
+        (TOLERANT, f"surely under +{limit + room:g}%, not surely under +{limit:g}%"),
+        (SENSITIVE, f"surely over +{limit - room:g}%, not surely over +{limit:g}%"),
+    ):
+        ties = [row for row in evidence.rows if row.near_tie and row.verdict == verdict]
+        yield from listed(f"Near ties ({words})", ties, evidence)
     if any(combination.change.mean > limit for combination in evidence.combinations):
         back = [row for row in evidence.rows if row.verdict == TOLERANT and not row.changed]
         yield from listed(f"Kept all the same, for together they went over +{limit:g}%", back, evidence)

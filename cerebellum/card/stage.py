@@ -31,6 +31,7 @@ from cerebellum.memory.shape import GPUS_GIB, ignores_window
 from cerebellum.page import Code, Picture, Sentence, render_html, render_markdown
 from cerebellum.plan.artifacts import BudgetPlan, LimitPlan
 from cerebellum.units import size
+from cerebellum.verify import Report
 
 CHARTS = "charts"
 
@@ -166,9 +167,17 @@ def _method(story: Story) -> list[Sentence]:
         (
             "What was shipped was measured whole, then read back from the finished file and measured on ",
             Code(report.text),
-            f", {apart}: {report.chunks:,} of {report.of_chunks:,} chunks.",
+            f", {apart}: {_read(report)}.",
         ),
     ]
+
+
+def _read(report: Report) -> str:
+    """Says how much of the report text was read: the first chunks speak for later ones only if those are alike."""
+    if report.chunks == report.of_chunks:
+        return f"all {report.chunks:,} chunks"
+    told = f"the first {report.chunks:,} of {report.of_chunks:,} chunks"
+    return f"{told}, which speak for text further on only as far as it is like them"
 
 
 def limits(story: Story) -> list[Sentence]:

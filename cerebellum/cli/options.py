@@ -221,7 +221,7 @@ limit_options = options(
         "--chunks",
         type=click.IntRange(0),
         default=0,
-        help="Exactly N chunks for every group [default: as many as a verdict takes].",
+        help="Exactly N chunks for every group, at the same --alpha [default: as many as a verdict takes].",
     ),
     click.option(
         "--max-chunks", type=click.IntRange(0), default=0, help="A limit for each group [default: the text]."
@@ -231,7 +231,7 @@ limit_options = options(
         type=Percent(0),
         default="0.2%",
         show_default=True,
-        help="A near-tie this close to the limit may be called either way.",
+        help="What is surely under the limit and this much may be called tolerant, and the other way round.",
     ),
     click.option(
         "--alpha",

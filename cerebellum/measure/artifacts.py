@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from cerebellum.measure.method import Method
 from cerebellum.settings import KLD, Objective
 from cerebellum.stats.estimate import Estimate
 from cerebellum.stats.paired import Interval, as_nats
-from cerebellum.verdicts import COLLAPSED, Measurement, Threshold
+from cerebellum.verdicts import COLLAPSED, SET_ASIDE, Measurement, Threshold
 
 Bounds = tuple[float, float]
 
@@ -43,7 +44,8 @@ class Look(Record, frozen=True, kw_only=True):
 class MeasurementRow(Look, frozen=True, kw_only=True):
     """Some groups at other types, measured together against the base. ``type`` is one, or one a group.
 
-    Divergence (nats a token) and agreement of the most likely token are against the base.
+    Divergence (nats a token) and agreement of the most likely token are against the base. ``se_nats`` is the
+    standard error of the change, nats a token; ``warnings`` are sentences about chunks that lower the trust.
     """
 
     groups: tuple[str, ...]
@@ -53,6 +55,8 @@ class MeasurementRow(Look, frozen=True, kw_only=True):
     kld_mean: float | None = None
     kld_ci: Bounds | None = None
     top1_agreement: float | None = None
+    se_nats: float | None = None
+    warnings: tuple[str, ...] = ()
     trace: tuple[Look, ...] = ()
 
     @classmethod
@@ -66,11 +70,13 @@ class MeasurementRow(Look, frozen=True, kw_only=True):
             delta_pct=look.delta_pct,
             ci_pct=look.ci_pct,
             chunks=look.chunks,
-            verdict=threshold.verdict(found.delta),
+            verdict=found.verdict(threshold),
             near_tie=threshold.near_tie(found.delta),
             kld_mean=found.kld.mean if found.kld else None,
             kld_ci=finite_pair(found.kld.low, found.kld.high) if found.kld else None,
             top1_agreement=found.top1,
+            se_nats=_finite(found.delta.se) if found.delta else None,
+            warnings=found.warnings,
             trace=tuple(Look.of(look) for look in found.trace),
         )
 
@@ -90,6 +96,8 @@ class RecordedRow(msgspec.Struct, frozen=True, kw_only=True):
     kld_mean: float | None = None
     kld_ci: Bounds | None = None
     top1_agreement: float | None = None
+    se_nats: float | None = None
+    warnings: tuple[str, ...] = ()
     trace: tuple[Look, ...] = ()
 
     def measurement(self) -> Measurement:
@@ -108,7 +116,7 @@ class RecordedRow(msgspec.Struct, frozen=True, kw_only=True):
         exactly = (self.delta_pct, self.delta_pct)
         return Measurement(
             changes=changes,
-            delta=_interval(self.delta_pct, self.ci_pct or exactly, chunks),
+            delta=replace(_interval(self.delta_pct, self.ci_pct or exactly, chunks), se=self.se_nats),
             trace=tuple(
                 _interval(look.delta_pct, look.ci_pct or (-100.0, math.inf), look.chunks or 0)
                 for look in self.trace
@@ -116,6 +124,8 @@ class RecordedRow(msgspec.Struct, frozen=True, kw_only=True):
             ),
             kld=kld,
             top1=self.top1_agreement,
+            set_aside=self.verdict == SET_ASIDE,
+            warnings=self.warnings,
         )
 
 
@@ -256,3 +266,7 @@ def finite_pair(low: float, high: float) -> Bounds | None:
     """Returns both bounds, or None where one has no end."""
     finite = all(abs(bound) < float("inf") for bound in (low, high))
     return (low, high) if finite else None
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

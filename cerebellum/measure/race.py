@@ -1,8 +1,8 @@
-"""What to measure against a limit, and when to stop. No I/O: generators yield an ``ChunkAsk``, are sent the answer.
+"""What to measure against a limit, and when to stop. No I/O: generators yield a ``ChunkAsk``, are sent the answer.
 
 So the same logic runs on an engine, on a replayed ledger and in a unit test. A race advances all
-undecided candidates together, in blocks that grow, until a confidence sequence puts each on one side
-of the threshold; near-ties that nobody cares about are called either way.
+undecided candidates together, in blocks that grow, until a rule puts each on one side of the threshold;
+near-ties that nobody cares about are called either way.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cerebellum.stats.paired import Interval, mean_interval
-from cerebellum.stats.sequential import StoppingRule, looks
-from cerebellum.verdicts import UNDECIDED, Changes, Measurement, Threshold
+from cerebellum.stats.paired import Interval
+from cerebellum.stats.sequential import Rule, Sample, SpendingRule, foretold_sd
+from cerebellum.stats.unusual import unusual
+from cerebellum.verdicts import SENSITIVE, UNDECIDED, Changes, Measurement, Threshold
 
 Vector = NDArray[np.float64]
 T = TypeVar("T")
@@ -24,16 +25,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkAsk:
-    """Please measure the base with ``changes`` on these ``chunks`` of the text.
-
-    The answer is the mean NLL of each chunk, nats/token, in that order; NaN where not finite.
-    """
+    """Please measure the base with ``changes`` on these ``chunks`` of the text."""
 
     changes: Changes
     chunks: tuple[int, ...]
 
 
-Sweep = Generator[ChunkAsk, Vector, T]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChunkScores:
+    """The answer to a ``ChunkAsk``, a value a chunk in the order asked, both in nats/token.
+
+    ``nll_N`` is the mean NLL, not finite where the variant has collapsed. ``kld_N`` is the mean KL divergence
+    from the base, NaN for chunks where nobody measured it; None where it was measured on none.
+    """
+
+    nll_N: Vector
+    kld_N: Vector | None = None
+
+
+Sweep = Generator[ChunkAsk, ChunkScores, T]
 
 
 def chunk_order(n_chunks: int, seed: int) -> tuple[int, ...]:
@@ -41,47 +51,65 @@ def chunk_order(n_chunks: int, seed: int) -> tuple[int, ...]:
     return tuple(int(i) for i in np.random.default_rng(seed).permutation(n_chunks))
 
 
-def measure_fixed(
-    candidates: Iterable[Changes], chunks: tuple[int, ...], population: int
-) -> Sweep[tuple[Measurement, ...]]:
-    """Every candidate alone on the same ``chunks``; Student intervals, no stopping."""
-    base = yield ChunkAsk(changes={}, chunks=chunks)
-    found = []
-    for changes in candidates:
-        difference = (yield ChunkAsk(changes=changes, chunks=chunks)) - base
-        delta = mean_interval(difference, population) if np.isfinite(difference).all() else None
-        found.append(Measurement(changes=dict(changes), delta=delta))
-    return tuple(found)
+def fresh_order(n_chunks: int, seed: int) -> tuple[int, ...]:
+    """Another order from the same seed, independent of ``chunk_order``: that of the combinations.
+
+    The noise of the groups on the first chunks of their order decides which combination is tried. Read on
+    the same chunks, it would look better than it is: with sharp bounds at their full level one in four
+    combinations just over the limit passed.
+    """
+    return tuple(int(i) for i in np.random.default_rng((seed, 1)).permutation(n_chunks))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RaceSettings:
-    """``order``: the chunks in the order they are visited, ``max_chunks`` of them at most.
+    """``order``: the chunks in the order they are visited; ``looks``: how many are in at each look, at most all.
 
-    The first look comes after ``burn_in`` chunks, where Student's correction is no longer absurd; each
-    block grows by ``growth``, so that models are switched rarely and little is measured in vain.
+    ``scored_per_chunk`` tokens of a chunk count. ``aside`` is a rule with a loose level: a candidate that it
+    finds over the limit is set aside without a verdict; None waits for verdicts.
     """
 
     order: tuple[int, ...]
-    max_chunks: int
+    looks: tuple[int, ...]
     threshold: Threshold
-    rule: StoppingRule
-    burn_in: int = 8
-    growth: float = 1.5
+    rule: Rule
+    scored_per_chunk: int
+    aside: Rule | None = None
 
 
 @dataclass
 class _Runner:
-    """A candidate under way: its paired differences so far, nats/token."""
+    """A candidate under way: its paired differences and divergences so far, nats/token."""
 
     changes: Changes
     differences: Vector = field(default_factory=lambda: np.empty(0))
+    divergences: Vector = field(default_factory=lambda: np.empty(0))
     trace: list[Interval] = field(default_factory=list)
     collapsed: bool = False
+    set_aside: bool = False
 
-    def measurement(self) -> Measurement:
-        delta = None if self.collapsed else self.trace[-1]
-        return Measurement(changes=dict(self.changes), delta=delta, trace=tuple(self.trace))
+    def advance(self, difference: Vector, divergence: Vector | None) -> None:
+        self.differences = np.append(self.differences, difference)
+        if divergence is not None:
+            self.divergences = np.append(self.divergences, divergence[np.isfinite(divergence)])
+        self.collapsed = not np.isfinite(self.differences).all()
+
+    def sample(self, scored_per_chunk: int) -> Sample:
+        kld = float(self.divergences.mean()) if len(self.divergences) else 0.0
+        return Sample(
+            values_N=self.differences, foretold_sd=foretold_sd(kld, scored_per_chunk) if kld > 0 else None
+        )
+
+    def measurement(self, order: Sequence[int]) -> Measurement:
+        if self.collapsed:
+            return Measurement(changes=dict(self.changes), delta=None, trace=tuple(self.trace))
+        return Measurement(
+            changes=dict(self.changes),
+            delta=self.trace[-1],
+            trace=tuple(self.trace),
+            set_aside=self.set_aside,
+            warnings=unusual(self.differences, order),
+        )
 
 
 def race(candidates: Sequence[Changes], settings: RaceSettings) -> Sweep[tuple[Measurement, ...]]:
@@ -93,31 +121,58 @@ def race(candidates: Sequence[Changes], settings: RaceSettings) -> Sweep[tuple[M
     runners = [_Runner(changes=changes) for changes in candidates]
     undecided = list(runners)
     base = np.empty(0)
-    for look in looks(settings.burn_in, settings.growth, settings.max_chunks):
+    for look in settings.looks:
         if not undecided:
             break
-        base = np.append(base, (yield ChunkAsk(changes={}, chunks=settings.order[len(base) : look])))
+        answer = yield ChunkAsk(changes={}, chunks=settings.order[len(base) : look])
+        base = np.append(base, answer.nll_N)
         for runner in undecided:
-            chunks = settings.order[len(runner.differences) : look]
-            answer = yield ChunkAsk(changes=runner.changes, chunks=chunks)
-            _advance(runner, answer - base[len(runner.differences) : look], settings)
+            done = len(runner.differences)
+            answer = yield ChunkAsk(changes=runner.changes, chunks=settings.order[done:look])
+            runner.advance(answer.nll_N - base[done:look], answer.kld_N)
+        _look(runners, undecided, settings)
         undecided = sorted(
             (runner for runner in undecided if not _settled(runner, settings)),
             key=lambda runner: -_distance(runner.trace[-1], settings.threshold.nats),
         )
-    return tuple(runner.measurement() for runner in runners)
+    return tuple(runner.measurement(settings.order) for runner in runners)
 
 
-def _advance(runner: _Runner, difference: Vector, settings: RaceSettings) -> None:
-    runner.differences = np.append(runner.differences, difference)
-    if not np.isfinite(difference).all():
-        runner.collapsed = True
-        return
-    runner.trace.append(settings.rule.interval(runner.differences))
+def measure_fixed(
+    candidates: Iterable[Changes],
+    chunks: tuple[int, ...],
+    population: int,
+    *,
+    alpha: float = 0.025,
+    scored_per_chunk: int = 1,
+) -> Sweep[tuple[Measurement, ...]]:
+    """Every candidate on the same ``chunks``: a race with one look, at which each bound is wrong with ``alpha``."""
+    looks = (len(chunks),)
+    settings = RaceSettings(
+        order=chunks,
+        looks=looks,
+        threshold=Threshold(limit_pct=0.0),
+        rule=SpendingRule(alpha=alpha, population=population, looks=looks),
+        scored_per_chunk=scored_per_chunk,
+    )
+    return (yield from race(list(candidates), settings))
+
+
+def _look(runners: Sequence[_Runner], undecided: Sequence[_Runner], settings: RaceSettings) -> None:
+    """Gives the undecided their intervals; the decided still tell how well divergences foretell the spread."""
+    sound = [runner for runner in runners if not runner.collapsed]
+    samples = [runner.sample(settings.scored_per_chunk) for runner in sound]
+    loose = settings.aside.intervals(samples) if settings.aside else [None] * len(sound)
+    for runner, delta, probable in zip(sound, settings.rule.intervals(samples), loose, strict=True):
+        if any(runner is other for other in undecided):
+            runner.trace.append(delta)
+            runner.set_aside = probable is not None and settings.threshold.verdict(probable) == SENSITIVE
 
 
 def _settled(runner: _Runner, settings: RaceSettings) -> bool:
-    return runner.collapsed or settings.threshold.verdict(runner.trace[-1]) != UNDECIDED
+    if runner.collapsed or runner.set_aside:
+        return True
+    return settings.threshold.verdict(runner.trace[-1]) != UNDECIDED
 
 
 def _distance(delta: Interval, threshold_nats: float) -> float:

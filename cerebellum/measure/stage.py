@@ -7,30 +7,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
 
 from cerebellum.folder import CURVES, MEASUREMENTS
 from cerebellum.measure.artifacts import Curves, MeasurementRow, Measurements
 from cerebellum.measure.measurer import Measurer, measuring, with_divergence
 from cerebellum.measure.probe import Session, measure_curves
-from cerebellum.measure.race import ChunkAsk, RaceSettings, Vector, chunk_order, measure_fixed, race
+from cerebellum.measure.race import ChunkAsk, ChunkScores, RaceSettings, chunk_order, race
 from cerebellum.settings import Limit
-from cerebellum.stats.sequential import StoppingRule, union_share
+from cerebellum.stats.sequential import Rule, SpendingRule, StoppingRule, looks, union_share
 from cerebellum.verdicts import NOTHING, Changes, Measurement, drive
 from cerebellum.workspace import Workspace
 
 SINGLES_SHARE = 0.5
 """Of the chance to be wrong: what the groups alone may spend. Their combinations get the rest."""
 
-_KLD_CHUNKS = 8  # the first block of a race: every variant measures these
+_ASIDE = 0.1
+"""Level at which a combination is set aside. Nothing that ships depends on it, so it may be loose."""
+
+_KLD_CHUNKS = 8  # the first chunks of a race: the divergence of more would not foretell the spread any better
+
+_FIRST_LOOK, _FIRST_LOOK_WITHOUT_KLD, _GROWTH = 2, 8, 1.5
+"""Chunks at the first look, and how blocks grow. Two are enough where the divergence foretells the spread, and
+pay since weights stay resident and a switch of groups costs less than a chunk."""
 
 
 def measure_against_limit(workspace: Workspace, limit: Limit) -> Measurements:
     """Measures every group alone at the demoted type, writes measurements.json and returns it."""
     workspace.write_source()
     candidates = demotions(workspace, limit)
-    with against_base(workspace) as measurer:
+    order = chunk_order(workspace.selection.n_chunks, workspace.settings.seed)
+    with against_base(workspace, order) as measurer:
+        racing = Racing(workspace=workspace, limit=limit, measurer=measurer, order=order)
         alpha = union_share(limit.alpha * SINGLES_SHARE, len(candidates))
-        found = measure_until_sure(workspace, limit, measurer, candidates, alpha)
+        found = racing.measure(candidates, alpha)
         return write_measurements(workspace, limit, found, measurer)
 
 
@@ -53,38 +65,78 @@ def measure_for_budget(workspace: Workspace, session: Session) -> Curves:
 
 
 @contextmanager
-def against_base(workspace: Workspace) -> Iterator[Measurer]:
-    """Opens a measurer that compares every variant with the base's own predictions on a race's first block."""
-    order = chunk_order(workspace.selection.n_chunks, workspace.settings.seed)
+def against_base(workspace: Workspace, order: tuple[int, ...]) -> Iterator[Measurer]:
+    """Opens a measurer that compares every variant with the base's own predictions on the first chunks of an order."""
     with measuring(workspace, workspace.shards.variant(NOTHING), order[:_KLD_CHUNKS]) as measurer:
         yield measurer
 
 
-def measure_until_sure(
-    workspace: Workspace, limit: Limit, measurer: Measurer, candidates: Sequence[Changes], alpha: float
-) -> tuple[Measurement, ...]:
-    """Measures candidates until each verdict is sure at level ``alpha``, or on as many chunks as were asked for."""
-    shards = workspace.shards
-    population = workspace.selection.n_chunks
-    order = chunk_order(population, workspace.settings.seed)
+@dataclass(frozen=True, kw_only=True)
+class Racing:
+    """Measures candidates against the limit, in one ``order`` of the chunks.
 
-    def answer(ask: ChunkAsk) -> Vector:
-        return measurer.chunk_means(shards.variant(ask.changes), ask.chunks)
+    With ``limit.chunks`` all get the same chunks; else each stops once its verdict is sure.
+    """
 
-    ahead = shards.made_ahead(candidates) if workspace.engine.on_gpu else nullcontext()
-    if limit.chunks:
-        asking = measure_fixed(candidates, order[: limit.chunks], population)
-    else:
-        settings = RaceSettings(
-            order=order,
-            max_chunks=min(limit.max_chunks or population, population),
-            threshold=limit.threshold,
-            rule=StoppingRule(alpha=alpha, population=population),
+    workspace: Workspace
+    limit: Limit
+    measurer: Measurer
+    order: tuple[int, ...]
+
+    def measure(
+        self, candidates: Sequence[Changes], alpha: float, *, may_set_aside: bool = False
+    ) -> tuple[Measurement, ...]:
+        """Returns what was found, each bound wrong with chance ``alpha`` whatever the way to stop.
+
+        A candidate that is probably over the limit is set aside, where it may be, without a verdict.
+        """
+        shards = self.workspace.shards
+        with shards.made_ahead(candidates) if self.workspace.engine.on_gpu else nullcontext():
+            found = drive(race(candidates, self._settings(alpha, may_set_aside)), self._answer)
+        return tuple(with_divergence(one, self.measurer, shards) for one in found)
+
+    def _settings(self, alpha: float, may_set_aside: bool) -> RaceSettings:
+        return RaceSettings(
+            order=self.order,
+            looks=self._looks(),
+            threshold=self.limit.threshold,
+            rule=self._rule(alpha),
+            scored_per_chunk=self.workspace.selection.scored_per_chunk,
+            aside=self._rule(_ASIDE) if may_set_aside and not self.limit.chunks else None,
         )
-        asking = race(candidates, settings)
-    with ahead:
-        found = drive(asking, answer)
-    return tuple(with_divergence(measurement, measurer, shards) for measurement in found)
+
+    def _rule(self, alpha: float) -> Rule:
+        """Without a divergence the wider bounds: on skewed differences the sharp ones are three times as often off."""
+        population = len(self.order)
+        if self._foretells or self.limit.chunks:
+            return SpendingRule(alpha=alpha, population=population, looks=self._looks())
+        return StoppingRule(alpha=alpha, population=population)
+
+    def _looks(self) -> tuple[int, ...]:
+        population = len(self.order)
+        if self.limit.chunks:
+            return (min(self.limit.chunks, population),)
+        first = _FIRST_LOOK if self._foretells else _FIRST_LOOK_WITHOUT_KLD
+        return looks(first, _GROWTH, min(self.limit.max_chunks or population, population))
+
+    @property
+    def _foretells(self) -> bool:
+        """Whether variants are compared with the base on enough chunks to foretell the spread at the first look."""
+        return len(self._compared) >= _FIRST_LOOK
+
+    @property
+    def _compared(self) -> frozenset[int]:
+        """The chunks on which variants are compared with the base's predictions."""
+        return self.measurer.cache.chunks if self.measurer.cache else frozenset()
+
+    def _answer(self, ask: ChunkAsk) -> ChunkScores:
+        variant = self.workspace.shards.variant(ask.changes)
+        nll_N = self.measurer.chunk_means(variant, ask.chunks)
+        compared = [chunk for chunk in ask.chunks if chunk in self._compared]
+        if not compared:
+            return ChunkScores(nll_N=nll_N)
+        known = dict(zip(compared, self.measurer.kld_means(variant, compared), strict=True))
+        return ChunkScores(nll_N=nll_N, kld_N=np.array([known.get(chunk, np.nan) for chunk in ask.chunks]))
 
 
 def write_measurements(

@@ -1,7 +1,9 @@
 """Measurements and exact bytes -> a plan of the published method. Loads no model; asks for what it wants measured.
 
-Groups whose damage stays under a limit are demoted together; the combination is measured; while it is over the
-limit, the group with the most damage per byte saved goes back.
+Every group is measured alone; of those whose damage stays under the limit, a combination is measured whole,
+and only what held ships. Which combination is tried is foretold (``foretold.py``): the one whose bytes, times the
+chance that it holds, are most. Each answer corrects what is foretold, and more is tried while it promises more, so
+that the limit is spent.
 """
 
 from __future__ import annotations
@@ -9,15 +11,26 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from cerebellum.errors import BadInput
 from cerebellum.layout import ILLEGAL, Layout
 from cerebellum.measure.artifacts import Look, MeasurementRow
 from cerebellum.plan.artifacts import KEPT_TYPE, LimitPlan, PlanRow
+from cerebellum.plan.foretold import Foretold, Mask, Part, frontier
 from cerebellum.settings import Limit
 from cerebellum.stats.paired import as_percent
-from cerebellum.verdicts import SENSITIVE, TOLERANT, Changes, Measurement, Threshold, drive
+from cerebellum.verdicts import SENSITIVE, SET_ASIDE, TOLERANT, Changes, Measurement, Threshold, drive
 
 KEPT, DEMOTED = "kept", "demoted"
+
+_MOST_TRIES = 12
+"""Combinations that are measured at most; the level of the last is 1/156 of their share."""
+
+_WORTH, _LIKELY = 0.03, 0.3
+"""Another combination is tried where it gains this share of the bytes, times its chance, and has this chance."""
+
+_REACH = 1.3  # how far over the limit a sum of parts may lie to be considered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +42,13 @@ class Unit:
     measurement: Measurement
 
     @property
-    def damage_per_byte(self) -> float:
-        """Nats per byte saved."""
-        assert self.measurement.delta is not None
-        return self.measurement.delta.mean / self.bytes_saved
+    def by_hand(self) -> bool:
+        """Whether somebody wrote the measurement down without saying on how many chunks it was made.
+
+        Nothing can be foretold of their errors. The method's first step is then taken as it was published: all
+        groups that the limit allows, together.
+        """
+        return self.measurement.delta is not None and self.measurement.delta.n == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,36 +100,113 @@ def _check_fits(measurement: Measurement, layout: Layout) -> None:
 
 
 def threshold_plan(
-    units: tuple[Unit, ...], threshold: Threshold
+    units: tuple[Unit, ...], threshold: Threshold, known: Sequence[Measurement] = ()
 ) -> Generator[Changes, Measurement | None, Chosen]:
     """Yields each combination that it wants measured, and is sent its measurement, or None if there is none.
 
-    Returns what to ship: the first combination that holds, or that nobody measured.
+    Returns what to ship: of what was measured and held, that which saves the most bytes; a unit alone counts, it
+    was measured too. Where nobody can measure, it is the first combination that was wanted. ``known`` are
+    combinations that were measured before.
     """
-    chosen = [unit for unit in units if _holds(unit.measurement, threshold)]
-    measured: Measurement | None = None
-    while chosen:
-        measured = yield _merged(chosen)
-        if measured is None or _holds(measured, threshold):
-            break
-        chosen.remove(max(chosen, key=lambda unit: unit.damage_per_byte))
-        measured = None
-    return Chosen(changes=_merged(chosen), units=units, measured=measured)
+    search = _Search(units, threshold)
+    for measurement in known:
+        search.learn(measurement)
+    while (wanted := search.next()) is not None:
+        measured = yield wanted
+        if measured is None:
+            return Chosen(changes=wanted, units=units, measured=None)
+        search.learn(measured)
+    return Chosen(changes=search.best_changes, units=units, measured=search.best)
+
+
+class _Search:
+    """The combinations that were measured, the best of them, and what is foretold of the others."""
+
+    def __init__(self, units: tuple[Unit, ...], threshold: Threshold) -> None:
+        self.threshold = threshold
+        self.units = [unit for unit in units if _holds(unit.measurement, threshold)]
+        self.foretold = Foretold([_part(unit.measurement) for unit in self.units])
+        self.saved = {name: unit.bytes_saved for unit in self.units for name in unit.changes}
+        self.tried: list[Changes] = []
+        self.best: Measurement | None = None
+        self.best_bytes = 0
+        for unit in self.units:
+            self._keep(unit.measurement)
+
+    @property
+    def best_changes(self) -> Changes:
+        """The best combination that held; nothing where none did."""
+        return dict(self.best.changes) if self.best is not None else {}
+
+    def learn(self, measurement: Measurement) -> None:
+        """Takes in a combination that was measured."""
+        members = self._members(measurement.changes)
+        if members is None:
+            return
+        self.tried.append(measurement.changes)
+        if measurement.delta is not None:
+            self.foretold.learn(members, measurement.delta)
+        if _holds(measurement, self.threshold):
+            self._keep(measurement)
+
+    def next(self) -> dict[str, str] | None:
+        """Returns the combination with the most to gain; None where nothing promises enough."""
+        if len(self.units) < 2 or len(self.tried) >= _MOST_TRIES:
+            return None
+        if not self.tried and all(unit.by_hand for unit in self.units):
+            return _merged(self.units)
+        most = _REACH * self.threshold.nats
+        found = frontier(self.foretold.parts.tolist(), [unit.bytes_saved for unit in self.units], most)
+        promises = [(self._promise(members), self._changes(members)) for members in found]
+        promise, changes = max(promises, key=lambda pair: pair[0], default=(0.0, {}))
+        return changes if promise > _WORTH * self.best_bytes else None
+
+    def _promise(self, members: Mask) -> float:
+        """Bytes to gain over the best, times the chance to hold; none for what was tried or has little chance."""
+        changes = self._changes(members)
+        chance = self.foretold.holds(members, self.threshold.nats)
+        if chance < _LIKELY or members.sum() < 2 or changes in self.tried:
+            return 0.0
+        return chance * (self._bytes(members) - self.best_bytes)
+
+    def _keep(self, measurement: Measurement) -> None:
+        members = self._members(measurement.changes)
+        if members is not None and self._bytes(members) > self.best_bytes:
+            self.best, self.best_bytes = measurement, self._bytes(members)
+
+    def _bytes(self, members: Mask) -> int:
+        return sum(unit.bytes_saved for unit, used in zip(self.units, members, strict=True) if used)
+
+    def _changes(self, members: Mask) -> dict[str, str]:
+        return _merged([unit for unit, used in zip(self.units, members, strict=True) if used])
+
+    def _members(self, changes: Changes) -> Mask | None:
+        """Which units make up some changes; None where they are no combination of these."""
+        members = np.array(
+            [set(unit.changes.items()) <= set(changes.items()) for unit in self.units], np.bool_
+        )
+        return members if members.any() and self._changes(members) == dict(changes) else None
+
+
+def _part(measurement: Measurement) -> Part:
+    assert measurement.delta is not None
+    return Part(delta=measurement.delta, kld=measurement.kld.mean if measurement.kld else None)
 
 
 def _holds(found: Measurement, threshold: Threshold) -> bool:
-    """Tolerant; or never decided, with the best estimate below the limit."""
-    verdict = threshold.verdict(found.delta)
-    if found.delta is None or verdict == SENSITIVE:
+    """Tolerant; or never decided (a fixed number of chunks), with the best estimate below the limit."""
+    verdict = found.verdict(threshold)
+    if found.delta is None or verdict in (SENSITIVE, SET_ASIDE):
         return False
     return verdict == TOLERANT or found.delta.mean < threshold.nats
 
 
 def plan_from(measurements: Sequence[Measurement], layout: Layout, limit: Limit) -> Chosen:
     """Plans from what is known already; a combination that nobody measured stays unmeasured."""
-    known = {tuple(sorted(m.changes.items())): m for m in measurements}
-    planning = threshold_plan(make_units(measurements, layout), limit.threshold)
-    return drive(planning, lambda changes: known.get(tuple(sorted(changes.items()))))
+    units = make_units(measurements, layout)
+    alone = [unit.changes for unit in units]
+    known = [measurement for measurement in measurements if measurement.changes not in alone]
+    return drive(threshold_plan(units, limit.threshold, known), lambda changes: None)
 
 
 def _merged(units: Sequence[Unit]) -> dict[str, str]:

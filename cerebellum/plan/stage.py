@@ -15,7 +15,8 @@ from cerebellum.groups import make_groups
 from cerebellum.layout import Layout
 from cerebellum.measure.artifacts import Curves, read_recorded
 from cerebellum.measure.probe import Session
-from cerebellum.measure.stage import SINGLES_SHARE, against_base, measure_until_sure, write_measurements
+from cerebellum.measure.race import fresh_order
+from cerebellum.measure.stage import SINGLES_SHARE, Racing, against_base, write_measurements
 from cerebellum.plan.artifacts import BudgetPlan, LimitPlan, Plan
 from cerebellum.plan.budget import plan_budget, plan_unmeasured
 from cerebellum.plan.limit import limit_plan, make_units, plan_from, threshold_plan
@@ -23,6 +24,7 @@ from cerebellum.plan.recorded import plan_recorded
 from cerebellum.plan.target import target_of
 from cerebellum.settings import Budget, Limit, Settings
 from cerebellum.source import Source, open_source
+from cerebellum.stats.sequential import combination_share
 from cerebellum.verdicts import Changes, Measurement, drive
 from cerebellum.workspace import Workspace
 
@@ -32,22 +34,24 @@ P = TypeVar("P", bound=Plan)
 def plan_against_limit(workspace: Workspace, limit: Limit) -> LimitPlan:
     """Plans by the limit, measures each combination that it wants whole, and writes plan.json.
 
-    The k-th combination may be wrong with half the chance of the one before, so that all of them together
-    spend no more than their share.
+    Combinations are read in an order of their own, for the groups' noise chose them. The k-th may be wrong with
+    1/(k(k+1)) of their share of the level, so that all of them together spend no more. One that is probably over
+    the limit is set aside for the next: to prove it would protect nothing that ships.
     """
     known = read_recorded(workspace.path(MEASUREMENTS))
     singles = tuple(m for m in known if len(m.changes) == 1)
+    order = fresh_order(workspace.selection.n_chunks, workspace.settings.seed)
     combinations: list[Measurement] = []
-    with against_base(workspace) as measurer:
+    with against_base(workspace, order) as measurer:
+        racing = Racing(workspace=workspace, limit=limit, measurer=measurer, order=order)
 
         def measured(changes: Changes) -> Measurement:
-            alpha = limit.alpha * (1 - SINGLES_SHARE) / 2 ** (len(combinations) + 1)
-            combinations.extend(measure_until_sure(workspace, limit, measurer, [changes], alpha))
+            alpha = combination_share(limit.alpha * (1 - SINGLES_SHARE), len(combinations) + 1)
+            combinations.extend(racing.measure([changes], alpha, may_set_aside=True))
             return combinations[-1]
 
         chosen = drive(threshold_plan(make_units(singles, workspace.layout), limit.threshold), measured)
-        joint = (m for m in combinations if len(m.changes) > 1)
-        write_measurements(workspace, limit, (*singles, *joint), measurer)
+        write_measurements(workspace, limit, (*singles, *combinations), measurer)
     return _written(workspace, limit_plan(chosen, workspace.layout, limit))
 
 

@@ -14,7 +14,7 @@ def holm(p_values: Sequence[float], alpha: float = 1 - CONFIDENCE) -> list[bool]
     """
     found = [False] * len(p_values)
     for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        if p_values[place] >= alpha / (len(p_values) - rank):
+        if p_values[place] > alpha / (len(p_values) - rank):
             break
         found[place] = True
     return found

@@ -41,13 +41,17 @@ class Perplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean with its confidence interval, in the unit of the data; ``n`` chunks of ``population``."""
+    """A mean with its confidence interval, in the unit of the data; ``n`` chunks of ``population``.
+
+    ``se`` is the standard error of which the half-width is a multiple, where the interval was made from one.
+    """
 
     mean: float
     low: float
     high: float
     n: int
     population: int
+    se: float | None = None
 
     def percent(self) -> tuple[float, float, float]:
         """(mean, low, high) of a mean in nats as percent of perplexity: 100 (exp(delta) - 1)."""
@@ -85,9 +89,10 @@ def mean_interval(values_N: Floats, population: int, confidence: float = CONFIDE
         return Interval(mean=mean, low=mean, high=mean, n=n, population=population)
     if n < 2:
         return Interval(mean=mean, low=-math.inf, high=math.inf, n=n, population=population)
-    correction = math.sqrt((population - n) / (population - 1))
-    half = student_quantile(confidence, n - 1) * float(values.std(ddof=1)) / math.sqrt(n) * correction
-    return Interval(mean=mean, low=mean - half, high=mean + half, n=n, population=population)
+    # With the n - 1 variance the factor is (N - n)/N: Cochran, Sampling Techniques, 1977, theorem 2.4.
+    se = float(values.std(ddof=1)) * math.sqrt((population - n) / (population * n))
+    half = student_quantile(confidence, n - 1) * se
+    return Interval(mean=mean, low=mean - half, high=mean + half, n=n, population=population, se=se)
 
 
 def superpopulation_interval(values_N: Floats, confidence: float = CONFIDENCE) -> Interval:
