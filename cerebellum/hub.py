@@ -171,11 +171,22 @@ class _Named(msgspec.Struct, frozen=True):
     sha256: str
 
 
+class _Encoder(msgspec.Struct, frozen=True):
+    """Holds the second moments that an encoder fed errors back by, where it did."""
+
+    moments: _Named | None = None
+
+
 class _Manifest(msgspec.Struct, frozen=True):
     """Holds what of manifest.json an upload depends on; its other keys are of no concern here."""
 
     result: _Named
     imatrix: _Named
+    encoder: _Encoder = _Encoder()
+
+    def inputs(self) -> tuple[_Named, ...]:
+        """Files of the folder that the model is made from, beside the source."""
+        return (self.imatrix, self.encoder.moments) if self.encoder.moments else (self.imatrix,)
 
 
 class _Verified(msgspec.Struct, frozen=True):
@@ -205,7 +216,7 @@ def uploads(folder: Path) -> list[Upload]:
     _check(folder, manifest)
     more = [*(folder / "charts").glob("*.png"), *(folder / "bench").glob("*.jsonl")]
     deeper = sorted(path.relative_to(folder).as_posix() for path in more)
-    names = [manifest.result.file, manifest.imatrix.file, *UPLOADED, *deeper]
+    names = [manifest.result.file, *(named.file for named in manifest.inputs()), *UPLOADED, *deeper]
     found = [(name, folder / name) for name in names if (folder / name).exists()]
     return [Upload(name=name, path=path, n_bytes=path.stat().st_size) for name, path in found]
 
@@ -214,7 +225,7 @@ def _check(folder: Path, manifest: _Manifest) -> None:
     """Makes sure that the card is about the files that go with it, and that the model passed."""
     if not _read(folder / "verify.json", _Verified).ok:
         raise AnswerIsNo(f"{folder}: its file failed verification; nothing was uploaded")
-    for named in (manifest.result, manifest.imatrix):
+    for named in (manifest.result, *manifest.inputs()):
         path = folder / named.file
         if sha256_file(path) != named.sha256:
             raise AnswerIsNo(f"{path}: is not the file its manifest names; run the stages again")

@@ -17,7 +17,7 @@ from cerebellum import __version__
 from cerebellum.codec import Artifact, Record
 from cerebellum.engine.timetable import TimeTable
 from cerebellum.files import atomic_writer, sha256_file
-from cerebellum.settings import Settings
+from cerebellum.settings import GGML, OURS, EncoderName, Settings
 from cerebellum.verdicts import NOTHING
 
 if TYPE_CHECKING:  # whoever only reads a manifest needs no engine
@@ -56,10 +56,21 @@ class ResultNamed(NamedFile, frozen=True, kw_only=True):
     bytes: int
 
 
+class EncoderNamed(Record, frozen=True, kw_only=True):
+    """Who rounded the weights in fact: ours with its version and the second moments it fed errors back by, or
+    ggml's, whose version is llama.cpp's.
+    """
+
+    name: EncoderName = GGML
+    version: str | None = None
+    moments: NamedFile | None = None
+
+
 class Manifest(Artifact, frozen=True, kw_only=True):
     """manifest.json. Paths in ``settings`` are names only; ``shards`` and ``evidence`` are hashes by file name.
 
-    Format 1 had hashes and settings, 2 tensor types, base and file names too, 3 has settings by goal.
+    Format 1 had hashes and settings, 2 tensor types, base and file names too, 3 has settings by goal; one
+    without an ``encoder`` is of ggml's.
     """
 
     format: Literal[3] = 3
@@ -79,6 +90,7 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     ledger_digest: str
     result: ResultNamed
     timings: TimeTable | None = None
+    encoder: EncoderNamed = EncoderNamed()
 
 
 def make_manifest(workspace: Workspace, timings: TimeTable | None = None) -> Manifest:
@@ -116,6 +128,7 @@ def make_manifest(workspace: Workspace, timings: TimeTable | None = None) -> Man
         ledger_digest=workspace.ledger.digest(),
         result=ResultNamed(file=out.name, sha256=sha256_file(out), bytes=out.stat().st_size),
         timings=timings,
+        encoder=_encoder(workspace),
     )
     workspace.artifacts.write(MANIFEST, manifest)
     return manifest
@@ -126,6 +139,18 @@ def _named(settings: Settings) -> Settings:
     values = {name: getattr(settings, name) for name in settings.__struct_fields__}
     paths = {name: Path(value.name) for name, value in values.items() if isinstance(value, Path)}
     return msgspec.structs.replace(settings, **paths)
+
+
+def _encoder(workspace: Workspace) -> EncoderNamed:
+    from cerebellum.encode import ENCODER_VERSION
+    from cerebellum.encoders import OurEncoder
+
+    encoder = workspace.encoder
+    if not isinstance(encoder, OurEncoder):
+        return EncoderNamed()
+    moments = encoder.moments
+    named = NamedFile(file=moments.path.name, sha256=moments.sha256) if moments else None
+    return EncoderNamed(name=OURS, version=ENCODER_VERSION, moments=named)
 
 
 def _base(workspace: Workspace) -> BaseNamed:

@@ -15,9 +15,10 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from cerebellum import imatrix
+from cerebellum import encode, imatrix, moments
 from cerebellum.base import file_base, preset_base
 from cerebellum.codec import Record, read_artifact
+from cerebellum.encoders import Encoder, OurEncoder
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
 from cerebellum.files import is_one_of, sha256_file
@@ -26,7 +27,7 @@ from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
 from cerebellum.manifest import Manifest
 from cerebellum.progress import Reporter
-from cerebellum.settings import DATA
+from cerebellum.settings import DATA, OURS
 from cerebellum.shards import Recipe, tensor_content
 from cerebellum.source import Source, open_source
 from cerebellum.texts import read_text
@@ -75,6 +76,7 @@ def reproduce(request: Reproduction, engine: Engine, reporter: Reporter) -> Repr
     needed = [
         _source(manifest, source),
         _matrix(manifest, request.manifest.parent),
+        *_encoder_rows(manifest, request.manifest.parent),
         *_base(manifest, request),
     ]
     beside = [*_texts(manifest, request), *_evidence(manifest, request.manifest.parent)]
@@ -101,6 +103,27 @@ def _source(manifest: Manifest, source: Source) -> Compared:
 def _matrix(manifest: Manifest, folder: Path) -> Compared:
     path = _inside(folder, manifest.imatrix.file)
     return _file("importance matrix", path, manifest.imatrix.sha256)
+
+
+def _encoder_rows(manifest: Manifest, folder: Path) -> list[Compared]:
+    """Compares our encoder's version and its second moments, where the file was rounded by it.
+
+    Raises BadInput where this machine cannot encode at all.
+    """
+    wanted = manifest.encoder
+    if wanted.name != OURS:
+        return []
+    reason = encode.unavailable_because()
+    if reason is not None:
+        raise BadInput(
+            f"{folder}: its weights were rounded by our encoder, which cannot be had here: {reason}"
+        )
+    found = encode.ENCODER_VERSION
+    detail = f"version {found}" + ("" if found == wanted.version else f"; it was {wanted.version}")
+    rows = [Compared(name="encoder", status=SAME if found == wanted.version else CHANGED, detail=detail)]
+    if wanted.moments is not None:
+        rows.append(_file("second moments", _inside(folder, wanted.moments.file), wanted.moments.sha256))
+    return rows
 
 
 def _base(manifest: Manifest, request: Reproduction) -> list[Compared]:
@@ -213,10 +236,19 @@ def _recipe(manifest: Manifest, request: Reproduction, source: Source, engine: E
         source=source,
         layout=Layout(tensors=source.tensors, groups={}, base=base),
         matrix=matrix,
-        engine=engine,
+        engine=_encoder(manifest, folder, engine),
         folder=request.out,
         threads=request.threads,
     )
+
+
+def _encoder(manifest: Manifest, folder: Path, engine: Engine) -> Encoder:
+    """Returns who rounded the weights, with the second moments that lie beside the manifest."""
+    named = manifest.encoder
+    if named.name != OURS:
+        return engine
+    found = moments.read(_inside(folder, named.moments.file)) if named.moments else None
+    return OurEncoder(engine=engine, moments=found)
 
 
 def _write(recipe: Recipe, types: Mapping[str, GGMLQuantizationType], out: Path, reporter: Reporter) -> None:

@@ -147,6 +147,8 @@ def check(workspace: Workspace, way: Way) -> None:
     workspace.check_texts()
     way.check(workspace)
     check_output(workspace)
+    if workspace.watched is not None:
+        workspace.reporter.note(workspace.watched.said())
     workspace.save_settings()
 
 

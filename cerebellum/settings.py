@@ -29,6 +29,16 @@ OBJECTIVES = (KLD, PPL)
 """What a budget makes least: KL divergence from the source, or perplexity."""
 
 
+EncoderName = Literal["ours", "ggml"]
+OURS: EncoderName = "ours"
+GGML: EncoderName = "ggml"
+ENCODERS = (OURS, GGML)
+"""Who rounds weights into K-quants and Q8_0: cerebellum/encode, or llama.cpp's own library as llama-quantize does."""
+
+DEFAULT_ENCODER: EncoderName = GGML
+"""What commands take where --encoder is not given."""
+
+
 class Bytes(Record, frozen=True, kw_only=True, tag="bytes", tag_field="by"):
     """A size given as bytes of the whole file."""
 
@@ -138,6 +148,8 @@ class Settings(Artifact, frozen=True, kw_only=True):
 
     ``gpu_layers`` go onto the GPU (-1: all), but for the routed experts of the first
     ``cpu_expert_layers``; both as they were worked out, so that a run goes on with the numbers it began with.
+    ``encoder`` rounds weights and ``feedback`` lets ours make up for errors by other columns; a folder that
+    does not say was made with ggml's.
     """
 
     format: Literal[2] = 2
@@ -158,6 +170,8 @@ class Settings(Artifact, frozen=True, kw_only=True):
     cpu_expert_layers: int = 0
     seed: int = 1
     allow_requantize: bool = False
+    encoder: EncoderName = GGML
+    feedback: bool = True
 
     @property
     def prediction_bytes(self) -> int:

@@ -19,8 +19,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
+from cerebellum.encoders import Encoder
 from cerebellum.engine.ahead import Ahead
-from cerebellum.engine.protocols import Engine, QuantizeJob
+from cerebellum.engine.protocols import QuantizeJob
 from cerebellum.engine.timings import timed
 from cerebellum.errors import BadInput
 from cerebellum.files import sha256_file
@@ -50,13 +51,14 @@ class Variant:
 class Recipe:
     """What the shards are made from, and where they go.
 
-    ``layout`` says which tensors each group has; all other tensors of the ``source`` are protected.
+    ``layout`` says which tensors each group has; all other tensors of the ``source`` are protected. The
+    ``engine`` makes bytes: llama.cpp's encoders, or ours over them.
     """
 
     source: Source
     layout: Layout
     matrix: ImportanceMatrix | None
-    engine: Engine
+    engine: Encoder
     folder: Path
     threads: int
 
@@ -278,6 +280,7 @@ def row_content(recipe: Recipe, name: str, type_: GGMLQuantizationType, rows: ra
         from_type=tensor.type,
         to_type=type_,
         importance=None if importance is None else importance[expert * n_per_row : (expert + 1) * n_per_row],
+        first_expert=expert,
     )
     return np.concatenate(list(recipe.engine.quantize(job, recipe.threads)))
 

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from cerebellum import imatrix
+from cerebellum import encode, imatrix, moments
 from cerebellum.base import Base, file_base, preset_base
 from cerebellum.codec import write_artifact
+from cerebellum.encoders import Encoder, choose
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
 from cerebellum.folder import GROUPS, LEDGER, SETTINGS, SOURCE, RunFolder
@@ -18,7 +19,7 @@ from cerebellum.groups import Group, Groups, make_groups, record_of, source_file
 from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
 from cerebellum.progress import Reporter
-from cerebellum.settings import Settings
+from cerebellum.settings import OURS, Settings
 from cerebellum.shards import Recipe, Shards, Variant
 from cerebellum.source import Source, open_source
 from cerebellum.texts import Corpus, load_corpus
@@ -137,7 +138,7 @@ class Workspace:
             if not set(given.entries) & set(self.source.tensors):
                 raise BadInput(f"{given.path}: has no entry for a tensor of this model; give its own matrix")
             return given
-        corpus = self._corpus(self.settings.imatrix_text or self.settings.select_text)
+        corpus = self._importance_corpus
         return imatrix.compute_or_reuse(
             engine=self.engine,
             shards=[file.path for file in self.source.files],
@@ -145,6 +146,40 @@ class Workspace:
             corpus=corpus,
             chunks=self.settings.imatrix_chunks or corpus.n_chunks,
             out=self.path("imatrix.gguf"),
+            reporter=self.reporter,
+        )
+
+    @property
+    def _importance_corpus(self) -> Corpus:
+        return self._corpus(self.settings.imatrix_text or self.settings.select_text)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Whoever makes the bytes of shards: the engine itself, or ours with the moments that it feeds back by."""
+        return choose(self.settings.encoder, self.engine, self.moments, self.reporter)
+
+    @cached_property
+    def watched(self) -> moments.Watched | None:
+        """What second moments are wanted of, or None where no errors are fed back; nothing is decoded for it."""
+        wanted = (
+            self.settings.encoder == OURS and self.settings.feedback and encode.unavailable_because() is None
+        )
+        return moments.watch(self.source.tensors) if wanted else None
+
+    @cached_property
+    def moments(self) -> moments.Moments | None:
+        """The second moments in the folder, or those made now from the text and chunks of the importance matrix."""
+        if self.watched is None or not self.watched.weights:
+            return None
+        corpus = self._importance_corpus
+        return moments.compute_or_reuse(
+            engine=self.engine,
+            shards=[file.path for file in self.source.files],
+            source_sha256=self.source_sha256,
+            watched=self.watched,
+            corpus=corpus,
+            chunks=self.settings.imatrix_chunks or corpus.n_chunks,
+            out=self.path("moments.gguf"),
             reporter=self.reporter,
         )
 
@@ -174,7 +209,7 @@ class Workspace:
             source=self.source,
             layout=self.layout,
             matrix=self.matrix,
-            engine=self.engine,
+            engine=self.encoder,
             folder=self.path("shards"),
             threads=self.settings.threads,
         )
@@ -220,7 +255,8 @@ class Workspace:
         )
         shards = self.path("shards")
         present = sum(p.stat().st_size for p in shards.glob("*.gguf")) if shards.exists() else 0
-        needed = self.settings.goal.wholes * self.layout.tensor_bytes() + changed - present
+        fed = self.watched.n_bytes if self.watched and not self.path("moments.gguf").exists() else 0
+        needed = self.settings.goal.wholes * self.layout.tensor_bytes() + changed + fed - present
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise BadInput(

@@ -12,6 +12,7 @@ from cerebellum.card.evidence import Benchmark, Evidence, FinishedRun, GroupRow
 from cerebellum.card.numbers import nats, percent, points, spans, with_interval
 from cerebellum.card.story import Story
 from cerebellum.groups import SourceFile
+from cerebellum.manifest import EncoderNamed
 from cerebellum.memory.shape import GPUS_GIB, contexts, memory_shape
 from cerebellum.units import count, gib, size
 from cerebellum.verify import Measured
@@ -205,6 +206,12 @@ def architecture(source: SourceFile) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
+def _moments(encoder: EncoderNamed) -> list[tuple[str, str, str]]:
+    """Lists the second moments that our encoder fed errors back by, where it did."""
+    named = encoder.moments
+    return [("second moments", named.file, named.sha256)] if named else []
+
+
 def provenance(run: FinishedRun) -> list[tuple[str, str, str]]:
     """Lists what made what: the part, its name, and the sha256 of its content, by which a stranger can
     tell whether it is the same.
@@ -217,6 +224,7 @@ def provenance(run: FinishedRun) -> list[tuple[str, str, str]]:
     return [
         ("source", ", ".join(manifest.source.files), manifest.source.sha256),
         ("importance matrix", manifest.imatrix.file, manifest.imatrix.sha256),
+        *_moments(manifest.encoder),
         *texts,
         ("measurements", "ledger.sqlite", manifest.ledger_digest),
         ("this file", manifest.result.file, manifest.result.sha256),

@@ -27,6 +27,7 @@ from cerebellum.card.numbers import bounds, percent, with_interval
 from cerebellum.card.story import KLD, Story
 from cerebellum.files import atomic_write_bytes, atomic_write_text
 from cerebellum.folder import CARD, REPORT, RunFolder
+from cerebellum.manifest import EncoderNamed
 from cerebellum.memory.shape import GPUS_GIB, ignores_window
 from cerebellum.page import Code, Picture, Sentence, render_html, render_markdown
 from cerebellum.plan.artifacts import BudgetPlan, LimitPlan
@@ -163,6 +164,7 @@ def _method(story: Story) -> list[Sentence]:
             Code(story.evidence.run.manifest.imatrix.file),
             ").",
         ),
+        *_encoder(story.evidence.run.manifest.encoder),
         story.method(),
         (
             "What was shipped was measured whole, then read back from the finished file and measured on ",
@@ -178,6 +180,19 @@ def _read(report: Report) -> str:
         return f"all {report.chunks:,} chunks"
     told = f"the first {report.chunks:,} of {report.of_chunks:,} chunks"
     return f"{told}, which speak for text further on only as far as it is like them"
+
+
+def _encoder(encoder: EncoderNamed) -> list[Sentence]:
+    """Says that our encoder rounded the weights and what it fed errors back by; of ggml's nothing is said."""
+    if encoder.version is None:
+        return []
+    whose = (
+        f"Weights were rounded by Cerebellum's own encoder (version {encoder.version}), base and result alike"
+    )
+    if encoder.moments is None:
+        return [(whose + ".",)]
+    fed = f"{whose}: columns make up for each other's errors, by second moments of the activations ("
+    return [(fed, Code(encoder.moments.file), ").")]
 
 
 def limits(story: Story) -> list[Sentence]:

@@ -23,6 +23,7 @@ from cerebellum.cli.options import (
     WeightType,
     bench_options,
     ctx_option,
+    encoder_options,
     engine_options,
     first_chunks_option,
     folder_option,
@@ -41,7 +42,7 @@ from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.folder import MEASUREMENTS, SETTINGS, RunFolder
 from cerebellum.plan.artifacts import AnyPlan
-from cerebellum.settings import DEMO_MODEL, SELECTION_TEXT, Goal, Limit, Settings
+from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, SELECTION_TEXT, Goal, Limit, Settings
 from cerebellum.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def demo(out: Path, threads: int, gpu_layers: int | None, bench: bool, timings: 
         threads=threads,
         gpu_layers=placed.gpu_layers if gpu_layers is None else gpu_layers,
         cpu_expert_layers=placed.cpu_expert_layers if gpu_layers is None else 0,
+        encoder=DEFAULT_ENCODER,
     )
     _run(_workspace(out, settings), as_json, _DEMO_BENCH if bench else None, timings)
 
@@ -169,6 +171,35 @@ def imatrix(
     _answer(
         answer, as_json, f"{out}: {len(matrix.entries)} entries from {matrix.chunk_count} chunks of {ctx}"
     )
+
+
+@cli.command()
+@click.argument("source", type=PathArgument)
+@click.argument("preset", type=PresetName())
+@click.option("-o", "--out", type=PathArgument, required=True, help="The GGUF to write.")
+@click.option("--imatrix", type=PathArgument, help="An importance matrix (GGUF or .dat) [default: none].")
+@encoder_options
+@click.option(
+    "--moments", type=PathArgument, help="Second moments, made where missing [default: beside OUT]."
+)
+@click.option(
+    "--imatrix-text", "--text", type=PathArgument, default=SELECTION_TEXT, help="To make them from."
+)
+@ctx_option
+@first_chunks_option
+@click.option("--force", is_flag=True, help="Replace a file that this command did not write.")
+@click.option("--allow-requantize", is_flag=True, help="Accept a source that is quantized already.")
+@engine_options
+@json_option
+def quantize(source: Path, threads: int, gpu_layers: int, as_json: bool, **asked: Any) -> None:
+    """SOURCE at one of llama.cpp's presets, llama-quantize's job: rounded by our encoder or by ggml's."""
+    from cerebellum.quantize import Quantizing
+    from cerebellum.quantize import quantize as quantized
+
+    asked["text"] = asked.pop("imatrix_text")
+    request = Quantizing(source=source, threads=threads, **asked)
+    found = quantized(request, _engine(threads, gpu_layers), ProgressReporter())
+    _answer(found, as_json, tables.quantized_line(found))
 
 
 @cli.command()

@@ -14,6 +14,8 @@ from click.core import ParameterSource
 from cerebellum.errors import BadInput
 from cerebellum.gguf import parse_preset, parse_weight_type, preset_label
 from cerebellum.settings import (
+    DEFAULT_ENCODER,
+    ENCODERS,
     K_LADDER,
     KLD,
     OBJECTIVES,
@@ -195,6 +197,21 @@ first_chunks_option = click.option(
     "--chunks", type=click.IntRange(0), default=0, help="The first N chunks of the text [default: all]."
 )
 folder_option = click.option("-o", "--out", type=PathArgument, required=True, help="The run folder.")
+encoder_options = options(
+    click.option(
+        "--encoder",
+        type=click.Choice(ENCODERS),
+        default=DEFAULT_ENCODER,
+        show_default=True,
+        help="Who rounds K-quants and Q8_0: our encoder, or ggml's as llama-quantize does.",
+    ),
+    click.option(
+        "--feedback/--no-feedback",
+        default=True,
+        show_default=True,
+        help="With our encoder: let columns make up for each other's errors, by second moments of activations.",
+    ),
+)
 size_options = options(
     click.option(
         "--budget", type=FileSize(), help="Instead of a limit: the best file of this SIZE or PRESET's size."
@@ -291,6 +308,7 @@ source_options = options(
     click.option("--imatrix", type=PathArgument, help="An importance matrix (GGUF or .dat)."),
     click.option("--imatrix-text", type=PathArgument, help="Text to make one from [default: --select-text]."),
     click.option("--imatrix-chunks", type=click.IntRange(0), default=0, help="First N of it [default: all]."),
+    encoder_options,
     click.option("--select-text", type=PathArgument, default=SELECTION_TEXT, help="Text that decides."),
     click.option("--report-text", type=PathArgument, default=REPORT_TEXT, help="Text that reports."),
     ctx_option,

@@ -17,7 +17,9 @@ from cerebellum.groups import Description, GroupRecord
 from cerebellum.hub import Pushed
 from cerebellum.measure.artifacts import Curves, Measurements
 from cerebellum.plan.artifacts import AnyPlan, BudgetPlan, FrontierRow, GpuMemory, LimitPlan, Plan
+from cerebellum.quantize import Quantized
 from cerebellum.reproduce import Reproduced
+from cerebellum.settings import GGML
 from cerebellum.units import count, gib, nats, number, percent, size
 from cerebellum.verify import Verified
 
@@ -349,6 +351,14 @@ def reproduced_line(found: Reproduced) -> str:
         return f"[red]not rebuilt[/]{changed}"
     said = "[green]bit for bit the same[/]" if found.bit_equal else "[red]another file[/]"
     return f"{escape(found.file)}: {said}, sha256 {found.sha256}{changed}"
+
+
+def quantized_line(found: Quantized) -> str:
+    """Says in a line what was written, how large it is against its source, and whose encoder rounded it."""
+    fed = f", errors fed back by {escape(found.moments)}" if found.moments else ""
+    whose = "ggml's encoder" if found.encoder == GGML else f"Cerebellum's encoder{fed}"
+    sizes = f"{size(found.source_bytes)} -> {size(found.bytes)}"
+    return f"{escape(found.path)}: {found.preset}, {sizes}, {whose}, {found.seconds:.1f} s, sha256 {found.sha256}"
 
 
 def upload_table(found: Pushed) -> Table:

@@ -24,6 +24,7 @@ from cerebellum.engine.fake_asker import FakeAsker
 from cerebellum.engine.protocols import (
     Bytes,
     CannotSwap,
+    ColumnProducts,
     ColumnSquares,
     Floats,
     Job,
@@ -32,6 +33,7 @@ from cerebellum.engine.protocols import (
     Scores,
     Tokenized,
     Tokens,
+    Watch,
 )
 from cerebellum.engine.scoring import score_rows
 from cerebellum.errors import BadInput
@@ -89,6 +91,22 @@ class FakeEngine:
             tick()
         weights = [t for path in paths for t in read_gguf(path).tensors if t.name.startswith("blk.")]
         return {t.name: _made_up_squares(t, n_rows) for t in weights if len(t.shape) > 1 and t.shape[0] > 1}
+
+    def moments(
+        self,
+        paths: Sequence[Path],
+        ctx: int,
+        chunks: Iterable[Tokens],
+        watched: Mapping[str, Watch],
+        tick: Callable[[], None],
+    ) -> Mapping[str, ColumnProducts]:
+        """Gives every watched weight an input whose columns hang together in a way that follows from its name."""
+        n_chunks = 0
+        for _ in chunks:
+            n_chunks += 1
+            tick()
+        weights = {t.name: t for path in paths for t in read_gguf(path).tensors if t.name in watched}
+        return {name: _made_up_products(t, watched[name], n_chunks * ctx) for name, t in weights.items()}
 
     def preset_types(
         self, source: Path, preset: LlamaFileType, *, has_imatrix: bool, allow_requantize: bool = False
@@ -191,6 +209,17 @@ def _made_up_squares(tensor: TensorInfo, n_rows: int) -> ColumnSquares:
     rng = np.random.default_rng(zlib.crc32(tensor.name.encode()))
     squares = rng.lognormal(size=(n_experts, tensor.shape[0])) * n_rows
     return ColumnSquares(squares=squares, counts=np.full(n_experts, n_rows, np.int64))
+
+
+def _made_up_products(tensor: TensorInfo, watch: Watch, n_rows: int) -> ColumnProducts:
+    """Sums ``n_rows`` made-up rows for each expert; neighbouring columns have half of their noise in common."""
+    n_experts = 1 if watch.pooled or len(tensor.shape) < 3 else tensor.shape[2]
+    found = ColumnProducts.empty(n_experts, tensor.shape[0], watch.span, same_rows=False)
+    rng = np.random.default_rng(zlib.crc32(tensor.name.encode()))
+    for expert in range(n_experts):
+        rows = rng.standard_normal((n_rows, tensor.shape[0] + 1), np.float32)
+        found.add(expert, rows[:, 1:] + rows[:, :-1])
+    return found
 
 
 def _preset_type(tensor: TensorInfo, wanted: GGMLQuantizationType) -> GGMLQuantizationType:

@@ -119,7 +119,8 @@ class QuantizeJob:
     """One tensor to convert.
 
     ``raw`` holds its bytes at ``from_type``; ``shape`` is ggml's order (row length first);
-    ``importance`` is (experts * row length,) float32 mean squared activations, or None.
+    ``importance`` is (experts * row length,) float32 mean squared activations, or None. ``first_expert`` is
+    the one that the first rows belong to, where the job is a part of a tensor.
     """
 
     name: str
@@ -128,6 +129,7 @@ class QuantizeJob:
     from_type: GGMLQuantizationType
     to_type: GGMLQuantizationType
     importance: Floats | None = None
+    first_expert: int = 0
 
 
 @dataclass
@@ -136,6 +138,50 @@ class ColumnSquares:
 
     squares: NDArray[np.float64]
     counts: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """How the input of one weight is watched: products are summed within ``span`` columns, a whole number of
+    blocks of 256; what is left of a row is a shorter span. ``pooled`` sums all experts into one."""
+
+    span: int
+    pooled: bool = False
+
+
+@dataclass(kw_only=True)
+class ColumnProducts:
+    """Sums of products of the columns that one weight's input has, float32, where squares are the diagonal.
+
+    ``spans`` is (experts, spans of a row, span, span), ``rest`` (experts, rest, rest) the columns after the
+    last whole span, and ``counts`` (experts,) the rows summed. With ``same_rows`` every expert of a token
+    reads the same row, so that experts can stand in for each other.
+    """
+
+    spans: Floats
+    rest: Floats
+    counts: NDArray[np.int64]
+    same_rows: bool
+
+    @classmethod
+    def empty(cls, experts: int, columns: int, span: int, *, same_rows: bool) -> ColumnProducts:
+        """Returns sums of nothing yet, for rows of ``columns``."""
+        rest = columns % span
+        return cls(
+            spans=np.zeros((experts, columns // span, span, span), np.float32),
+            rest=np.zeros((experts, rest, rest), np.float32),
+            counts=np.zeros(experts, np.int64),
+            same_rows=same_rows,
+        )
+
+    def add(self, expert: int, rows: Floats) -> None:
+        """Adds the products of rows, (n, columns) float32, that one expert has read."""
+        n_spans, span = self.spans.shape[1:3]
+        whole = rows[:, : n_spans * span].reshape(len(rows), n_spans, span)
+        self.spans[expert] += whole.transpose(1, 2, 0) @ whole.transpose(1, 0, 2)
+        left = rows[:, n_spans * span :]
+        self.rest[expert] += left.T @ left
+        self.counts[expert] += len(rows)
 
 
 class Engine(Protocol):
@@ -176,6 +222,20 @@ class Engine(Protocol):
         self, paths: Sequence[Path], ctx: int, chunks: Iterable[Tokens], tick: Callable[[], None]
     ) -> Mapping[str, ColumnSquares]:
         """Sums the squared activations that every weight meets on some chunks, by the weight's name."""
+        ...
+
+    def moments(
+        self,
+        paths: Sequence[Path],
+        ctx: int,
+        chunks: Iterable[Tokens],
+        watched: Mapping[str, Watch],
+        tick: Callable[[], None],
+    ) -> Mapping[str, ColumnProducts]:
+        """Sums products of the activations that watched weights meet, by name.
+
+        Weights that read the same input share one object.
+        """
         ...
 
     def preset_types(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,22 @@ from cerebellum.llama.graphs import BF16, F32, Arena, Block, Graph, Workbench, d
 from cerebellum.llama.library import GgmlTensor, Pointer, ggml
 from cerebellum.llama.model import Context, ContextShape
 
-_MIN_ROWS = 16  # llama-imatrix leaves smaller batches out
+MIN_ROWS = 16  # llama-imatrix leaves smaller batches out
 _LAST = b"result_norm"  # only the output head comes after it, and that has no importance
+
+
+class Collector(Protocol):
+    """A ``cb_eval`` that keeps something of what it sees; ``error`` is the first that it met."""
+
+    error: BaseException | None
+
+    def new_graph(self) -> None:
+        """Forgets which structs were seen: the next graph has its own."""
+        ...
+
+    def callback(self, address: int, ask: bool) -> bool:
+        """Is told of every node, before it is computed and, where it asked for that, after."""
+        ...
 
 
 def sum_squares(
@@ -35,9 +50,26 @@ def sum_squares(
 ) -> Mapping[str, ColumnSquares]:
     """Decodes chunks, several at a time, and sums the squares that every weight meets."""
     collector = ActivationCollector()
+    try:
+        watch(collector, model, shape, chunks, tick)
+        return collector.sums()
+    finally:
+        collector.close()
+
+
+def watch(
+    collector: Collector,
+    model: Pointer,
+    shape: ContextShape,
+    chunks: Iterable[Tokens],
+    tick: Callable[[], None],
+) -> None:
+    """Decodes chunks, several at a time, and shows every node to the collector; raises its error.
+
+    The decode runs on another thread: Ctrl-C reaches Python's main thread only, and raised in there, in a
+    callback that C called, it would be lost.
+    """
     context = Context(model, shape, collector.callback)
-    # On another thread: Ctrl-C reaches Python's main thread only, and raised in there, in a callback
-    # that C called, it would be lost.
     try:
         with ThreadPoolExecutor(max_workers=1) as worker:
             for batch in _batches(chunks, shape.sequences):
@@ -49,10 +81,8 @@ def sum_squares(
                     raise collector.error
                 for _ in batch:
                     tick()
-            return collector.sums()
     finally:
         context.close()
-        collector.close()
 
 
 def _batches(chunks: Iterable[Tokens], size: int) -> Iterator[list[Tokens]]:
@@ -100,9 +130,9 @@ class ActivationCollector:
 
     def _wanted(self, node: GgmlTensor, op: bytes) -> bool:
         """Whether the graph must stop at this product: it is the first to read its activation."""
-        name = _weight_name(_source(node, 0))
-        activation = _source(node, 1)
-        enough = op == b"MUL_MAT_ID" or activation.ne[1] >= _MIN_ROWS
+        name = weight_name(source_of(node, 0))
+        activation = source_of(node, 1)
+        enough = op == b"MUL_MAT_ID" or activation.ne[1] >= MIN_ROWS
         if not (name.startswith("blk.") and enough and activation.type == F32):
             return False
         first = self._first_reader.setdefault(_read_of(node, op), name)
@@ -111,16 +141,16 @@ class ActivationCollector:
         return first == name
 
     def _collect(self, node: GgmlTensor, op: bytes) -> bool:
-        weight = _source(node, 0)
-        activation = _source(node, 1)
-        name = _weight_name(weight)
+        weight = source_of(node, 0)
+        activation = source_of(node, 1)
+        name = weight_name(weight)
         routed = op == b"MUL_MAT_ID"
         matrices = int(weight.ne[2])
-        ids_TK = _read_i32(_source(node, 2)) if routed else None
+        ids_TK = read_i32(source_of(node, 2)) if routed else None
         if not _on_host(activation) and (routed or matrices == 1) and _is_packed(activation):
             self._device.add(name, node.src[1], ids_TK, matrices)
             return True
-        values = _read_f32(activation)  # (ne3, ne2, ne1, ne0)
+        values = read_f32(activation)  # (ne3, ne2, ne1, ne0)
         found = _dense_sums(values, matrices) if ids_TK is None else _routed_sums(values[0], ids_TK, matrices)
         entry = self._host.get(name)
         if entry is None:
@@ -253,14 +283,14 @@ def _dense_sums(values: Floats, n_matrices: int) -> ColumnSquares:
 
 def _read_of(node: GgmlTensor, op: bytes) -> _Read:
     routing = int(node.src[2]) if op == b"MUL_MAT_ID" else 0
-    return _Read(int(node.src[1]), routing, int(_source(node, 0).ne[2]))
+    return _Read(int(node.src[1]), routing, int(source_of(node, 0).ne[2]))
 
 
-def _source(node: GgmlTensor, index: int) -> GgmlTensor:
+def source_of(node: GgmlTensor, index: int) -> GgmlTensor:
     return GgmlTensor.from_address(node.src[index])
 
 
-def _weight_name(tensor: GgmlTensor) -> str:
+def weight_name(tensor: GgmlTensor) -> str:
     """``CUDA0#blk.0.attn_k.weight#0`` -> ``blk.0.attn_k.weight``: copies carry their device's name."""
     parts: list[str] = tensor.name.decode().split("#")
     return parts[1] if len(parts) > 1 else parts[0]
@@ -287,11 +317,11 @@ def _is_packed(tensor: GgmlTensor) -> bool:
     return True
 
 
-def _read_f32(tensor: GgmlTensor) -> Floats:
+def read_f32(tensor: GgmlTensor) -> Floats:
     return _read(tensor, np.dtype(np.float32), 4).view(np.float32)
 
 
-def _read_i32(tensor: GgmlTensor) -> NDArray[np.int32]:
+def read_i32(tensor: GgmlTensor) -> NDArray[np.int32]:
     return _read(tensor, np.dtype(np.int32), 2).view(np.int32)
 
 

@@ -14,12 +14,22 @@ import numpy as np
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from cerebellum.engine.asking import Asker
-from cerebellum.engine.protocols import Bytes, ColumnSquares, Floats, QuantizeJob, Tokenized, Tokens
+from cerebellum.engine.protocols import (
+    Bytes,
+    ColumnProducts,
+    ColumnSquares,
+    Floats,
+    QuantizeJob,
+    Tokenized,
+    Tokens,
+    Watch,
+)
 from cerebellum.engine.timings import timed
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.llama.activations import sum_squares
 from cerebellum.llama.library import LOG, Bindings, Pointer, build_id, cpu_device, ggml, gpus, llama
 from cerebellum.llama.model import ContextShape, LlamaModel, ResidentModel
+from cerebellum.llama.moments import column_products
 from cerebellum.llama.presets import preset_types
 from cerebellum.llama.quantize import quantize, round_trip, to_float
 
@@ -96,6 +106,18 @@ class LlamaEngine:
         """Decodes the chunks with ``cb_eval`` watching every matrix product."""
         with self.weights(paths) as model:
             return sum_squares(model, self._shape(ctx), chunks, tick)
+
+    def moments(
+        self,
+        paths: Sequence[Path],
+        ctx: int,
+        chunks: Iterable[Tokens],
+        watched: Mapping[str, Watch],
+        tick: Callable[[], None],
+    ) -> Mapping[str, ColumnProducts]:
+        """Decodes the chunks with ``cb_eval`` watching the inputs that were asked for."""
+        with self.weights(paths) as model:
+            return column_products(model, self._shape(ctx), chunks, watched, tick)
 
     def preset_types(
         self, source: Path, preset: LlamaFileType, *, has_imatrix: bool, allow_requantize: bool = False

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from cerebellum.base import Base
 from cerebellum.codec import Artifact, Record, read_artifact, write_artifact
-from cerebellum.engine.protocols import Engine, QuantizeJob
+from cerebellum.encoders import Encoder, moments_of
+from cerebellum.engine.protocols import QuantizeJob
 from cerebellum.errors import BadInput
 from cerebellum.gguf import fits, is_quantized, needs_imatrix, parse_type
 from cerebellum.imatrix import ImportanceMatrix
@@ -36,7 +37,7 @@ class RoundingRecipe(Record, frozen=True, kw_only=True):
     """Everything that the rounding errors of a run depend on.
 
     ``source``, ``matrix`` and a ``base`` that was given as a file are SHA-256 sums; any other base is its
-    tensors' types. ``engine`` is the build that quantizes.
+    tensors' types. ``engine`` is the build that quantizes, with the second moments that it feeds back by.
     """
 
     engine: str
@@ -63,7 +64,7 @@ def read_or_make_errors(workspace: Workspace, goal: Budget, method: Method) -> R
     base = workspace.base
     path = workspace.path("rounding.json")
     recipe = RoundingRecipe(
-        engine=workspace.engine.build,
+        engine=workspace.encoder.build,
         source=workspace.source_sha256,
         matrix=workspace.matrix.sha256,
         base=base.file.sha256() if base.file else workspace.layout.type_names(),
@@ -79,7 +80,7 @@ def read_or_make_errors(workspace: Workspace, goal: Budget, method: Method) -> R
             if kept.made_from == recipe:
                 return kept.errors
     found = rounding_errors(
-        workspace.engine,
+        workspace.encoder,
         workspace.source,
         workspace.matrix,
         workspace.layout,
@@ -94,7 +95,7 @@ def read_or_make_errors(workspace: Workspace, goal: Budget, method: Method) -> R
 
 
 def rounding_errors(
-    engine: Engine,
+    engine: Encoder,
     source: Source,
     matrix: ImportanceMatrix | None,
     layout: Layout,
@@ -131,7 +132,7 @@ def rounding_errors(
 
 def _samples(
     pool: ThreadPoolExecutor,
-    engine: Engine,
+    engine: Encoder,
     source: Source,
     matrix: ImportanceMatrix | None,
     layout: Layout,
@@ -174,12 +175,14 @@ def _usual_importance(matrix: ImportanceMatrix | None, name: str, layout: Layout
 class Sample:
     """Some rows of one tensor, as many of each expert, in full precision with their importance.
 
-    They are spread evenly over the rows; ``fallback`` weighs all columns of a tensor that the matrix lacks.
+    They are spread evenly over the rows; ``fallback`` weighs all columns of a tensor that the matrix lacks. Where
+    the encoder feeds errors back, an error is that of the tensor's output: columns that make up for each other
+    would otherwise count as if they did harm.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Encoder,
         source: Source,
         matrix: ImportanceMatrix | None,
         name: str,
@@ -189,6 +192,7 @@ class Sample:
         tensor = source.tensors[name]
         self.name = name
         self._engine = engine
+        self._moments = moments_of(engine)
         self._fallback = fallback
         self._type = tensor.type
         self._columns = tensor.shape[0]
@@ -238,6 +242,14 @@ class Sample:
 
     def _weighted(self, rounded: NDArray[np.float32]) -> float:
         columns, n_rows, experts = self._shape
-        squares = np.square(self._exact - rounded).reshape(experts, n_rows, columns).sum(axis=1)
+        errors = (self._exact - rounded).reshape(experts, n_rows, columns)
+        squares = np.square(errors).sum(axis=1)
         weights = self._fallback if self._importance is None else self._importance.reshape(experts, columns)
-        return float((squares * weights).sum(dtype=np.float64)) * self._per_expert / n_rows
+        weighted = squares * weights
+        total = 0.0
+        for expert, rows in enumerate(errors):
+            spans = self._moments.of(self.name, expert) if self._moments else ()
+            if spans:
+                weighted[expert] = 0.0
+                total += sum(span.squared(rows) for span in spans)
+        return (float(weighted.sum(dtype=np.float64)) + total) * self._per_expert / n_rows

@@ -1,0 +1,157 @@
+"""Who rounds weights: llama.cpp's encoders as they are, or ours, which feed errors back where they can.
+
+An `Encoder` makes the bytes of shards and says in `build` what they depend on; an engine is one by itself. Ours
+stands in front of an engine's: it makes the types that it knows (`encode.SUPPORTED`) and leaves the others
+(IQ and legacy types, floats) to the engine. Rows never depend on their neighbours, so that some of them can be
+made again alone and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from cerebellum import encode
+from cerebellum.engine.protocols import Bytes, Floats, QuantizeJob
+from cerebellum.errors import BadInput
+from cerebellum.gguf import fits, row_bytes
+from cerebellum.moments import Moments, Span
+from cerebellum.progress import Reporter
+from cerebellum.settings import OURS, EncoderName
+
+_T = GGMLQuantizationType
+
+FED_BACK = frozenset({_T.Q2_K, _T.Q3_K, _T.Q4_K, _T.Q5_K})
+"""Types that errors are fed back in; at finer ones there is next to nothing to win (docs/LOG.md)."""
+
+_BLOCK_ELEMENTS = 1 << 21  # for each thread: moments are scaled once for so many weights
+
+
+class Encoder(Protocol):
+    """Makes the bytes of a tensor at another type, and reads them back. Every engine is one."""
+
+    @property
+    def build(self) -> str:
+        """Names everything that can change a byte."""
+        ...
+
+    def quantize(self, job: QuantizeJob, threads: int) -> Iterator[Bytes]:
+        """Yields a tensor's bytes at its new type in order; BadInput where its rows cannot take it."""
+        ...
+
+    def to_float(self, raw: Bytes, type_: GGMLQuantizationType, n_per_row: int) -> Floats:
+        """Returns rows of any type as float32, contiguous, (rows * n_per_row,)."""
+        ...
+
+    def round_trip(self, job: QuantizeJob) -> Floats:
+        """Returns a tensor as it reads back at its new type, (rows * n_per_row,) float32, on the caller's thread."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OurEncoder:
+    """Our encoder in front of an engine's; ``moments`` feed errors back in the types of FED_BACK.
+
+    Without moments of its input a tensor's blocks are scaled back up instead (`encode.Unshrink`), since
+    least squares shrink weights; fed back codes need that no more.
+    """
+
+    engine: Encoder
+    moments: Moments | None
+
+    @property
+    def build(self) -> str:
+        """Names the engine, our version and the moments: everything that bytes depend on but the weights."""
+        fed = f"moments {self.moments.sha256}" if self.moments else "no moments"
+        return f"{self.engine.build}; encoder {encode.ENCODER_VERSION}, {fed}"
+
+    def quantize(self, job: QuantizeJob, threads: int) -> Iterator[Bytes]:
+        """Yields the bytes of some millions of weights at a time, one expert after the other."""
+        if job.to_type not in encode.SUPPORTED or job.from_type == job.to_type:
+            yield from self.engine.quantize(job, threads)
+            return
+        _check(job)
+        columns, per_expert, experts = (*job.shape, 1, 1)[:3]
+        n_bytes = row_bytes(job.from_type, columns)
+        step = max(1, threads * _BLOCK_ELEMENTS // columns)
+        for expert in range(experts):
+            importance = _part(job.importance, expert, columns)
+            spans = self._spans(job, expert)
+            last = (expert + 1) * per_expert
+            for start in range(expert * per_expert, last, step):
+                raw = job.raw[start * n_bytes : min(start + step, last) * n_bytes]
+                rows = self.engine.to_float(raw, job.from_type, columns).reshape(-1, columns)
+                yield round_rows(rows, job.to_type, importance, spans, threads).ravel()
+
+    def _spans(self, job: QuantizeJob, expert: int) -> tuple[Span, ...]:
+        if self.moments is None or job.to_type not in FED_BACK:
+            return ()
+        return self.moments.of(job.name, job.first_expert + expert)
+
+    def to_float(self, raw: Bytes, type_: GGMLQuantizationType, n_per_row: int) -> Floats:
+        """Returns rows as float32: our types by our own reader, which gives ggml's values, others by the engine's."""
+        if type_ not in encode.SUPPORTED:
+            return self.engine.to_float(raw, type_, n_per_row)
+        rows = np.ascontiguousarray(raw).reshape(-1, row_bytes(type_, n_per_row))
+        return encode.decode(rows, type_).ravel()
+
+    def round_trip(self, job: QuantizeJob) -> Floats:
+        """Returns a tensor as it reads back at its new type."""
+        if job.to_type not in encode.SUPPORTED:
+            return self.engine.round_trip(job)
+        raw = np.concatenate(list(self.quantize(job, threads=1)))
+        return self.to_float(raw, job.to_type, job.shape[0])
+
+
+def choose(name: EncoderName, engine: Encoder, moments: Moments | None, reporter: Reporter) -> Encoder:
+    """Returns the encoder that was asked for, or the engine's where this machine cannot have ours, and says so."""
+    if name != OURS:
+        return engine
+    reason = encode.unavailable_because()
+    if reason is not None:
+        reporter.note(f"weights are rounded by ggml's encoders, since ours cannot be had: {reason}")
+        return engine
+    return OurEncoder(engine=engine, moments=moments)
+
+
+def moments_of(encoder: Encoder) -> Moments | None:
+    """Returns the second moments that an encoder feeds errors back by, or None where it does not."""
+    return encoder.moments if isinstance(encoder, OurEncoder) else None
+
+
+def round_rows(
+    rows: Floats,
+    kind: GGMLQuantizationType,
+    importance: Floats | None,
+    spans: tuple[Span, ...],
+    threads: int,
+) -> Bytes:
+    """Returns blocks of rows of one expert, (rows, bytes of a row): errors fed back by ``spans`` where there are any,
+    else scaled back up. ``importance`` is (columns,) mean squared activations.
+    """
+    how = None if spans else encode.Unshrink()
+    raw = encode.encode(rows, kind, importance, threads=threads, unshrink=how)
+    for span in spans:
+        columns = span.columns
+        at = slice(row_bytes(kind, columns.start), row_bytes(kind, columns.stop))
+        raw[:, at] = encode.feed_back(raw[:, at], rows[:, columns], span.moments, kind, threads=threads)
+    return raw
+
+
+def _part(importance: Floats | None, expert: int, columns: int) -> Floats | None:
+    return None if importance is None else importance[expert * columns : (expert + 1) * columns]
+
+
+def _check(job: QuantizeJob) -> None:
+    """Refuses what ggml's own way refuses, in the same words."""
+    if not fits(job.to_type, job.shape):
+        raise BadInput(f"{job.name}: rows of {job.shape[0]} cannot be {job.to_type.name}")
+    wanted = job.shape[0] * (job.shape[2] if len(job.shape) > 2 else 1)
+    if job.importance is not None and job.importance.size != wanted:
+        raise BadInput(
+            f"{job.name}: the importance matrix has {job.importance.size} values, the tensor needs {wanted}"
+        )

@@ -1,0 +1,261 @@
+"""Our encoder in the product: rows alone as in the whole, moments kept exactly, runs that come out twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec import structs
+from test_fake_run import workspace
+from test_quantize import quantized_by_llama_cpp, random_matrix
+from test_reproduce import again, details, finished_run
+from tiny import Recorder
+
+from cerebellum import encode, encoders, imatrix, moments, open_run
+from cerebellum.encoders import FED_BACK, OurEncoder, choose
+from cerebellum.engine.fake import FakeEngine
+from cerebellum.engine.protocols import ColumnProducts, QuantizeJob
+from cerebellum.errors import BadInput
+from cerebellum.gguf import GGMLQuantizationType, parse_preset, read_gguf, row_bytes
+from cerebellum.imatrix import Entry
+from cerebellum.llama.native import LlamaEngine
+from cerebellum.moments import Moments, watch
+from cerebellum.progress import Silent
+from cerebellum.quantize import Quantizing, quantize
+from cerebellum.run import run_all
+from cerebellum.settings import OURS, Budget, EncoderName, Goal, Limit, Preset
+from cerebellum.source import open_source
+from cerebellum.texts import load_corpus
+from cerebellum.workspace import Workspace
+
+T = GGMLQuantizationType
+NAME = "blk.0.ffn_down_exps.weight"
+COLUMNS, ROWS, EXPERTS = 1280, 40, 3  # two spans of 512 and a rest of 256
+
+ours_is_here = pytest.mark.skipif(not encode.available(), reason="there is no compiler")
+
+
+def products(
+    experts: int = EXPERTS, columns: int = COLUMNS, n_rows: int = 600, **changed: bool
+) -> ColumnProducts:
+    """Sums over made-up rows whose neighbouring columns go together."""
+    found = ColumnProducts.empty(experts, columns, 512, same_rows=changed.get("same_rows", False))
+    random = np.random.default_rng(3)
+    for expert in range(experts):
+        rows = random.standard_normal((n_rows, columns + 1), np.float32)
+        found.add(expert, (1 + expert) * (rows[:, 1:] + rows[:, :-1]))
+    return found
+
+
+def written(folder: Path, found: dict[str, ColumnProducts]) -> Moments:
+    moments.write(folder / "moments.gguf", found, "made up")
+    return moments.read(folder / "moments.gguf")
+
+
+def job(kind: GGMLQuantizationType) -> QuantizeJob:
+    random = np.random.default_rng(5)
+    values = random.standard_normal((EXPERTS, ROWS, COLUMNS), np.float32)
+    return QuantizeJob(
+        name=NAME,
+        raw=values.view(np.uint8).ravel(),
+        shape=(COLUMNS, ROWS, EXPERTS),
+        from_type=T.F32,
+        to_type=kind,
+        importance=random.exponential(size=EXPERTS * COLUMNS).astype(np.float32),
+    )
+
+
+def made(encoder: encoders.Encoder, asked: QuantizeJob, threads: int = 1) -> np.ndarray:
+    return np.concatenate(list(encoder.quantize(asked, threads)))
+
+
+@ours_is_here
+@pytest.mark.parametrize("kind", sorted(encode.SUPPORTED))
+def test_rows_alone_have_the_bytes_that_they_have_in_the_whole(tmp_path: Path, kind: T) -> None:
+    encoder = OurEncoder(engine=FakeEngine(), moments=written(tmp_path, {NAME: products()}))
+    whole = job(kind)
+    size = row_bytes(kind, COLUMNS)
+    found = made(encoder, whole, threads=2).reshape(EXPERTS, ROWS, size)
+    assert whole.importance is not None
+    for expert, rows in ((0, slice(0, 16)), (1, slice(7, 8)), (2, slice(33, 40))):
+        values = whole.raw.view(np.float32).reshape(EXPERTS, ROWS, COLUMNS)[expert, rows]
+        part = replace(
+            whole,
+            raw=np.ascontiguousarray(values).view(np.uint8).ravel(),
+            shape=(COLUMNS, len(values)),
+            importance=whole.importance[expert * COLUMNS : (expert + 1) * COLUMNS],
+            first_expert=expert,
+        )
+        assert np.array_equal(made(encoder, part), found[expert, rows].ravel())
+    plain = made(OurEncoder(engine=FakeEngine(), moments=None), whole)
+    assert np.array_equal(plain, found.ravel()) == (kind not in FED_BACK)
+
+
+@ours_is_here
+def test_what_rows_give_is_nearer_with_errors_fed_back(tmp_path: Path) -> None:
+    kept = written(tmp_path, {NAME: products()})
+    asked = job(T.Q3_K)
+    exact = asked.raw.view(np.float32).reshape(EXPERTS, ROWS, COLUMNS)
+
+    def error(encoder: OurEncoder) -> float:
+        back = encoder.to_float(made(encoder, asked), T.Q3_K, COLUMNS).reshape(exact.shape)
+        return sum(span.squared((exact - back)[e]) for e in range(EXPERTS) for span in kept.of(NAME, e))
+
+    plain = error(OurEncoder(engine=FakeEngine(), moments=None))
+    assert error(OurEncoder(engine=FakeEngine(), moments=kept)) < 0.5 * plain
+
+
+@ours_is_here
+def test_types_that_are_not_ours_are_the_engines() -> None:
+    engine = FakeEngine()
+    asked = job(T.IQ4_XS)
+    encoder = OurEncoder(engine=engine, moments=None)
+    assert np.array_equal(made(encoder, asked), made(engine, asked))
+    with pytest.raises(BadInput, match="cannot be Q3_K"):
+        made(encoder, replace(job(T.Q3_K), shape=(COLUMNS // 2, ROWS * 2, EXPERTS)))
+
+
+def test_without_a_compiler_it_is_ggmls_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "unavailable_because", lambda: "there is no C compiler")
+    reporter = Recorder()
+    engine = FakeEngine()
+    assert choose(OURS, engine, None, reporter) is engine
+    assert reporter.notes == [
+        "weights are rounded by ggml's encoders, since ours cannot be had: there is no C compiler"
+    ]
+
+
+def test_moments_come_back_as_means_and_are_shared(tmp_path: Path) -> None:
+    sums = products(experts=1)
+    kept = written(tmp_path, {"blk.0.attn_q.weight": sums, "blk.0.attn_k.weight": sums})
+    spans = kept.of("blk.0.attn_k.weight", 0)
+    assert [(span.columns.start, span.columns.stop) for span in spans] == [(0, 1024), (1024, 1280)]
+    assert np.array_equal(spans[0].moments, sums.spans[0] / np.float32(600))
+    assert np.array_equal(spans[1].moments[0], sums.rest[0] / np.float32(600))
+    assert kept.of("blk.0.attn_output.weight", 0) == ()
+    assert len([t for t in read_gguf(kept.path).tensors if t.name.endswith(".counts")]) == 1
+
+
+@pytest.mark.parametrize("same_rows", [True, False])
+def test_an_expert_that_met_too_few_rows_has_the_others_or_none(tmp_path: Path, same_rows: bool) -> None:
+    sums = products(same_rows=same_rows)
+    sums.counts[1] = 511
+    spans = written(tmp_path, {NAME: sums}).of(NAME, 1)
+    assert bool(spans) == same_rows
+    if spans:
+        assert np.allclose(spans[0].moments, sums.spans.sum(axis=0) / 1711)
+
+
+def test_what_moments_take_is_known_before_and_bounded(embedded: Path) -> None:
+    tensors = open_source(embedded).tensors
+    everything = watch(tensors)
+    assert not everything.left_out and "MB of disk" in everything.said()
+    assert all(tensors[name].shape[0] % kept.span == 0 for name, kept in everything.weights.items())
+    half = watch(tensors, everything.n_bytes // 2)
+    assert half.n_bytes <= everything.n_bytes // 2
+    assert set(half.weights) | set(half.left_out) == set(everything.weights)
+    assert watch(tensors, 0).weights == {}
+
+
+def test_the_diagonal_is_the_importance_matrix(
+    embedded: Path, llama_engine: LlamaEngine, select_text: Path
+) -> None:
+    """Two ways through the same activations: sums of squares, and the diagonal of sums of products."""
+    corpus = load_corpus(llama_engine, embedded, select_text, 64)
+    chunks = [corpus.inputs(chunk) for chunk in range(2)]
+    squares = llama_engine.importance([embedded], 64, chunks, lambda: None)
+    watched = watch(open_source(embedded).tensors)
+    found = llama_engine.moments([embedded], 64, chunks, watched.weights, lambda: None)
+    assert set(found) == set(watched.weights)
+    shared = {id(sums) for sums in found.values()}
+    assert len(shared) < len(found)
+    assert 4 * sum(s.spans.size + s.rest.size for s in {id(s): s for s in found.values()}.values()) <= (
+        watched.n_bytes
+    )
+    for name, sums in found.items():
+        diagonal = np.einsum("esii->esi", sums.spans).reshape(len(sums.counts), -1)
+        assert np.allclose(diagonal, squares[name].squares, rtol=1e-4), name
+        assert np.array_equal(sums.counts, squares[name].counts), name
+
+
+@ours_is_here
+@pytest.mark.parametrize("goal", [Limit(max_increase_pct=1.0), Budget(size=Preset(name="Q3_K_M"))])
+def test_a_whole_run_with_our_encoder_comes_out_twice(tmp_path: Path, goal: Goal) -> None:
+    results = []
+    for place in ("a", "b"):
+        opened = workspace(tmp_path / place, goal)
+        settings = structs.replace(opened.settings, encoder=OURS)
+        run_all(Workspace(opened.folder, settings, opened.engine, opened.reporter))
+        run = open_run(tmp_path / place / "run")
+        assert run.verified().ok
+        results.append(run.manifest())
+    assert results[0].result.sha256 == results[1].result.sha256
+    named = results[0].encoder
+    assert (named.name, named.version) == (OURS, encode.ENCODER_VERSION)
+    assert named.moments is not None and named.moments.file == "moments.gguf"
+    assert "rounded by Cerebellum's own encoder" in (tmp_path / "a" / "run" / "README.md").read_text()
+
+
+@ours_is_here
+def test_a_manifest_of_ours_gives_the_same_file_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run(tmp_path / "run", tmp_path / "elsewhere", encoder=OURS)
+    found = again(run)
+    assert (found["ok"], found["bit_equal"]) == (True, True)
+    assert {"encoder", "second moments"} <= set(details(found))
+    monkeypatch.setattr(encode, "ENCODER_VERSION", "0")
+    assert again(run)["changed"] == ["encoder"]
+
+
+def asked(embedded: Path, folder: Path, encoder: EncoderName, text: Path) -> Quantizing:
+    source = open_source(embedded)
+    entries = {
+        name: Entry(
+            sums=values.reshape(-1, source.tensors[name].shape[0]),
+            counts=np.ones(values.size // source.tensors[name].shape[0], np.int64),
+        )
+        for name, values in random_matrix(source).items()
+    }
+    imatrix.write(folder / "matrix.gguf", entries, "made-up", 1, 64)
+    return Quantizing(
+        source=embedded,
+        preset="Q2_K",
+        out=folder / f"{encoder}.gguf",
+        imatrix=folder / "matrix.gguf",
+        encoder=encoder,
+        feedback=True,
+        moments=None,
+        text=text,
+        ctx=64,
+        chunks=8,
+        threads=2,
+    )
+
+
+def test_quantize_with_ggml_is_llama_quantize(embedded: Path, tmp_path: Path, select_text: Path) -> None:
+    request = asked(embedded, tmp_path, "ggml", select_text)
+    found = quantize(request, LlamaEngine(), Silent())
+    theirs = quantized_by_llama_cpp(
+        open_source(embedded), "Q2_K", random_matrix(open_source(embedded)), tmp_path / "theirs.gguf"
+    )
+    written = open_source(request.out, allow_requantize=True)
+    assert (found.encoder, found.moments) == ("ggml", None)
+    assert all(np.array_equal(written.read(name), theirs.read(name)) for name in theirs.tensors)
+    with pytest.raises(BadInput, match="--force"):
+        quantize(request, LlamaEngine(), Silent())
+
+
+@ours_is_here
+def test_quantize_with_ours_has_the_same_types_and_replaces_its_own(
+    embedded: Path, tmp_path: Path, select_text: Path
+) -> None:
+    request = asked(embedded, tmp_path, OURS, select_text)
+    found = quantize(request, LlamaEngine(), Silent())
+    assert found.moments == str(tmp_path / "ours.moments.gguf")
+    again_found = quantize(request, LlamaEngine(), Silent())
+    assert again_found.sha256 == found.sha256
+    types = LlamaEngine().preset_types(embedded, parse_preset("Q2_K"), has_imatrix=True)
+    assert {tensor.name: tensor.type for tensor in read_gguf(request.out).tensors} == types
