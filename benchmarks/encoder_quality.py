@@ -27,15 +27,15 @@ from rich.table import Table
 
 from cerebellum.base import Base, preset_base
 from cerebellum.encode import RESCALABLE, SUPPORTED, Unshrink, encode, feed_back, unshrink
-from cerebellum.encoders import FED_BACK, round_rows
+from cerebellum.encode.encoders import FED_BACK, round_rows
+from cerebellum.encode.moments import Moments, Span, watch
+from cerebellum.encode.moments import compute_or_reuse as moments_of
 from cerebellum.engine.protocols import Engine, QuantizeJob
 from cerebellum.engine.scoring import Prediction, divergence, normalize, overlapped, predict
 from cerebellum.gguf import TensorSource, is_quantized, row_bytes, write_gguf
 from cerebellum.imatrix import ImportanceMatrix, compute_or_reuse, read
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.llama.quantize import quantize, to_float
-from cerebellum.moments import Moments, Span, watch
-from cerebellum.moments import compute_or_reuse as moments_of
 from cerebellum.progress import Silent
 from cerebellum.settings import DEMO_MODEL, REPORT_TEXT, SELECTION_TEXT
 from cerebellum.source import Source, open_source
@@ -77,7 +77,8 @@ def by_ours(matrix: Matrix, power: float = 1.0) -> Bytes:
     """Our encoder where it knows the type, ggml's where it does not; importances to a power."""
     if matrix.kind not in SUPPORTED:
         return by_ggml(matrix)
-    weights = None if matrix.importance is None else np.float32(matrix.importance.astype(np.float64) ** power)
+    found = matrix.importance
+    weights = None if found is None else (found.astype(np.float64) ** power).astype(np.float32)
     return encode(matrix.values, matrix.kind, weights, threads=matrix.threads)
 
 

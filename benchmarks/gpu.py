@@ -21,8 +21,8 @@ from typing import Any
 from common import save, stock, stock_perplexity, timed
 
 from cerebellum.cli.commands import cli
+from cerebellum.cli.doctor import check_swaps
 from cerebellum.codec import as_json
-from cerebellum.doctor import check_swaps
 from cerebellum.engine.timetable import time_table
 from cerebellum.engine.timings import collecting
 from cerebellum.llama.library import build_id, devices

@@ -65,6 +65,11 @@ def file_base(source: Source, path: Path) -> Base:
         other = file.tensors.get(name)
         if other is None or other.shape != tensor.shape:
             raise BadInput(f"{path}: its {name} is not the source's; give a base made from {source.path}")
+    if file.value("general.quantization_version") is None:
+        raise BadInput(
+            f"{path}: is not quantized (it has no general.quantization_version); give a quantized base, or a "
+            "preset with --base"
+        )
     extra = set(file.tensors) - set(source.tensors)
     if extra:
         raise BadInput(f"{path}: {sorted(extra)[0]} is not in {source.path}; give a base made from it")

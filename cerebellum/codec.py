@@ -59,6 +59,10 @@ def read_loose(path: Path, wanted: type[A], remedy: str) -> A:
 def _converted(path: Path, raw: Any, wanted: type[A], remedy: str) -> A:
     try:
         return msgspec.convert(raw, wanted, strict=True, dec_hook=_decoded)
+    except UnicodeError as error:
+        raise BadInput(
+            f"{path}: holds text that is no Unicode (half of a surrogate pair); {remedy}"
+        ) from error
     except (msgspec.ValidationError, RecursionError) as error:
         raise BadInput(f"{path}: {_reason(str(error))}; {remedy}") from error
 

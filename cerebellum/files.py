@@ -1,7 +1,8 @@
 """Writes files that are whole or not there: write beside, fsync, rename, fsync the folder.
 
 A reader never sees half a file, whenever the writer was stopped. A disk that is full or a folder that cannot
-be written gives one line that names the place and, where it helps, the bytes needed.
+be written gives one line that names the place and, where it helps, the bytes needed. Whatever changes a disk
+goes through ``DISK``, so that a test can let any one of these steps fail and see what is left.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
+import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,44 +28,149 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) as a long read goes on."""
 
 _HASH_BLOCK_BYTES = 4 << 20
+_PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial")
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 # Only these can be the fault of the file being written while a caller fills it; any other OSError
 # in there comes from elsewhere (a source that cannot be read, say) and keeps its own words.
 _WRITE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 
+class Disk:
+    """Does every step that changes a disk, one method a step.
+
+    Tests put another one in its place that fails at the n-th step, or stops there as a crash would, because
+    that is the only way to know what each of these moments leaves behind.
+    """
+
+    def create(self, path: Path) -> BinaryIO:
+        """Opens a new file for writing; a file or a link that is there already is never written through."""
+        return os.fdopen(os.open(path, _NEW_FILE, 0o666), "wb")
+
+    def sync(self, stream: BinaryIO) -> None:
+        """Waits until all that was written to a file is on the disk."""
+        stream.flush()
+        os.fsync(stream.fileno())
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Gives a file another name, in place of whatever had it before."""
+        os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Removes a file, or a link and not what it points at."""
+        path.unlink()
+
+    def make_folder(self, path: Path) -> None:
+        """Makes a folder with all that it lies in; one that is there already is left as it is."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def remove_tree(self, path: Path) -> None:
+        """Removes a folder of ours with all that is in it, as far as that goes."""
+        shutil.rmtree(path, ignore_errors=True)
+
+    def sync_folder(self, path: Path) -> None:
+        """Makes a rename outlive a power cut; a file system that cannot do that is left alone."""
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def commit(self, path: Path) -> None:
+        """Hears that a transaction is about to be committed: SQLite does its own writing, and does it well."""
+
+
+DISK = Disk()
+"""The disk that this process writes to."""
+
+
 @contextmanager
 def atomic_writer(path: str | os.PathLike[str], n_bytes: int | None = None) -> Iterator[BinaryIO]:
     """Opens `path`'s partial file for writing and renames it to `path` when the block ends well.
 
-    On any failure, an interrupt included, the partial file is removed and `path` is as it was. `n_bytes`,
-    when known, is checked against the free space before the first byte is written.
+    On any failure, an interrupt included, the partial file is removed and `path` is as it was. Its name cannot
+    be guessed, so that nobody can put a link in its place. `n_bytes`, when known, is checked against the free
+    space before the first byte is written.
 
     Raises:
         BadInput: the folder is missing or cannot be written, or the disk is full.
     """
     target = Path(path)
-    partial = target.with_name(target.name + PARTIAL_SUFFIX)
     if os.path.isdir(target):
         raise BadInput(f"{target}: is a folder, not a file; name a file to write")
     _check_free_space(target, n_bytes)
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
     try:
-        stream = open(partial, "wb")  # noqa: SIM115 - closed below, its own errors told apart
+        stream = DISK.create(partial)
     except OSError as error:
         raise write_refusal(target, error, n_bytes) from error
     try:
         with stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, target)
-        fsync_folder(target.parent)
+            _finish(stream, target, n_bytes)
+        _rename(partial, target, n_bytes)
     except BaseException as error:
         with suppress(OSError):
-            partial.unlink()
+            DISK.unlink(partial)
         if isinstance(error, OSError) and error.errno in _WRITE_ERRNOS:
             raise write_refusal(target, error, n_bytes) from error
         raise
+
+
+def _finish(stream: BinaryIO, target: Path, n_bytes: int | None) -> None:
+    try:
+        DISK.sync(stream)
+    except OSError as error:
+        raise write_refusal(target, error, n_bytes) from error
+
+
+def _rename(partial: Path, target: Path, n_bytes: int | None) -> None:
+    """Gives the finished file its name; a folder that was removed meanwhile is one line like any other."""
+    try:
+        DISK.replace(partial, target)
+    except OSError as error:
+        raise write_refusal(target, error, n_bytes) from error
+    DISK.sync_folder(target.parent)
+
+
+def is_partial(name: str) -> bool:
+    """Says whether a file's name is one that ``atomic_writer`` gives to what is not finished."""
+    return _PARTIAL.search(name[-25:]) is not None and name.endswith(PARTIAL_SUFFIX)
+
+
+def remove_partials(folders: Iterable[Path]) -> None:
+    """Removes what killed writers left unfinished in some folders; call it where nobody else writes there."""
+    for folder in folders:
+        with suppress(OSError):
+            for path in folder.iterdir():
+                if is_partial(path.name):
+                    DISK.unlink(path)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder with all that it lies in; BadInput where it cannot be made."""
+    try:
+        DISK.make_folder(path)
+    except OSError as error:
+        raise BadInput(
+            f"{path}: cannot be made ({error.strerror or error}); choose another place with -o"
+        ) from error
+
+
+def is_plain_name(name: str) -> bool:
+    """Says whether a name is that of a file in a folder: no path, and nothing that leads out of the folder."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def is_own_file(path: Path, folder: Path) -> bool:
+    """Says whether ``path`` is a regular file inside ``folder``, reached without following any link."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False
+        return path.resolve(strict=True) == folder.resolve(strict=True) / path.relative_to(folder)
+    except (OSError, ValueError):
+        return False
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
@@ -84,16 +193,6 @@ def is_one_of(path: Path, inputs: Iterable[Path]) -> bool:
             if os.path.samefile(path, other):
                 return True
     return False
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` outlive a power cut; a file system that cannot do that is left alone."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def sha256_file(path: str | os.PathLike[str], progress: Progress | None = None) -> str:

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from cerebellum.bench.artifacts import BenchResults
 from cerebellum.codec import Artifact, read_artifact, write_artifact
 from cerebellum.errors import BadInput
+from cerebellum.files import remove_partials
 from cerebellum.groups import Groups, SourceFile
 from cerebellum.manifest import Manifest
 from cerebellum.measure.artifacts import Curves, Measurements
@@ -39,6 +40,7 @@ EVIDENCE = (SOURCE, GROUPS, MEASUREMENTS, CURVES, PLAN, VERIFY)
 """What the manifest names by its hash, where it is there."""
 
 _LOCK = ".lock"
+_FOLDERS = ("shards", "predictions", "charts", "bench")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Holds the folder for this process, and makes it where it is missing.
 
+        What a killed process left unfinished is removed, for under the lock nobody else can be at work on it.
         A block that leaves nothing in a folder that it made leaves no folder either.
         """
         made = not self.path.exists()
@@ -115,6 +118,7 @@ class RunFolder:
                 f"{self.path}: cannot be written ({error.strerror}); choose another folder with -o"
             ) from error
         try:
+            remove_partials([self.path, *(self / name for name in _FOLDERS)])
             yield
         finally:
             lock.release()
@@ -122,8 +126,8 @@ class RunFolder:
                 self._leave_nothing()
 
     def _leave_nothing(self) -> None:
-        """Removes the lock, and the folder if nothing else is in it."""
-        if [path.name for path in self.path.iterdir()] in ([_LOCK], []):
-            with suppress(OSError):
+        """Removes the lock, and the folder if nothing else is in it; it may be gone already."""
+        with suppress(OSError):
+            if [path.name for path in self.path.iterdir()] in ([_LOCK], []):
                 (self / _LOCK).unlink(missing_ok=True)
                 self.path.rmdir()

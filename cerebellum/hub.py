@@ -6,8 +6,10 @@ Everything is huggingface_hub's own: its requests and retries, its upload protoc
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,9 +42,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
+from cerebellum import files
 from cerebellum.codec import Record, read_json
 from cerebellum.errors import AnswerIsNo, BadInput
-from cerebellum.files import sha256_file
+from cerebellum.files import is_own_file, is_plain_name, sha256_file
 from cerebellum.folder import BENCH, CARD, EVIDENCE, LEDGER, MANIFEST, REPORT
 from cerebellum.ledger import Ledger
 from cerebellum.source import SPLIT_NAME
@@ -50,6 +53,8 @@ from cerebellum.source import SPLIT_NAME
 SCHEME = "hf:"
 _ADDRESS = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?/(?P<file>.+\.gguf)$", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{7,64}")
+_PART_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _REPO = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
 
 UPLOADED = (CARD, REPORT, MANIFEST, *EVIDENCE, BENCH, LEDGER)
@@ -97,7 +102,7 @@ def download(address: str, tell: Callable[[str], None] = lambda _: None) -> Path
     refuses.
     """
     match = _ADDRESS.match(address.removeprefix(SCHEME))
-    if match is None or ".." in match["file"].split("/"):
+    if match is None or not all(map(is_plain_name, (*match["repo"].split("/"), *match["file"].split("/")))):
         raise BadInput(f"{address}: not an address on the Hub; wanted hf:owner/repo/file.gguf")
     with _told(address):
         paths = [_fetch(match["repo"], name, match["revision"], tell) for name in _parts(match["file"])]
@@ -123,10 +128,12 @@ def _fetch(repo: str, name: str, revision: str | None, tell: Callable[[str], Non
     seen = get_hf_file_metadata(url)
     if seen.size is None or seen.commit_hash is None or seen.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
         return Path(hf_hub_download(repo, name, revision=revision))
+    if not _COMMIT.fullmatch(seen.commit_hash):
+        raise BadInput(f"{url}: names a commit that is none ({seen.commit_hash!a}); check HF_ENDPOINT")
     folder = Path(constants.HF_HOME) / "cerebellum" / repo.replace("/", "--") / seen.commit_hash
     target = folder / name
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
+        files.DISK.make_folder(target.parent)
         with FileLock(f"{target}.lock"):
             _resume(seen, url, target, tell)
     return target
@@ -137,10 +144,12 @@ def _resume(seen: HfFileMetadata, url: str, target: Path, tell: Callable[[str], 
 
     Raises BadInput, and removes the part, where its SHA-256 is another one.
     """
-    part = target.with_name(f"{target.name}.{(seen.etag or 'part')[:16]}.partial")
-    have = part.stat().st_size if part.exists() else 0
+    version = hashlib.sha256((seen.etag or "part").encode()).hexdigest()[:16]
+    part = target.with_name(f"{target.name}.{version}.partial")
+    have = _size_of_part(part, seen.size or 0, tell)
     tell(f"downloading {target.name}: {have:,} of {seen.size:,} bytes are here")
-    with part.open("r+b" if have else "wb") as stream:
+    with os.fdopen(os.open(part, _PART_FLAGS, 0o666), "r+b") as stream:
+        stream.truncate(have)
         stream.seek(have)
         http_get(
             seen.location,
@@ -150,10 +159,24 @@ def _resume(seen: HfFileMetadata, url: str, target: Path, tell: Callable[[str], 
             expected_size=seen.size,
             displayed_filename=target.name,
         )
+    if part.stat().st_size != seen.size:
+        raise BadInput(f"{target.name}: {part.stat().st_size:,} of {seen.size:,} bytes came; try again")
     if seen.etag and _SHA256.fullmatch(seen.etag) and sha256_file(part) != seen.etag:
-        part.unlink()
+        files.DISK.unlink(part)
         raise BadInput(f"{target.name}: what was downloaded is damaged and was removed; try again")
-    os.replace(part, target)
+    files.DISK.replace(part, target)
+
+
+def _size_of_part(part: Path, wanted: int, tell: Callable[[str], None]) -> int:
+    """Returns how many bytes of a file are here; a part that cannot be one of it is removed, and that is told."""
+    if not os.path.lexists(part):
+        return 0
+    found = part.lstat()
+    if stat.S_ISREG(found.st_mode) and found.st_size <= wanted:
+        return found.st_size
+    files.DISK.unlink(part)
+    tell(f"{part}: was no part of a file of {wanted:,} bytes and was removed")
+    return 0
 
 
 def _headers(url: str, location: str) -> dict[str, str]:
@@ -202,7 +225,7 @@ def _read(path: Path, wanted: type[_Json]) -> _Json:
     """Returns what is wanted of an artifact; BadInput names the file where it is not there."""
     try:
         return msgspec.convert(read_json(path), wanted)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeError) as error:
         raise BadInput(f"{path}: not as Cerebellum writes it ({error}); run its stage again") from error
 
 
@@ -217,7 +240,12 @@ def uploads(folder: Path) -> list[Upload]:
     more = [*(folder / "charts").glob("*.png"), *(folder / "bench").glob("*.jsonl")]
     deeper = sorted(path.relative_to(folder).as_posix() for path in more)
     names = [manifest.result.file, *(named.file for named in manifest.inputs()), *UPLOADED, *deeper]
-    found = [(name, folder / name) for name in names if (folder / name).exists()]
+    found = [(name, folder / name) for name in names if os.path.lexists(folder / name)]
+    for _, path in found:
+        if not is_own_file(path, folder):
+            raise BadInput(
+                f"{path}: is a link or no file; only the folder's own files are uploaded, so copy it there"
+            )
     return [Upload(name=name, path=path, n_bytes=path.stat().st_size) for name, path in found]
 
 
@@ -226,6 +254,10 @@ def _check(folder: Path, manifest: _Manifest) -> None:
     if not _read(folder / "verify.json", _Verified).ok:
         raise AnswerIsNo(f"{folder}: its file failed verification; nothing was uploaded")
     for named in (manifest.result, *manifest.inputs()):
+        if not is_plain_name(named.file):
+            raise BadInput(
+                f"{folder}: its manifest names {named.file!a}, which is no file of it; do not trust it"
+            )
         path = folder / named.file
         if sha256_file(path) != named.sha256:
             raise AnswerIsNo(f"{path}: is not the file its manifest names; run the stages again")
@@ -243,13 +275,13 @@ def push(folder: Path, repo: str, render: Callable[[], object], dry_run: bool, p
     if (folder / "ledger.sqlite").exists():
         with Ledger(folder / "ledger.sqlite") as ledger:
             ledger.settle()
-    files = uploads(folder)
+    found = uploads(folder)
     return Pushed(
         repo=repo,
         dry_run=dry_run,
-        files=tuple(PushedFile(name=f.name, bytes=f.n_bytes) for f in files),
-        bytes=sum(f.n_bytes for f in files),
-        url=None if dry_run else _commit(repo, files, private),
+        files=tuple(PushedFile(name=f.name, bytes=f.n_bytes) for f in found),
+        bytes=sum(f.n_bytes for f in found),
+        url=None if dry_run else _commit(repo, found, private),
     )
 
 
@@ -284,6 +316,18 @@ def _told(what: str) -> Iterator[None]:
         raise BadInput(f"{what}: HF_HUB_OFFLINE is set; unset it, or give a file on this disk") from error
     except (httpx2.HTTPError, ConnectionError, TimeoutError) as error:
         raise BadInput(f"{what}: the Hub cannot be reached ({type(error).__name__}); try again") from error
+    except OSError as error:
+        raise _no_file(what, error) from error
+
+
+def _no_file(what: str, error: OSError) -> BadInput:
+    """Tells a disk that takes no more from an answer of the Hub that is not the file it announced."""
+    if error.errno is None:
+        return BadInput(f"{what}: what came is not what the Hub announced ({error}); try again")
+    where = error.filename or constants.HF_HOME
+    return BadInput(
+        f"{what}: {where} cannot be written ({error.strerror}); set HF_HOME to a folder with room"
+    )
 
 
 def _reason(error: HfHubHTTPError) -> str:

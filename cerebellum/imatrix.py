@@ -77,10 +77,10 @@ def filled(entry: Entry) -> Floats:
 def _recipe_of(path: Path) -> str | None:
     """Returns what a matrix was made from, or None where the file is none that this program wrote."""
     try:
-        found: str | None = read_gguf(path).value(_RECIPE)
+        found = read_gguf(path).value(_RECIPE)
     except BadInput:
         return None
-    return found
+    return found if isinstance(found, str) else None
 
 
 def refuse_foreign(out: Path) -> None:
@@ -191,9 +191,21 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     return ImportanceMatrix(
         path=path,
         entries=entries,
-        datasets=tuple(file.value("imatrix.datasets", [])),
-        chunk_count=int(file.value("imatrix.chunk_count", 0)),
+        datasets=_datasets(file),
+        chunk_count=_chunk_count(file),
     )
+
+
+def _datasets(file: GgufFile) -> tuple[str, ...]:
+    """Returns the names of the texts; they are for people only, so a value of another type is none."""
+    found = file.value("imatrix.datasets", [])
+    return tuple(str(name) for name in found) if isinstance(found, list) else ()
+
+
+def _chunk_count(file: GgufFile) -> int:
+    """Returns how many chunks the matrix was made from, 0 where the file does not tell a count."""
+    found = file.value("imatrix.chunk_count", 0)
+    return found if isinstance(found, int) and 0 <= found < 1 << 32 else 0
 
 
 def _floats(file: GgufFile, name: str) -> Floats:

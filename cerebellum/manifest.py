@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -93,6 +94,22 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     encoder: EncoderNamed = EncoderNamed()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a manifest says that is only known when all is done; a rehearsal makes it up."""
+
+    source_sha256: str
+    matrix: NamedFile
+    base: BaseNamed
+    tensor_types: dict[str, str]
+    shards: dict[str, str]
+    artifacts: dict[str, str]
+    ledger_digest: str
+    result: ResultNamed
+    encoder: EncoderNamed
+    timings: TimeTable | None = None
+
+
 def make_manifest(workspace: Workspace, timings: TimeTable | None = None) -> Manifest:
     """Writes manifest.json of a finished run; a matrix from elsewhere is put beside it."""
     from cerebellum.build import output_path
@@ -101,9 +118,28 @@ def make_manifest(workspace: Workspace, timings: TimeTable | None = None) -> Man
     plan = workspace.artifacts.plan()
     out = output_path(workspace.folder, workspace.source, workspace.base)
     matrix = _beside(workspace.matrix.path, workspace.folder)
-    evidence = [workspace.path(name) for name in EVIDENCE]
+    artifacts = [workspace.path(name) for name in EVIDENCE]
     shards = workspace.shards.hashes(NOTHING) | workspace.shards.hashes(plan.changes)
-    manifest = Manifest(
+    evidence = Evidence(
+        source_sha256=workspace.source_sha256,
+        matrix=NamedFile(file=matrix.name, sha256=workspace.matrix.sha256),
+        base=_base(workspace),
+        tensor_types=plan.tensor_types,
+        shards=dict(sorted(shards.items())),
+        artifacts={path.name: sha256_file(path) for path in artifacts if path.exists()},
+        ledger_digest=workspace.ledger.digest(),
+        result=ResultNamed(file=out.name, sha256=sha256_file(out), bytes=out.stat().st_size),
+        encoder=_encoder(workspace),
+        timings=timings,
+    )
+    manifest = manifest_of(workspace, evidence)
+    workspace.artifacts.write(MANIFEST, manifest)
+    return manifest
+
+
+def manifest_of(workspace: Workspace, evidence: Evidence) -> Manifest:
+    """Returns the manifest of a run with this evidence; nothing is read or written."""
+    return Manifest(
         cerebellum=__version__,
         llama_cpp=workspace.engine.build,
         versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
@@ -112,26 +148,24 @@ def make_manifest(workspace: Workspace, timings: TimeTable | None = None) -> Man
         source=SourceNamed(
             name=workspace.source.name,
             files=tuple(file.path.name for file in workspace.source.files),
-            sha256=workspace.source_sha256,
+            sha256=evidence.source_sha256,
             header_sha256=workspace.source.header_sha256,
         ),
-        imatrix=NamedFile(file=matrix.name, sha256=workspace.matrix.sha256),
-        base=_base(workspace),
+        imatrix=evidence.matrix,
+        base=evidence.base,
         texts={"selection": workspace.selection.sha256, "report": workspace.report_corpus.sha256},
         text_files={
             "selection": workspace.selection.path.name,
             "report": workspace.report_corpus.path.name,
         },
-        tensor_types=plan.tensor_types,
-        shards=dict(sorted(shards.items())),
-        evidence={path.name: sha256_file(path) for path in evidence if path.exists()},
-        ledger_digest=workspace.ledger.digest(),
-        result=ResultNamed(file=out.name, sha256=sha256_file(out), bytes=out.stat().st_size),
-        timings=timings,
-        encoder=_encoder(workspace),
+        tensor_types=evidence.tensor_types,
+        shards=evidence.shards,
+        evidence=evidence.artifacts,
+        ledger_digest=evidence.ledger_digest,
+        result=evidence.result,
+        timings=evidence.timings,
+        encoder=evidence.encoder,
     )
-    workspace.artifacts.write(MANIFEST, manifest)
-    return manifest
 
 
 def _named(settings: Settings) -> Settings:
@@ -143,7 +177,7 @@ def _named(settings: Settings) -> Settings:
 
 def _encoder(workspace: Workspace) -> EncoderNamed:
     from cerebellum.encode import ENCODER_VERSION
-    from cerebellum.encoders import OurEncoder
+    from cerebellum.encode.encoders import OurEncoder
 
     encoder = workspace.encoder
     if not isinstance(encoder, OurEncoder):

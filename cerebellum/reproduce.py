@@ -15,13 +15,14 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from cerebellum import encode, imatrix, moments
+from cerebellum import encode, imatrix
 from cerebellum.base import file_base, preset_base
 from cerebellum.codec import Record, read_artifact
-from cerebellum.encoders import Encoder, OurEncoder
+from cerebellum.encode import moments
+from cerebellum.encode.encoders import Encoder, OurEncoder
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
-from cerebellum.files import is_one_of, sha256_file
+from cerebellum.files import is_one_of, is_plain_name, make_folder, sha256_file
 from cerebellum.gguf import TensorSource, parse_type, write_gguf
 from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
@@ -199,7 +200,7 @@ def _changed(name: str, detail: str) -> Compared:
 
 def _inside(folder: Path, name: str) -> Path:
     """A file of the folder; a manifest that points elsewhere was not written by Cerebellum."""
-    if Path(name).name != name or name in ("", ".", ".."):
+    if not is_plain_name(name):
         raise BadInput(f"{folder}: its manifest names {name!r}, which is no file name; do not trust it")
     return folder / name
 
@@ -215,10 +216,7 @@ def _out(request: Reproduction, manifest: Manifest, source: Source) -> Path:
         )
     if request.out.resolve() == request.manifest.parent.resolve():
         raise BadInput(f"{out}: would replace the file it is compared with; choose another folder with -o")
-    try:
-        request.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{request.out}: cannot be made ({error.strerror}); choose another with -o") from error
+    make_folder(request.out)
     return out
 
 

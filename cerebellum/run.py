@@ -138,17 +138,37 @@ def run_all(workspace: Workspace, request: BenchRequest | None = None) -> Manife
             if request is not None:
                 bench_stage(workspace, request)
         manifest = make_manifest(workspace, time_table(timings))
-        card_stage(workspace.folder)
+        _card_if_possible(workspace)
         return manifest
 
 
+def _card_if_possible(workspace: Workspace) -> None:
+    """Makes the card; a failure is told and no more, for the file is verified and needs no card to be used."""
+    try:
+        card_stage(workspace.folder)
+    except Exception as error:
+        workspace.reporter.note(
+            f"the card could not be made ({type(error).__name__}: {error}); the file is finished and verified: "
+            f"`cerebellum card {workspace.folder}` makes the card alone"
+        )
+
+
+def rehearse(workspace: Workspace) -> None:
+    """Makes manifest, card and report of made-up results, so that they cannot fail when all is measured."""
+    from cerebellum.card.rehearsal import rehearse as rehearse_card  # loads matplotlib
+
+    rehearse_card(workspace)
+
+
 def check(workspace: Workspace, way: Way) -> None:
-    """Raises before any work where a text cannot be used or the goal not be reached; then saves the settings."""
+    """Raises before any work where anything that later stages need is missing; then saves the settings."""
+    workspace.admit_models()
     workspace.check_texts()
     way.check(workspace)
     check_output(workspace)
     if workspace.watched is not None:
         workspace.reporter.note(workspace.watched.said())
+    rehearse(workspace)
     workspace.save_settings()
 
 

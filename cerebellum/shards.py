@@ -19,7 +19,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
-from cerebellum.encoders import Encoder
+from cerebellum import files
+from cerebellum.encode.encoders import Encoder
 from cerebellum.engine.ahead import Ahead
 from cerebellum.engine.protocols import QuantizeJob
 from cerebellum.engine.timings import timed
@@ -89,7 +90,7 @@ class Shards:
             recipe.matrix.sha256 if recipe.matrix else "",
             recipe.engine.build,
         ]
-        recipe.folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(recipe.folder)
 
     def variant(self, changes: Changes, label: str = "") -> Variant:
         """Returns the shard list of the base with ``changes``; makes those that are missing."""
@@ -127,7 +128,7 @@ class Shards:
     def _make_again(self, path: Path) -> None:
         content = self._written[path]
         self._tick(f"{path.name} again, for its bytes changed on the disk")
-        path.unlink()
+        files.DISK.unlink(path)
         self._write(path, content)
         if sha256_file(path) != self._hashes[path]:
             raise BadInput(

@@ -250,7 +250,8 @@ def plain_metadata(file: GgufFile) -> Metadata:
     for key in file.kv_records:
         if key.startswith(prefixes) and (value := _plain_value(file.value(key))) is not None:
             facts[key] = value
-    facts["vocabulary"] = len(file.value("tokenizer.ggml.tokens", []))
+    tokens = file.value("tokenizer.ggml.tokens", [])
+    facts["vocabulary"] = len(tokens) if isinstance(tokens, list | np.ndarray) else 0
     facts["chat_template"] = _TEMPLATE_KEY in file.kv_records
     return facts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 
 _UNITS = {
     **{"": 1, "b": 1},
@@ -11,13 +12,19 @@ _UNITS = {
     **{"kib": 2**10, "mib": 2**20, "gib": 2**30},
 }
 
+_MOST_DIGITS = 40
+_NO_DISK = 1 << 62
+
 
 def parse_size(text: str) -> int:
-    """Bytes; ValueError for anything that is not a number with one of the units above."""
+    """Returns bytes; ValueError for what is no number with one of the units above, or more than any disk has."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not found or found[2].lower() not in _UNITS:
         raise ValueError(f"{text!r} is not a size such as 14.2GB or 13GiB")
-    return round(float(found[1]) * _UNITS[found[2].lower()])
+    n_bytes = round(Decimal(found[1][:_MOST_DIGITS]) * _UNITS[found[2].lower()])
+    if len(found[1]) > _MOST_DIGITS or n_bytes >= _NO_DISK:
+        raise ValueError(f"{text[:24]!r} is more bytes than any disk or GPU has; give a size such as 13GiB")
+    return n_bytes
 
 
 def count(number: float) -> str:
@@ -40,6 +47,8 @@ def gib(n_bytes: float) -> str:
     """Binary units where llama.cpp's own figures are binary: 14.198 GiB, 7.24 MiB."""
     if n_bytes >= 1 << 30:
         return f"{n_bytes / (1 << 30):.3f} GiB"
+    if 0 < n_bytes < (1 << 20) // 200:  # 0.00 MiB would say nothing
+        return f"{n_bytes:,.0f} bytes"
     return f"{n_bytes / (1 << 20):.2f} MiB"
 
 

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from cerebellum import encode, imatrix, moments
+from cerebellum import encode, imatrix
 from cerebellum.base import Base, file_base, preset_base
 from cerebellum.codec import write_artifact
-from cerebellum.encoders import Encoder, choose
+from cerebellum.encode import moments
+from cerebellum.encode.encoders import Encoder, choose
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
 from cerebellum.folder import GROUPS, LEDGER, SETTINGS, SOURCE, RunFolder
@@ -23,6 +24,7 @@ from cerebellum.settings import OURS, Settings
 from cerebellum.shards import Recipe, Shards, Variant
 from cerebellum.source import Source, open_source
 from cerebellum.texts import Corpus, load_corpus
+from cerebellum.units import size
 from cerebellum.verdicts import Changes
 
 _SPANS = 8  # of layers that a budget may treat apart: finer ones cost measurements and files, and gain little
@@ -30,16 +32,27 @@ _SPANS = 8  # of layers that a budget may treat apart: finer ones cost measureme
 EngineFor = Callable[[Settings], Engine]
 """Makes the engine that settings ask for."""
 
+Admission = Callable[[Source], None]
+"""Raises BadInput for a model that the engine must not open."""
+
 
 class Workspace:
     """A run folder with its settings and an engine.
 
     Use ``with workspace.locked():`` around anything that writes, so that two runs never share a folder.
-    With ``planning`` no weights are read: the source's hash is the one that the run recorded.
+    With ``planning`` no weights are read: the source's hash is the one that the run recorded. ``admit`` is asked
+    about every model from outside before the engine opens it.
     """
 
     def __init__(
-        self, folder: Path, settings: Settings, engine: Engine, reporter: Reporter, *, planning: bool = False
+        self,
+        folder: Path,
+        settings: Settings,
+        engine: Engine,
+        reporter: Reporter,
+        *,
+        planning: bool = False,
+        admit: Admission = lambda model: None,
     ) -> None:
         self.folder = folder
         self.artifacts = RunFolder(folder)
@@ -47,6 +60,7 @@ class Workspace:
         self.engine = engine
         self.reporter = reporter
         self._planning = planning
+        self._admit = admit
 
     @classmethod
     def reopen(
@@ -84,6 +98,17 @@ class Workspace:
     def save_settings(self) -> None:
         """Writes settings.json, for the stages that follow; a run does so once it is surely under way."""
         write_artifact(self.path(SETTINGS), self.settings)
+
+    def admit_models(self) -> None:
+        """Asks whether the engine may open the models from outside.
+
+        A source that this folder's run has opened before, which source.json tells by its header, is not asked
+        about again; a base that was given is.
+        """
+        if not self.path(SOURCE).exists():
+            self._admit(self.source)
+        if self.settings.base_file is not None:
+            self._admit(open_source(self.settings.base_file, allow_requantize=True))
 
     def check_texts(self) -> None:
         """Tokenizes every text; raises BadInput before any work where one cannot be used."""
@@ -260,6 +285,6 @@ class Workspace:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise BadInput(
-                f"{self.folder}: {needed / 1e9:.2f} GB are needed (base, result, every group at every type "
-                f"tried), {free / 1e9:.2f} GB are free; choose a larger disk with -o, or try fewer types"
+                f"{self.folder}: {size(needed)} are needed (base, result, every group at every type "
+                f"tried), {size(free)} are free; choose a larger disk with -o, or try fewer types"
             )

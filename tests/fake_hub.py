@@ -36,6 +36,9 @@ class FakeHub(ThreadingHTTPServer):
         self.dead = False
         self.token: str | None = None
         self.wrong_bytes = False
+        self.commit = COMMIT
+        self.etag: str | None = None
+        self.body: bytes | None = None
 
     @property
     def url(self) -> str:
@@ -70,10 +73,12 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", hub.commit)
+        self.send_header("X-Linked-Etag", f'"{hub.etag or hashlib.sha256(content).hexdigest()}"')
         self.send_header("X-Linked-Size", str(len(content)))
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        if with_body and hub.body is not None:
+            content = hub.body
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         if with_body:

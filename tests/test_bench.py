@@ -514,3 +514,37 @@ def test_wrong_use_is_one_line(arguments: list[str], words: str) -> None:
 
     result = CliRunner().invoke(cli.cli, ["bench", str(DEMO_MODEL), *arguments])
     assert isinstance(result.exception, BadInput) and words in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ 1 + 'a' }}", "TypeError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+        ("{{ 'a' * 99999999999 }}", "MemoryError"),
+        ("{{ 2.0 ** 99999 }}", "OverflowError"),
+        ("{{ '%d' % 'x' }}", "cannot be rendered"),
+        ("{{ raise_exception('no system') }}", "no system"),
+        ("{% if %}", "cannot be rendered"),
+        ("{{ strftime_now('\ud800') }}", "cannot be rendered"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 3 s"),
+        ("{{ 'abcdefgh' * 9999999 }}", "79,999,992 characters"),
+    ],
+)
+def test_whatever_a_template_does_is_one_line(template: str, said: str) -> None:
+    vocabulary = Vocabulary(
+        bos=None, eos=None, bos_text="", eos_text="", adds_bos=False, chat_template=template
+    )
+    with pytest.raises(BadInput, match="template cannot be rendered") as refused:
+        render_chat(vocabulary, [{"role": "user", "content": "hi"}])
+    assert said in str(refused.value) and len(str(refused.value).splitlines()) == 1
+    plain = Vocabulary(
+        bos=None,
+        eos=None,
+        bos_text="",
+        eos_text="",
+        adds_bos=False,
+        chat_template="{{ messages[0].content }}",
+    )
+    assert render_chat(plain, [{"role": "user", "content": "hi"}]) == "hi", "the next prompt goes on"

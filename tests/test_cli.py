@@ -263,7 +263,7 @@ def test_a_full_disk_is_seen_before_any_work(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9 - 10**7, 10**7))
     ran = cerebellum(*tiny_run(embedded, tmp_path / "run", select_text, select_text))
-    troubled(ran, tmp_path / "run", "GB")
+    troubled(ran, tmp_path / "run", "MB are needed", "10 MB are free")
     assert not list((tmp_path / "run").glob("shards/*.gguf"))
 
 
@@ -405,13 +405,40 @@ def test_a_reader_that_leaves_is_no_trouble(embedded: Path) -> None:
 # ---- interrupted ----
 
 
+def started(*asked: object) -> subprocess.Popen[str]:
+    """A process that hears SIGINT: what a script starts in the background inherits that it is ignored."""
+
+    def heard() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(*asked), stdout=pipe, stderr=pipe, text=True, preexec_fn=heard)
+
+
+def test_an_interrupt_is_heard_where_the_tests_themselves_ignore_it() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = started("--version")
+        assert process.wait() == 0
+        process.communicate()
+        status = Path(f"/proc/{os.getpid()}/status")
+        if status.exists():
+            sleeper = started("doctor")
+            ignored = Path(f"/proc/{sleeper.pid}/status").read_text().split("SigIgn:")[1].split()[0]
+            sleeper.kill()
+            sleeper.communicate()
+            assert not int(ignored, 16) & 1 << (signal.SIGINT - 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_130_and_one_line(
     embedded: Path, select_text: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     folder = tmp_path / "run"
     asked = ["measure", *tiny_run(embedded, folder, select_text, select_text, "--chunks", 24)[1:]]
-    process = subprocess.Popen(command(*asked), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = started(*asked)
     try:
         deadline = time.monotonic() + 120
         while len(ledger_rows(folder)) < 3:
@@ -431,8 +458,7 @@ def test_an_interrupt_is_130_and_one_line(
 def test_an_interrupt_while_the_matrix_is_made_is_130(embedded: Path, tmp_path: Path) -> None:
     """The signal arrives in the callback that llama.cpp calls, as often as not."""
     out = tmp_path / "imatrix.gguf"
-    asked = command("imatrix", embedded, "-o", out, "--ctx", 64, "--chunks", 2000, "--threads", 2)
-    process = subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = started("imatrix", embedded, "-o", out, "--ctx", 64, "--chunks", 2000, "--threads", 2)
     try:
         assert process.stderr is not None
         assert "importance matrix" in process.stderr.readline()
@@ -457,7 +483,7 @@ def test_settings_are_kept_for_the_stages_that_follow(finished: Finished) -> Non
 def test_what_c_libraries_print_stays_off_stdout() -> None:
     """A line written to file descriptor 1 from under Python, as HiGHS does, must not spoil the JSON."""
     program = (
-        "import os, sys; from cerebellum import doctor; from cerebellum.cli import commands as cli\n"
+        "import os, sys; from cerebellum.cli import doctor; from cerebellum.cli import commands as cli\n"
         "real = doctor.examine\n"
         "def noisy(folder):\n    os.write(1, b'a line from C\\n'); return real(folder)\n"
         "doctor.examine = noisy; sys.argv = ['cerebellum', 'doctor', '--json']; cli.main()"

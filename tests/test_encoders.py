@@ -13,17 +13,18 @@ from test_quantize import quantized_by_llama_cpp, random_matrix
 from test_reproduce import again, details, finished_run
 from tiny import Recorder
 
-from cerebellum import encode, encoders, imatrix, moments, open_run
-from cerebellum.encoders import FED_BACK, OurEncoder, choose
+from cerebellum import encode, imatrix, open_run
+from cerebellum.encode import encoders, moments
+from cerebellum.encode.encoders import FED_BACK, OurEncoder, choose
+from cerebellum.encode.moments import Moments, watch
+from cerebellum.encode.quantize import Quantizing, quantize
 from cerebellum.engine.fake import FakeEngine
 from cerebellum.engine.protocols import ColumnProducts, QuantizeJob
 from cerebellum.errors import BadInput
 from cerebellum.gguf import GGMLQuantizationType, parse_preset, read_gguf, row_bytes
 from cerebellum.imatrix import Entry
 from cerebellum.llama.native import LlamaEngine
-from cerebellum.moments import Moments, watch
 from cerebellum.progress import Silent
-from cerebellum.quantize import Quantizing, quantize
 from cerebellum.run import run_all
 from cerebellum.settings import OURS, Budget, EncoderName, Goal, Limit, Preset
 from cerebellum.source import open_source

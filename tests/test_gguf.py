@@ -426,7 +426,7 @@ def test_a_folder_that_cannot_be_written(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(files, "open", refuse, raising=False)
+    monkeypatch.setattr(files.DISK, "create", refuse)
     with pytest.raises(BadInput, match=r"a\.gguf: no permission to write in .*; choose another"):
         write_gguf(tmp_path / "a.gguf", [], [])
 

@@ -44,13 +44,13 @@ def environment(hub: FakeHub, tmp_path: Path) -> dict[str, str]:
 
 def python(code: str, *args: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code, *args], env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, *args], env=env, capture_output=True, text=True, timeout=900
     )
 
 
 def cerebellum(*args: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cerebellum", *args], env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "cerebellum", *args], env=env, capture_output=True, text=True, timeout=900
     )
 
 
@@ -109,6 +109,7 @@ def test_all_parts_of_a_split_model(hub: FakeHub, environment: dict[str, str]) -
         ("hf:someone/absent/x.gguf", "no such repository"),
         ("hf:someone/x.gguf", "wanted hf:owner/repo/file.gguf"),
         (f"hf:{REPO}/../../x.gguf", "wanted hf:owner/repo/file.gguf"),
+        ("hf:../../x.gguf", "wanted hf:owner/repo/file.gguf"),
     ],
 )
 def test_refusals_are_one_line(environment: dict[str, str], tmp_path: Path, address: str, said: str) -> None:
@@ -117,6 +118,14 @@ def test_refusals_are_one_line(environment: dict[str, str], tmp_path: Path, addr
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("file", ["/tmp/x.gguf", "a//b/x.gguf", "./x.gguf", "a/../../x.gguf"])
+def test_a_file_that_is_no_path_inside_its_repository_is_refused(
+    hub: FakeHub, environment: dict[str, str], file: str
+) -> None:
+    done = python(DOWNLOAD, f"hf:{REPO}/{file}", env=environment)
+    assert "wanted hf:owner/repo/file.gguf" in done.stderr and hub.requests == []
 
 
 def test_no_hub_is_one_line(environment: dict[str, str], tmp_path: Path) -> None:
@@ -199,3 +208,109 @@ def test_push_without_a_token_says_so(hub: FakeHub, environment: dict[str, str],
     assert done.returncode == 2
     assert "HF_TOKEN" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"commit": "../../.."}, "names a commit that is none"),
+        ({"commit": "/tmp/elsewhere"}, "names a commit that is none"),
+        ({"body": MODEL[:-5]}, "try again"),
+        ({"body": MODEL + b"more"}, "try again"),
+    ],
+)
+def test_an_answer_that_is_not_what_was_announced_is_one_line(
+    hub: FakeHub, environment: dict[str, str], tmp_path: Path, knobs: dict[str, Any], said: str
+) -> None:
+    for name, value in knobs.items():
+        setattr(hub, name, value)
+    quick = f"import time; time.sleep = lambda _: None; {DOWNLOAD}"
+    done = python(quick, f"hf:{REPO}/tiny.F16.gguf", env=environment)
+    assert done.returncode != 0 and said in done.stderr, done.stderr
+    assert "cerebellum.errors.BadInput" in done.stderr, "and that is the line that the command line prints"
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_an_etag_with_slashes_is_a_name_like_any_other(hub: FakeHub, environment: dict[str, str]) -> None:
+    hub.etag = "../../../" + "x" * 300
+    done = python(DOWNLOAD, f"hf:{REPO}/tiny.F16.gguf", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).read_bytes() == MODEL
+
+
+def test_a_part_that_is_longer_than_the_file_is_removed_and_told(
+    hub: FakeHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    hub.cut_after = 15_000_000
+    address = f"hf:{REPO}/tiny.F16.gguf"
+    python(f"import time; time.sleep = lambda _: None; {DOWNLOAD}", address, env=environment)
+    (part,) = (tmp_path / "hf").rglob("*.partial")
+    part.write_bytes(MODEL + b"more")
+    hub.dead = False
+    done = python(DOWNLOAD, address, env=environment)
+    assert done.returncode == 0 and "was removed" in done.stderr, done.stderr
+    assert Path(done.stdout.strip()).read_bytes() == MODEL
+
+
+def test_a_link_in_the_place_of_a_part_is_not_written_through(
+    hub: FakeHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    hub.cut_after = 15_000_000
+    address = f"hf:{REPO}/tiny.F16.gguf"
+    python(f"import time; time.sleep = lambda _: None; {DOWNLOAD}", address, env=environment)
+    (part,) = (tmp_path / "hf").rglob("*.partial")
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"mine")
+    part.unlink()
+    part.symlink_to(mine)
+    hub.dead = False
+    done = python(DOWNLOAD, address, env=environment)
+    assert done.returncode == 0 and mine.read_bytes() == b"mine", done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="no disk that refuses")
+def test_a_home_that_takes_nothing_is_one_line(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    done = cerebellum(
+        "run",
+        f"hf:{REPO}/tiny.F16.gguf",
+        "-o",
+        str(tmp_path / "run"),
+        env=environment | {"HF_HOME": str(tmp_path / "file" / "hf")},
+    )
+    assert done.returncode == 2 and "HF_HOME" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("planted", ["README.md", "bench/a.jsonl", "charts", "ledger.sqlite"])
+def test_push_follows_no_link(environment: dict[str, str], tmp_path: Path, planted: str) -> None:
+    folder = run_folder(tmp_path / "run")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "x.png").write_text("secret")
+    path = folder / planted
+    path.parent.mkdir(exist_ok=True)
+    done = python(UPLOADS.format(make=_link(path, secret)), str(folder), env=environment)
+    assert "is a link or no file" in done.stderr, done.stderr
+
+
+UPLOADS = (
+    "import sys, os; from pathlib import Path; from cerebellum.hub import uploads; "
+    "{make}; uploads(Path(sys.argv[1]))"
+)
+
+
+def _link(path: Path, secret: Path) -> str:
+    target = secret if path.suffix == "" else secret / "x.png"
+    return f"os.symlink({str(target)!r}, {str(path)!r})"
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret", "bench/../../secret"])
+def test_push_takes_no_name_out_of_the_folder(environment: dict[str, str], tmp_path: Path, name: str) -> None:
+    folder = run_folder(tmp_path / "run")
+    (tmp_path / "secret").write_text("secret")
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    content["imatrix"]["file"] = name
+    path.write_text(json.dumps(content))
+    done = python(UPLOADS.format(make="pass"), str(folder), env=environment)
+    assert "which is no file of it" in done.stderr, done.stderr

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cerebellum import doctor
-from cerebellum.doctor import SWAP_TYPES, _TrialShards, check_swaps
+from cerebellum.cli import doctor
+from cerebellum.cli.doctor import SWAP_TYPES, _TrialShards, check_swaps
 from cerebellum.engine.protocols import CannotSwap
 from cerebellum.llama import resident
 from cerebellum.llama.native import EngineSettings, LlamaEngine

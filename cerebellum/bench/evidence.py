@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from cerebellum.bench.artifacts import Answer
 from cerebellum.codec import as_json, write_json
 from cerebellum.errors import BadInput
-from cerebellum.files import write_refusal
+from cerebellum.files import make_folder, write_refusal
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def held(folder: Path) -> Iterator[None]:
     Two benches at once would ask every question twice. Raises BadInput where another one is at work.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout as error:
@@ -47,8 +47,8 @@ class Answers:
         digest = hashlib.sha256(canonical.encode()).hexdigest()
         self.path = folder / f"{name}.{digest[:12]}.jsonl"
         self.by_id: dict[str, Answer] = {}
+        make_folder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             self._stream: BinaryIO = open(self.path, "a+b")  # noqa: SIM115 - closed by __exit__
         except OSError as error:
             raise write_refusal(self.path, error) from error

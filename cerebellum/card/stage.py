@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from cerebellum import __version__
+from cerebellum import __version__, files
 from cerebellum.card.budget_story import BudgetStory
 from cerebellum.card.cells import (
     architecture,
@@ -66,10 +66,10 @@ def _write_charts(folder: Path, pictures: Mapping[str, Picture]) -> list[Path]:
     """Writes the charts that there are, and removes those that an earlier run left: a card must not
     show a chart of another file.
     """
-    folder.mkdir(exist_ok=True)
+    files.make_folder(folder)
     paths = [folder / f"{name}.png" for name in pictures]
     for old in set(folder.glob("*.png")) - set(paths):
-        old.unlink()
+        files.DISK.unlink(old)
     for path, drawn in zip(paths, pictures.values(), strict=True):
         atomic_write_bytes(path, drawn.png)
     return paths
@@ -114,7 +114,7 @@ def card_context(story: Story, pictures: Mapping[str, Picture], repo: str | None
         "limits": limits(story),
         "pictures": pictures,
         "provenance": provenance(run),
-        "style": Markup(files("cerebellum").joinpath("card/report.css").read_text("utf-8")),
+        "style": Markup(resources.files("cerebellum").joinpath("card/report.css").read_text("utf-8")),
     }
 
 

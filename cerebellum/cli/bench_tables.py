@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from cerebellum.bench.artifacts import AuditCheck, BenchResults, PairRow, ScoreRow, SessionRow, Turned
+from cerebellum.cli.tables import shown
+from cerebellum.errors import visible
 
 _LABELS = {"original": "", "corrected": ", corrected labels", "published_subset": ", published 2,400"}
 
@@ -18,14 +19,14 @@ def bench_tables(found: BenchResults) -> list[Table | Text]:
 
     Problems that the audit found are bold and red, so that no score is read without them.
     """
-    shown: list[Table | Text] = [scores_table(found.scores)]
+    parts: list[Table | Text] = [scores_table(found.scores)]
     if found.paired:
-        shown.append(pairs_table(found.paired))
+        parts.append(pairs_table(found.paired))
     checks = found.audit.checks
-    shown += [_turned(check, check.turned) for check in checks if check.turned]
-    shown += [_problem(check, text) for check in checks for text in check.problems]
-    shown += [_session(row) for row in found.session if row.asked]
-    return shown
+    parts += [_turned(check, check.turned) for check in checks if check.turned]
+    parts += [_problem(check, text) for check in checks for text in check.problems]
+    parts += [_session(row) for row in found.session if row.asked]
+    return parts
 
 
 def scores_table(scores: Sequence[ScoreRow]) -> Table:
@@ -36,7 +37,7 @@ def scores_table(scores: Sequence[ScoreRow]) -> Table:
     for row in scores:
         low, high = row.ci_pct
         table.add_row(
-            escape(row.model),
+            shown(row.model),
             _benchmark(row),
             row.metric,
             f"{row.correct:,} of {row.n:,}",
@@ -57,7 +58,7 @@ def pairs_table(pairs: Sequence[PairRow]) -> Table:
     for row in pairs:
         low, high = row.ci_pct
         table.add_row(
-            escape(row.against),
+            shown(row.against),
             _benchmark(row),
             row.metric,
             Text(
@@ -79,18 +80,18 @@ def _turned(check: AuditCheck, turned: Turned) -> Text:
     letters = zip("ABCD", turned.letter_shares, strict=True)
     shares = ", ".join(f"{letter} {100 * share:.0f}%" for letter, share in letters)
     rights = ", ".join(f"{value:.1f}" for value in turned.accuracy_pct)
-    where = f"{check.model}, {check.task}"
+    where = f"{visible(check.model)}, {check.task}"
     same = f"the same option in all four: {turned.same_option_pct:.0f}%"
     return Text(f"{where}, options turned: says {shares}; right in % by turn {rights}; {same}", style="dim")
 
 
 def _problem(check: AuditCheck, text: str) -> Text:
-    where = f"{check.model}, {check.task} ({check.protocol})"
-    return Text(f"audit: {where}: {text}", style="bold red")
+    where = f"{visible(check.model)}, {check.task} ({check.protocol})"
+    return Text(f"audit: {where}: {visible(text)}", style="bold red")
 
 
 def _session(row: SessionRow) -> Text:
     rate = row.asked / row.seconds if row.seconds else 0.0
     again = f", {row.reused} answered before" if row.reused else ""
-    where = f"{row.model}, {row.task} ({row.protocol})"
+    where = f"{visible(row.model)}, {row.task} ({row.protocol})"
     return Text(f"{where}: {row.asked} asked in {row.seconds:.1f} s, {rate:.1f}/s{again}", style="dim")

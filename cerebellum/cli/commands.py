@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from contextlib import suppress
@@ -33,9 +32,11 @@ from cerebellum.cli.options import (
     take_goal,
     take_size,
     text_option,
+    threads_option,
     timings_option,
 )
-from cerebellum.cli.progress import ERR, OUT, ProgressReporter
+from cerebellum.cli.progress import OUT, ProgressReporter, say
+from cerebellum.cli.streams import answering, keep_stdout_for_answers, open_missing_streams
 from cerebellum.codec import as_json as plain
 from cerebellum.codec import write_artifact
 from cerebellum.engine.protocols import Engine
@@ -150,6 +151,7 @@ def imatrix(
     if not force:
         refuse_foreign(out)
     opened = open_source(source, allow_requantize=True)
+    _admitted(source)
     engine = _engine(threads, gpu_layers, source, ctx)
     corpus = load_corpus(engine, source, imatrix_text, ctx)
     matrix = compute_or_reuse(
@@ -168,9 +170,7 @@ def imatrix(
         "ctx": ctx,
         "sha256": matrix.sha256,
     }
-    _answer(
-        answer, as_json, f"{out}: {len(matrix.entries)} entries from {matrix.chunk_count} chunks of {ctx}"
-    )
+    _answer(answer, as_json, tables.matrix_line(out, len(matrix.entries), matrix.chunk_count, ctx))
 
 
 @cli.command()
@@ -191,14 +191,15 @@ def imatrix(
 @click.option("--allow-requantize", is_flag=True, help="Accept a source that is quantized already.")
 @engine_options
 @json_option
-def quantize(source: Path, threads: int, gpu_layers: int, as_json: bool, **asked: Any) -> None:
+def quantize(source: Path, threads: int, gpu_layers: int | None, as_json: bool, **asked: Any) -> None:
     """SOURCE at one of llama.cpp's presets, llama-quantize's job: rounded by our encoder or by ggml's."""
-    from cerebellum.quantize import Quantizing
-    from cerebellum.quantize import quantize as quantized
+    from cerebellum.encode.quantize import Quantizing
+    from cerebellum.encode.quantize import quantize as quantized
 
     asked["text"] = asked.pop("imatrix_text")
     request = Quantizing(source=source, threads=threads, **asked)
-    found = quantized(request, _engine(threads, gpu_layers), ProgressReporter())
+    _admitted(source)
+    found = quantized(request, _engine(threads, gpu_layers, source, asked["ctx"]), ProgressReporter())
     _answer(found, as_json, tables.quantized_line(found))
 
 
@@ -256,7 +257,7 @@ def build(folder: Path, as_json: bool) -> None:
     with workspace.locked():
         path = build_stage(workspace)
     answer = {"path": str(path), "bytes": path.stat().st_size}
-    _answer(answer, as_json, f"{path}  {units.size(path.stat().st_size)}")
+    _answer(answer, as_json, f"{tables.shown(str(path))}  {units.size(path.stat().st_size)}")
 
 
 @cli.command()
@@ -285,7 +286,9 @@ def verify(folder: Path, as_json: bool) -> None:
 @click.option("-o", "--out", type=PathArgument, help="Folder for the answers [default: <MODEL>-bench].")
 @click.option("--rotations", type=click.IntRange(1, 5), default=1, help="Ask with the options turned, too.")
 @click.option("--generate", type=click.IntRange(0), default=0, help="Also let it write up to N tokens.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Which questions a --limit takes.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=1, show_default=True, help="Which questions a --limit takes."
+)
 @engine_options
 @json_option
 def bench(
@@ -307,6 +310,7 @@ def bench(
     if not names:
         raise click.UsageError(f"--tasks names none; give some of {','.join(TASKS)}")
     request = BenchRequest(tasks=names, protocols=PROTOCOLS if protocol == "both" else (protocol,), **asked)
+    _admitted(model, *against)
     folder = out or model.with_name(f"{model.stem}-bench")
     found = bench_files(
         (model, *against), request, _engine(threads, gpu_layers, model).asker, folder, ProgressReporter()
@@ -325,7 +329,7 @@ def card(folder: Path, repo: str | None, as_json: bool) -> None:
     from cerebellum.run import card_stage
 
     written = [str(path) for path in card_stage(folder, repo)]
-    _answer({"files": written}, as_json, "\n".join(written))
+    _answer({"files": written}, as_json, *map(tables.shown, written))
 
 
 @cli.command()
@@ -340,7 +344,12 @@ def push(folder: Path, repo: str, dry_run: bool, private: bool, as_json: bool) -
     from cerebellum.run import card_stage
 
     found = push_run(folder, repo, lambda: card_stage(folder, repo), dry_run, private)
-    _answer(found, as_json, tables.upload_table(found), found.url or "nothing was uploaded (--dry-run)")
+    _answer(
+        found,
+        as_json,
+        tables.upload_table(found),
+        tables.shown(found.url or "") or "nothing was uploaded (--dry-run)",
+    )
 
 
 @cli.command()
@@ -350,7 +359,7 @@ def push(folder: Path, repo: str, dry_run: bool, private: bool, as_json: bool) -
 @click.option("--base-file", type=PathArgument, help="The base, where the run was given one.")
 @click.option("--select-text", type=PathArgument, help="To compare [default: beside it, or Cerebellum's].")
 @click.option("--report-text", type=PathArgument, help="To compare [default: beside it, or Cerebellum's].")
-@click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True)
+@threads_option
 @json_option
 def reproduce(
     manifest: Path,
@@ -387,14 +396,18 @@ def reproduce(
 @ctx_option
 @first_chunks_option
 @click.option("--until", type=Percent(), help="Stop when the change is known to within this (0.5%).")
-@click.option("--seed", type=int, default=1, show_default=True, help="Order of the chunks with --until.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=1, show_default=True, help="Order of the chunks with --until."
+)
 @engine_options
 @json_option
 def compare(a: Path, b: Path, threads: int, gpu_layers: int | None, as_json: bool, **asked: Any) -> None:
     """B against A on the same tokens: perplexity, KL divergence, top token, with intervals."""
-    from cerebellum.comparison import ComparisonSettings
+    from cerebellum.comparison import ComparisonSettings, open_pair
     from cerebellum.comparison import compare as compare_models
 
+    open_pair(a, b)
+    _admitted(a, b)
     asked["until_pct"] = asked.pop("until")
     found = compare_models(
         _engine(threads, gpu_layers, a, asked["ctx"]), a, b, ComparisonSettings(**asked), ProgressReporter()
@@ -415,6 +428,7 @@ def perplexity(
     """Perplexity of MODEL, equal to llama-perplexity's."""
     from cerebellum.comparison import perplexity_of
 
+    _admitted(model)
     found = perplexity_of(
         _engine(threads, gpu_layers, model, ctx), model, text, ctx, chunks, ProgressReporter()
     )
@@ -433,7 +447,7 @@ def perplexity(
 @json_option
 def doctor(model: Path | None, threads: int, gpu_layers: int | None, as_json: bool) -> None:
     """What this machine has, and what is missing."""
-    from cerebellum.doctor import check_swaps, examine
+    from cerebellum.cli.doctor import check_swaps, examine
 
     if model is not None:
         report = check_swaps(model, _engine(threads, gpu_layers, model), ProgressReporter())
@@ -448,7 +462,10 @@ def doctor(model: Path | None, threads: int, gpu_layers: int | None, as_json: bo
         free = units.size(device["free_bytes"])
         total = units.size(device["total_bytes"])
         lines.append(f"device {device['name']}: {device['description']}, {free} free of {total}")
-    lines += [f"[red]problem:[/] {problem}" for problem in found["problems"]] or ["[green]ready"]
+    lines = [tables.shown(line) for line in lines]
+    lines += [f"[red]problem:[/] {tables.shown(problem)}" for problem in found["problems"]] or [
+        "[green]ready"
+    ]
     _answer(found, as_json, *lines)
     sys.exit(0 if found["ok"] else 1)
 
@@ -515,7 +532,18 @@ def _placed(folder: Path, source: Path, ctx: int) -> Settings | Offload:
 
 
 def _workspace(folder: Path, settings: Settings) -> Workspace:
-    return Workspace(folder, settings, _engine_for(settings), ProgressReporter())
+    from cerebellum.llama.guard import admit
+
+    return Workspace(folder, settings, _engine_for(settings), ProgressReporter(), admit=admit)
+
+
+def _admitted(*models: Path) -> None:
+    """Raises BadInput where llama.cpp cannot bear one of the models; they are tried in another process."""
+    from cerebellum.llama.guard import admit
+    from cerebellum.source import open_source
+
+    for model in models:
+        admit(open_source(model, allow_requantize=True))
 
 
 def _reopened(folder: Path) -> Workspace:
@@ -548,8 +576,8 @@ def _run(
         tables.report_table(verified),
         *(bench_tables(benched) if benched else ()),
         *((manifest.timings.table(),) if with_timings and manifest.timings else ()),
-        f"[bold]{path}[/]  {units.size(path.stat().st_size)}",
-        f"card {workspace.path('README.md')}, report {workspace.path('report.html')}",
+        f"[bold]{tables.shown(str(path))}[/]  {units.size(path.stat().st_size)}",
+        tables.card_line(workspace.folder),
         tables.run_instructions(path, plan.memory),
     )
     sys.exit(0 if verified.ok else 1)
@@ -598,29 +626,31 @@ def _replanned_goal(goal: Goal, asked: dict[str, Any]) -> Goal:
 
 
 def _plan_file(model: Path, measurements: Path | None, base: str | None, asked: dict[str, Any]) -> AnyPlan:
+    from cerebellum.llama.guard import check_contents
     from cerebellum.run import way_of
+    from cerebellum.source import open_source
 
     if measurements is None:
         raise BadInput(f"{model}: a GGUF has no measurements; give --measurements FILE or a run folder")
+    check_contents(open_source(model, allow_requantize=True))
     settings = Settings(source=model, goal=_replanned_goal(Limit(), asked), base=base or "Q3_K_M")
     return way_of(settings.goal).plan_header(settings, _engine_for(settings), measurements)
 
 
 def _answer(value: Any, as_json: bool, *shown: Any) -> None:
-    try:
+    with answering():
         if as_json:
             click.echo(json.dumps(plain(value), indent=2, allow_nan=False))
             return
         for part in shown:
             OUT.print(part, highlight=False, soft_wrap=isinstance(part, str))
-    except BrokenPipeError:  # whoever read us is gone, which is no fault of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:
     """Exit codes: 0 done, 1 the answer is no, 2 wrong use or bad input, 130 interrupted."""
+    open_missing_streams()
     signal.signal(signal.SIGTERM, _interrupt)
-    _keep_stdout_for_answers()
+    keep_stdout_for_answers()
     try:
         cli.main(standalone_mode=False)
     except CerebellumError as error:
@@ -629,19 +659,10 @@ def main() -> None:
         _fail(error.format_message(), 2)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _fail("interrupted; the same command goes on from here", 130)
-
-
-def _keep_stdout_for_answers() -> None:
-    """What C libraries print goes to stderr: HiGHS writes a line to stdout now and then, told or not."""
-    try:
-        real = sys.stdout.fileno() == 1
-    except (OSError, ValueError):  # a stand-in without a file, or closed
-        return
-    if real:
-        sys.stdout.flush()
-        kept = os.dup(1)
-        os.dup2(2, 1)
-        sys.stdout = os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    except BrokenPipeError:
+        _fail("the reader of the output left before all of it was said", 1)
+    except OSError as error:
+        _fail(f"{error.filename or 'the disk'}: {error.strerror or error}; was it moved or removed?", 2)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -649,5 +670,5 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    ERR.print(f"cerebellum: {message}", markup=False, highlight=False, soft_wrap=True)
+    say(f"cerebellum: {' '.join(message.splitlines())}")
     sys.exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,24 @@ from cerebellum.settings import (
 from cerebellum.units import parse_size
 
 Command = Callable[..., Any]
-PathArgument = click.Path(path_type=Path)
+
+
+class PathName(click.Path):
+    """A path that is one: an empty text, as of an unset variable in a script, is not the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Returns the path; fails where nothing was given."""
+        if value == "":
+            self.fail("an empty text is no path; is a variable of your script not set?", param, ctx)
+        return Path(value)
+
+
+PathArgument = PathName()
+
+MAX_THREADS = 512
+"""The most that ggml takes (GGML_MAX_N_THREADS); with more it ends the process without a word."""
+
+DEFAULT_THREADS = min(os.cpu_count() or 1, MAX_THREADS)
 
 _LEAST_GPU = 1 << 20  # bytes: below it a unit was forgotten
 _DEFAULT_CONTEXT = 4096
@@ -56,6 +74,22 @@ class Percent(click.ParamType[float]):
             self.fail(f"{value!r} is not a percentage such as 3%", param, ctx)
         if not self.low <= number < 1000:
             self.fail(f"{value} is not between 0% and 1000%", param, ctx)
+        return number
+
+
+class Chance(click.ParamType[float]):
+    """A probability, neither impossible nor certain; ``nan`` is none."""
+
+    name = "chance"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Returns the number; fails where it is not between 0 and 1."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0.0 < number < 1.0:
+            self.fail(f"{value} is not between 0 and 1, such as 0.05", param, ctx)
         return number
 
 
@@ -96,8 +130,9 @@ class FileSize(click.ParamType[Any]):
             return value
         try:
             return Bytes(n_bytes=parse_size(str(value)))
-        except ValueError:
-            pass
+        except ValueError as error:
+            if str(value)[:1].isdigit() and "more bytes" in str(error):
+                self.fail(str(error), param, ctx)
         try:
             return Preset(name=preset_label(parse_preset(str(value))))
         except BadInput as error:
@@ -179,8 +214,11 @@ ctx_option = click.option(
     show_default=True,
     help="Tokens of a chunk that is measured.",
 )
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, MAX_THREADS), default=DEFAULT_THREADS, show_default=True
+)
 engine_options = options(
-    click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True),
+    threads_option,
     click.option(
         "--gpu-layers",
         type=GpuLayers(),
@@ -252,7 +290,7 @@ limit_options = options(
     ),
     click.option(
         "--alpha",
-        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        type=Chance(),
         default=0.05,
         show_default=True,
         help="Chance that any verdict is wrong.",

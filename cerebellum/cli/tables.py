@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import RenderableType
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.table import Table
 from rich.text import Text
 
 from cerebellum.card.commands import gpu_flags
 from cerebellum.card.merged import merged_rows
 from cerebellum.comparison import Comparison
+from cerebellum.encode.quantize import Quantized
+from cerebellum.errors import visible
+from cerebellum.folder import CARD, REPORT
 from cerebellum.groups import Description, GroupRecord
 from cerebellum.hub import Pushed
 from cerebellum.measure.artifacts import Curves, Measurements
 from cerebellum.plan.artifacts import AnyPlan, BudgetPlan, FrontierRow, GpuMemory, LimitPlan, Plan
-from cerebellum.quantize import Quantized
 from cerebellum.reproduce import Reproduced
 from cerebellum.settings import GGML
 from cerebellum.units import count, gib, nats, number, percent, size
@@ -25,6 +28,11 @@ from cerebellum.verify import Verified
 
 _VERDICT_STYLES = {"tolerant": "green", "sensitive": "red", "collapsed": "bold red"}
 _DECISION_STYLES = {"demoted": "green", "promoted": "cyan"}
+
+
+def shown(text: str) -> str:
+    """Returns text from outside as a console may print it: it is never markup, and never moves the cursor."""
+    return escape_markup(visible(text))
 
 
 def verdict(name: str) -> Text:
@@ -36,7 +44,7 @@ def inspect_tables(source: Description) -> list[Table]:
     """Shows the model at a glance, and below it every group with the types that it may become."""
     facts = Table(show_header=False, box=None)
     rows = [
-        ("architecture", escape(source.architecture)),
+        ("architecture", shown(source.architecture)),
         ("parameters", count(source.parameters)),
         ("active", count(source.active_parameters)),
         ("layers", str(source.layers)),
@@ -63,7 +71,7 @@ def _groups_table(groups: Sequence[GroupRecord]) -> Table:
         table.columns[column].justify = "right"
     for group in groups:
         table.add_row(
-            escape(group.name),
+            shown(group.name),
             str(group.tensors),
             count(group.parameters),
             size(group.bytes),
@@ -78,12 +86,12 @@ def measurements_table(measured: Measurements) -> Table:
     """Shows every measurement against the base: the change of perplexity with its interval, the
     divergence in nats a token, the chunks read, and the verdict.
     """
-    title = f"To {measured.demote} from {measured.base}, one at a time"
+    title = f"To {shown(measured.demote)} from {shown(measured.base)}, one at a time"
     table = Table("groups", "type", "delta", "KL divergence", "chunks", "verdict", title=title)
     for row in measured.measurements:
         table.add_row(
-            escape(" + ".join(row.groups)),
-            str(row.type),
+            shown(" + ".join(row.groups)),
+            shown(str(row.type)),
             percent(row.delta_pct, row.ci_pct),
             "-" if row.kld_mean is None else f"{row.kld_mean:.5f}",
             str(row.chunks or "-"),
@@ -103,13 +111,13 @@ def measured_tables(measured: Measurements | Curves) -> tuple[RenderableType, ..
 
 def responses_table(curves: Curves) -> Table:
     """Shows every part at every type it was measured at: its damage above the anchor's, nats a token."""
-    title = f"Alone at a type, all else at {curves.rounding.anchor}"
+    title = f"Alone at a type, all else at {shown(curves.rounding.anchor)}"
     table = Table("part", "type", "KL divergence", "chunks", title=title)
     for response in curves.responses:
         kld = response.kld
         table.add_row(
-            escape(response.part),
-            response.type,
+            shown(response.part),
+            shown(response.type),
             "collapsed" if kld is None else f"{kld.mean:.5f}",
             "-" if kld is None else str(kld.n),
         )
@@ -117,7 +125,7 @@ def responses_table(curves: Curves) -> Table:
 
 
 def _passes(curves: Curves) -> str:
-    return f"{curves.tokens_scored:,} tokens scored, {curves.passes:.2f} passes over {escape(curves.text)}"
+    return f"{curves.tokens_scored:,} tokens scored, {curves.passes:.2f} passes over {shown(curves.text)}"
 
 
 def tokens_saved(measured: Measurements) -> str:
@@ -148,7 +156,7 @@ def plan_table(plan: LimitPlan) -> Table:
 
     Figures that are of several groups together say so, for they must not be added up.
     """
-    title = f"Base {plan.base}, demoting to {plan.demote}, limit +{plan.threshold_pct:g}%"
+    title = f"Base {shown(plan.base)}, demoting to {shown(plan.demote)}, limit +{plan.threshold_pct:g}%"
     table = Table("group", "tensors", "base", "saves", "delta", "verdict", "decision", title=title)
     for column in (0, 4):
         table.columns[column].no_wrap = True
@@ -157,9 +165,9 @@ def plan_table(plan: LimitPlan) -> Table:
     for row in plan.groups:
         note = f" for {1 + len(row.measured_with)} together" if row.measured_with else ""
         table.add_row(
-            escape(row.name),
+            shown(row.name),
             str(row.tensors),
-            row.base_type,
+            shown(row.base_type),
             size(row.bytes_saved),
             percent(row.delta_pct, row.ci_pct) + note,
             verdict(row.verdict),
@@ -182,13 +190,13 @@ def budget_table(plan: BudgetPlan) -> Table:
 
     Neighbouring layers of a role that are treated alike share a row, as on the card.
     """
-    title = f"Best within {size(plan.budget_bytes)}, from base {plan.base}"
+    title = f"Best within {size(plan.budget_bytes)}, from base {shown(plan.base)}"
     table = Table("group", "tensors", "base", "chosen", "saves", "KL change", "perplexity", title=title)
     for row in (merged.row for merged in merged_rows(plan)):
         table.add_row(
-            escape(row.name),
+            shown(row.name),
             str(row.tensors),
-            row.base_type,
+            shown(row.base_type),
             Text(row.chosen_type, style=_DECISION_STYLES.get(row.decision, "dim")),
             size(row.bytes_saved),
             "-" if row.kld_change is None else f"{row.kld_change:+.5f}",
@@ -204,14 +212,14 @@ def budget_summary(plan: BudgetPlan) -> str:
     """
     text = f"file {plan.file_bytes:,} bytes of {plan.budget_bytes:,}; "
     if plan.measured_kld is None or plan.predicted_kld is None:
-        stated = f"; types that nobody measured: {plan.model}" if plan.model else ""
+        stated = f"; types that nobody measured: {shown(plan.model)}" if plan.model else ""
         return f"{text}{_predicted(plan)}, not measured{stated}"
     base = plan.base_kld or 0.0
     bounds = tuple(base + bound for bound in plan.kld_ci) if plan.kld_ci else None
     measured = f"{base + plan.measured_kld:.5f}" + (f" [{bounds[0]:.5f}, {bounds[1]:.5f}]" if bounds else "")
     text += f"{_predicted_kld(base, plan.predicted_kld)}, measured {measured} nats; "
     text += f"perplexity against the base {percent(plan.measured_delta_pct, plan.ci_pct)}"
-    return text + (f"\n[yellow]note:[/] {plan.tradeoff}" if plan.tradeoff else "")
+    return text + (f"\n[yellow]note:[/] {shown(plan.tradeoff)}" if plan.tradeoff else "")
 
 
 def _predicted(plan: BudgetPlan) -> str:
@@ -282,7 +290,7 @@ def verify_table(verified: Verified) -> Table:
     table = Table("check", "", "what was seen", title="Verification")
     for check in verified.checks:
         mark = Text("ok", style="green") if check.ok else Text("FAILED", style="bold red")
-        table.add_row(check.name, mark, escape(check.detail))
+        table.add_row(check.name, mark, shown(check.detail))
     return table
 
 
@@ -291,7 +299,7 @@ def report_table(verified: Verified) -> Table:
     a paired change, which is known far better.
     """
     report = verified.report
-    title = f"Perplexity on {escape(report.text)}, {report.chunks} of {report.of_chunks} chunks"
+    title = f"Perplexity on {shown(report.text)}, {report.chunks} of {report.of_chunks} chunks"
     table = Table("model", "perplexity", "against the base", title=title)
     rows = [
         ("source", report.source, ""),
@@ -303,13 +311,26 @@ def report_table(verified: Verified) -> Table:
     return table
 
 
+def card_line(folder: Path) -> str:
+    """Names the card and the report where they are; a run whose card failed has said why already."""
+    paths = {"card": folder / CARD, "report": folder / REPORT}
+    found = [f"{what} {shown(str(path))}" for what, path in paths.items() if path.exists()]
+    return ", ".join(found) or "no card was made"
+
+
+def matrix_line(path: Path, entries: int, chunks: int, ctx: int) -> str:
+    """Says where an importance matrix was written, and how much text it has seen."""
+    return f"{shown(str(path))}: {entries} entries from {chunks} chunks of {ctx}"
+
+
 def run_instructions(path: Path, memory: GpuMemory | None = None) -> str:
     """Says how to use the file with stock llama.cpp; on a gpu with the context and slots that it was
-    planned for.
+    planned for. The lines are for a shell, so a path with spaces or a dollar sign is quoted as one word.
     """
+    model = shown(shlex.quote(str(path)))
     if memory:
-        return f"llama-server -m {path} {gpu_flags(memory)}"
-    return f"llama-server -m {path} -c 4096        # or: llama-cli -m {path} -p 'Once upon a time'"
+        return f"llama-server -m {model} {gpu_flags(memory)}"
+    return f"llama-server -m {model} -c 4096        # or: llama-cli -m {model} -p 'Once upon a time'"
 
 
 def comparison_table(found: Comparison) -> Table:
@@ -338,7 +359,7 @@ def reproduced_table(found: Reproduced) -> Table:
     table = Table("what", "", "seen", title="Against the manifest")
     for row in found.compared:
         status = Text(row.status, style=styles.get(row.status, "yellow"))
-        table.add_row(escape(row.name), status, escape(row.detail))
+        table.add_row(shown(row.name), status, shown(row.detail))
     return table
 
 
@@ -346,27 +367,29 @@ def reproduced_line(found: Reproduced) -> str:
     """Says in a line whether the same file came out, bit for bit, and what of all that the manifest
     names has changed.
     """
-    changed = f"; changed: {escape(', '.join(found.changed))}" if found.changed else ""
+    changed = f"; changed: {shown(', '.join(found.changed))}" if found.changed else ""
     if found.file is None:
         return f"[red]not rebuilt[/]{changed}"
     said = "[green]bit for bit the same[/]" if found.bit_equal else "[red]another file[/]"
-    return f"{escape(found.file)}: {said}, sha256 {found.sha256}{changed}"
+    return f"{shown(found.file)}: {said}, sha256 {found.sha256}{changed}"
 
 
 def quantized_line(found: Quantized) -> str:
     """Says in a line what was written, how large it is against its source, and whose encoder rounded it."""
-    fed = f", errors fed back by {escape(found.moments)}" if found.moments else ""
+    fed = f", errors fed back by {shown(found.moments)}" if found.moments else ""
     whose = "ggml's encoder" if found.encoder == GGML else f"Cerebellum's encoder{fed}"
     sizes = f"{size(found.source_bytes)} -> {size(found.bytes)}"
-    return f"{escape(found.path)}: {found.preset}, {sizes}, {whose}, {found.seconds:.1f} s, sha256 {found.sha256}"
+    return (
+        f"{shown(found.path)}: {found.preset}, {sizes}, {whose}, {found.seconds:.1f} s, sha256 {found.sha256}"
+    )
 
 
 def upload_table(found: Pushed) -> Table:
     """Shows the files that push uploads, or would upload, with their sizes; what is not listed stays at
     home.
     """
-    table = Table("file", "size", title=f"To {escape(found.repo)}, {size(found.bytes)}")
+    table = Table("file", "size", title=f"To {shown(found.repo)}, {size(found.bytes)}")
     table.columns[1].justify = "right"
     for row in found.files:
-        table.add_row(escape(row.name), size(row.bytes))
+        table.add_row(shown(row.name), size(row.bytes))
     return table

@@ -64,7 +64,8 @@ RESCALABLE = frozenset(_SCALES)
 
 _ROWS_TOGETHER = 32  # LANES of blocks.h: rows searched side by side
 _ELEMENTS_TOGETHER = 1 << 18  # of a task: 1 MiB of float32
-_LEAST_FACTOR, _MOST_FACTOR = 0.9, 1.2  # beyond, a block is an oddity and not a shrunken one
+_LEAST_FACTOR = 0.9
+_MOST_FACTOR = 1.2  # beyond, a block is an oddity and not a shrunken one
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -128,7 +129,8 @@ def encode(
     sums = None if unshrink is None else _no_sums(n_rows, columns, kind)
 
     def task(part: slice) -> None:
-        exact, raw = rows[part], out[part]
+        exact = rows[part]
+        raw = out[part]
         _refuse_infinite(exact)
         status = library.encode_rows(int(kind), _at(exact), _at(importance), len(exact), columns, _at(raw))
         assert status == 0
@@ -228,10 +230,10 @@ def feed_back(
     damped = _damped(blocks, damping)
 
     def task(part: slice) -> None:
-        exact, bytes_ = rows[part], out[part]
+        exact = rows[part]
+        bytes_ = out[part]
         sizes = (len(exact), columns, span, sweeps)
-        status = load().feed_back(int(kind), _at(exact), _at(damped), *sizes, _at(bytes_))
-        if status != 0:
+        if load().feed_back(int(kind), _at(exact), _at(damped), *sizes, _at(bytes_)) != 0:
             raise MemoryError(f"no memory for {span} columns")
 
     _spread(task, n_rows, columns, threads)

@@ -172,7 +172,9 @@ def open_library(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"{path} cannot be loaded: {error}") from error
-    pointer, i64, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    pointer = ctypes.c_void_p
+    i64 = ctypes.c_int64
+    real = ctypes.c_double
     library.encode_rows.argtypes = [ctypes.c_int, pointer, pointer, i64, i64, pointer]
     library.encode_rows.restype = ctypes.c_int
     library.decode_blocks.argtypes = [ctypes.c_int, pointer, i64, pointer]

@@ -7,13 +7,13 @@ the measuring is done; losing them costs a decode, never a measurement.
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cerebellum import files
 from cerebellum.engine.protocols import Kept
 from cerebellum.engine.scoring import Prediction
 from cerebellum.files import atomic_write_bytes
@@ -34,7 +34,7 @@ class PredictionCache:
         if mark.exists() and mark.read_text() == owner:
             return
         self.remove()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.folder)
         atomic_write_bytes(mark, owner.encode())
 
     def store(self, chunk: int, prediction: Kept) -> None:
@@ -72,7 +72,7 @@ class PredictionCache:
         for kept in self._on_card.values():
             kept.close()
         self._on_card.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        files.DISK.remove_tree(self.folder)
 
     def _path(self, chunk: int) -> Path:
         return self.folder / f"{chunk}.npy"

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cerebellum import files
 from cerebellum.errors import BadInput
 
 SCHEMA_VERSION = 1  # 1: first release
@@ -100,7 +101,7 @@ def _refusing(path: Path) -> Iterator[None]:
         yield
     except sqlite3.IntegrityError:
         raise  # a second measurement of the same chunk: a bug, not bad input
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeError) as error:  # the words of an error can be damaged, too
         raise BadInput(f"{path}: the ledger cannot be used ({error}); free space, or move it away") from error
 
 
@@ -117,7 +118,7 @@ class Ledger:
             self._db = sqlite3.connect(path)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._prepare()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeError) as error:
             raise BadInput(f"{path}: not a usable ledger ({error}); move it away to start anew") from error
 
     def _prepare(self) -> None:
@@ -136,10 +137,17 @@ class Ledger:
         with _refusing(self.path):
             return self._db.execute(query, values).fetchall()
 
+    @contextmanager
+    def _commit(self) -> Iterator[None]:
+        """Runs a block as one transaction, which is on the disk when the block ends, or never was."""
+        with _refusing(self.path), self._db:
+            yield
+            files.DISK.commit(self.path)
+
     def series(self, key: SeriesKey) -> int:
         """Returns the row id of the series with this key, which is made on first use."""
         values = (key.variant, key.text, key.ctx, key.engine, METRIC_VERSION)
-        with _refusing(self.path), self._db:
+        with self._commit():
             self._db.execute(
                 "INSERT OR IGNORE INTO series (variant, text, ctx, engine, metric, label) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
@@ -153,6 +161,8 @@ class Ledger:
     def measured(self, series: int) -> frozenset[int]:
         """Returns the indices of the chunks of a series that are in the ledger already."""
         rows = self._rows("SELECT chunk FROM chunk WHERE series=?", (series,))
+        if not all(isinstance(chunk, int) for (chunk,) in rows):
+            raise self._damaged("a chunk has no number")
         return frozenset(chunk for (chunk,) in rows)
 
     def nll(self, series: int, chunks: Iterable[int]) -> Matrix:
@@ -163,7 +173,19 @@ class Ledger:
         """
         wanted = list(chunks)
         rows = dict(self._rows("SELECT chunk, nll FROM chunk WHERE series=?", (series,)))
-        return np.stack([np.frombuffer(rows[chunk], "<f4") for chunk in wanted])
+        found = [self._vector(rows[chunk]) for chunk in wanted]
+        if len({len(vector) for vector in found}) > 1:
+            raise self._damaged("chunks of one text have different numbers of tokens")
+        return np.stack(found)
+
+    def _vector(self, blob: object, dtype: str = "<f4") -> NDArray[Any]:
+        """Returns the values of a blob; BadInput where no ``record`` can have written it."""
+        if not isinstance(blob, bytes) or not blob or len(blob) % np.dtype(dtype).itemsize:
+            raise self._damaged("a measurement has not the length of one")
+        return np.frombuffer(blob, dtype)
+
+    def _damaged(self, why: str) -> BadInput:
+        return BadInput(f"{self.path}: is damaged ({why}); move it away to measure anew")
 
     def record(
         self, series: int, chunk: int, nll: NDArray[np.floating], divergence: Divergence | None = None
@@ -174,14 +196,14 @@ class Ledger:
         ``sqlite3.IntegrityError``.
         """
         blob = np.asarray(nll, "<f4").tobytes()
-        with _refusing(self.path), self._db:
+        with self._commit():
             self._db.execute("INSERT INTO chunk VALUES (?, ?, ?)", (series, chunk, blob))
             if divergence is not None:
                 self._insert_divergence(series, chunk, divergence)
 
     def record_divergence(self, series: int, chunk: int, divergence: Divergence) -> None:
         """Commits the divergence of a chunk whose NLL is known already, as from another reference."""
-        with _refusing(self.path), self._db:
+        with self._commit():
             self._insert_divergence(series, chunk, divergence)
 
     def _insert_divergence(self, series: int, chunk: int, divergence: Divergence) -> None:
@@ -195,7 +217,7 @@ class Ledger:
         rows = self._rows(
             "SELECT chunk, kld FROM divergence WHERE series=? AND base=?", (series, base_series)
         )
-        return {chunk: float(np.frombuffer(kld, "<f4").mean(dtype=np.float64)) for chunk, kld in rows}
+        return {chunk: float(self._vector(kld).mean(dtype=np.float64)) for chunk, kld in rows}
 
     def divergence(self, series: int, base_series: int) -> tuple[Vector, Vector]:
         """Returns the mean KL divergence and the share of equal top tokens, each (chunks,), by chunk.
@@ -205,8 +227,8 @@ class Ledger:
         rows = self._rows(
             "SELECT kld, same FROM divergence WHERE series=? AND base=? ORDER BY chunk", (series, base_series)
         )
-        kld = np.array([np.frombuffer(kld, "<f4").mean(dtype=np.float64) for kld, _ in rows], np.float64)
-        same = np.array([np.frombuffer(same, np.uint8).mean() for _, same in rows], np.float64)
+        kld = np.array([self._vector(kld).mean(dtype=np.float64) for kld, _ in rows], np.float64)
+        same = np.array([self._vector(same, "u1").mean() for _, same in rows], np.float64)
         return kld, same
 
     def n_chunks(self) -> int:
@@ -226,7 +248,7 @@ class Ledger:
 
     def record_content_hash(self, name: str, recipe: str, sha256: str) -> None:
         """Remembers the SHA-256 of a file in the shards folder under the recipe that it was made from."""
-        with _refusing(self.path), self._db:
+        with self._commit():
             self._db.execute("INSERT OR REPLACE INTO content VALUES (?, ?, ?)", (name, recipe, sha256))
 
     def digest(self) -> str:
@@ -238,7 +260,7 @@ class Ledger:
         )
         for *key, nll in self._rows(query):
             total.update(repr(key).encode())
-            total.update(nll)
+            total.update(self._vector(nll).tobytes())
         return total.hexdigest()
 
     def settle(self) -> None:

@@ -63,7 +63,8 @@ class MomentCollector:
 
     def _wanted(self, node: GgmlTensor, *, routed: bool) -> bool:
         """Says whether the graph must stop at this product: a watched weight is the first to read its input."""
-        weight, activation = source_of(node, 0), source_of(node, 1)
+        weight = source_of(node, 0)
+        activation = source_of(node, 1)
         name = weight_name(weight)
         enough = routed or activation.ne[1] >= MIN_ROWS
         if name not in self._watched or not enough or activation.type != F32:

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 
 from cerebellum.engine.predictions import PredictionCache
 from cerebellum.engine.protocols import CannotSwap, Engine, Job, Resident, Scores
+from cerebellum.errors import BadInput
 from cerebellum.files import sha256_file
 from cerebellum.ledger import Divergence, Ledger, SeriesKey
 from cerebellum.progress import Reporter, Silent
 from cerebellum.shards import Shards, Variant
 from cerebellum.stats.paired import Interval, superpopulation_interval
 from cerebellum.texts import Corpus
+from cerebellum.units import size
 from cerebellum.verdicts import Measurement
 
 if TYPE_CHECKING:
@@ -78,7 +80,13 @@ class Measurer:
         missing = [chunk for chunk in chunks if chunk not in known]
         self.reused += len(chunks) - len(missing)
         self._measure(variant, missing, known)
-        return self.ledger.nll(series, chunks)
+        found = self.ledger.nll(series, chunks)
+        if found.shape[1] != self.corpus.scored_per_chunk:
+            raise BadInput(
+                f"{self.ledger.path}: is damaged (chunks of {found.shape[1]} tokens, the text has "
+                f"{self.corpus.scored_per_chunk}); move it away to measure anew"
+            )
+        return found
 
     def kld_means(self, variant: Variant, chunks: Sequence[int]) -> Vector:
         """Mean KL divergence from the reference of each chunk, nats/token, (chunks,).
@@ -238,7 +246,7 @@ def measuring(
         corpus.scored_per_chunk * workspace.engine.vocab_size(workspace.source.path) * 4,
         workspace.settings.prediction_bytes,
     )
-    kept = f"{len(cache.chunks)} chunks, {cache.n_bytes / 1e6:.0f} MB on disk meanwhile"
+    kept = f"{len(cache.chunks)} chunks, {size(cache.n_bytes)} on disk meanwhile"
     if len(cache.chunks) < len(chunks):
         kept += f" ({len(chunks)} wanted; --kld-cache bounds it)"
     workspace.reporter.note(f"keeping the predictions of the {reference.label}: {kept}")

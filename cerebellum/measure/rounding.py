@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cerebellum.base import Base
 from cerebellum.codec import Artifact, Record, read_artifact, write_artifact
-from cerebellum.encoders import Encoder, moments_of
+from cerebellum.encode.encoders import Encoder, moments_of
 from cerebellum.engine.protocols import QuantizeJob
 from cerebellum.errors import BadInput
 from cerebellum.gguf import fits, is_quantized, needs_imatrix, parse_type

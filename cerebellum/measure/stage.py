@@ -29,7 +29,9 @@ _ASIDE = 0.1
 
 _KLD_CHUNKS = 8  # the first chunks of a race: the divergence of more would not foretell the spread any better
 
-_FIRST_LOOK, _FIRST_LOOK_WITHOUT_KLD, _GROWTH = 2, 8, 1.5
+_FIRST_LOOK = 2
+_FIRST_LOOK_WITHOUT_KLD = 8
+_GROWTH = 1.5
 """Chunks at the first look, and how blocks grow. Two are enough where the divergence foretells the spread, and
 pay since weights stay resident and a switch of groups costs less than a chunk."""
 

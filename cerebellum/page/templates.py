@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from cerebellum.errors import visible
 from cerebellum.page.markdown import Code, Markdown, Sentence, code_span, finalize, sentence
 
 
@@ -34,7 +35,7 @@ def _markdown() -> Environment:
 
 @cache
 def _html() -> Environment:
-    environment = Environment(**_options(), autoescape=True)
+    environment = Environment(**_options(), autoescape=True, finalize=_harmless)
     environment.filters |= {"code": _code, "sentence": _sentence}
     return environment
 
@@ -49,9 +50,15 @@ def _options() -> dict[str, Any]:
     }
 
 
+def _harmless(value: object) -> object:
+    """Writes out the characters in a name that would turn writing around; markup of ours has none."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _code(text: object) -> Markup:
-    return Markup("<code>{}</code>").format(text)
+    return Markup("<code>{}</code>").format(visible(str(text)))
 
 
 def _sentence(parts: Sentence) -> Markup:
-    return Markup("").join(_code(part.text) if isinstance(part, Code) else escape(part) for part in parts)
+    shown = (_code(part.text) if isinstance(part, Code) else escape(_harmless(part)) for part in parts)
+    return Markup("").join(shown)

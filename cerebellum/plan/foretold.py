@@ -23,10 +23,13 @@ from cerebellum.stats.paired import CONFIDENCE, Interval, student_quantile
 Vector = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-_RATIO, _SHARED_SD, _OWN_SD = 0.8, 0.4, 0.4
+_RATIO = 0.8
+_SHARED_SD = 0.4
+_OWN_SD = 0.4
 """Harm over divergence: what is expected, and its spread over models and over groups (the demo's: 0.4 to 1.6)."""
 
-_INTERACTION_SD, _MODEL_SD = 0.15, 0.05
+_INTERACTION_SD = 0.15
+_MODEL_SD = 0.05
 """What the whole does beyond the sum of its parts, as a share: common to all combinations, and of each."""
 
 _UNKNOWN_NATS = 1.0  # the spread of a damage about which nothing is known
@@ -91,9 +94,11 @@ def _prior(parts: Sequence[Part]) -> tuple[Vector, NDArray[np.float64]]:
     known = [part.kld for part in parts if part.kld is not None and part.kld > 0]
     if len(known) == len(parts):
         kld = np.array(known)
-        mean, cov = _RATIO * kld, _SHARED_SD**2 * np.outer(kld, kld) + np.diag((_OWN_SD * kld) ** 2)
+        mean = _RATIO * kld
+        cov = _SHARED_SD**2 * np.outer(kld, kld) + np.diag((_OWN_SD * kld) ** 2)
     else:
-        mean, cov = np.zeros(len(parts)), np.eye(len(parts)) * _UNKNOWN_NATS**2
+        mean = np.zeros(len(parts))
+        cov = np.eye(len(parts)) * _UNKNOWN_NATS**2
     whole = np.zeros((len(parts) + 1, len(parts) + 1))
     whole[:-1, :-1], whole[-1, -1] = cov, _INTERACTION_SD**2
     return np.append(mean, 0.0), whole

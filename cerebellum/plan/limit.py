@@ -22,12 +22,14 @@ from cerebellum.settings import Limit
 from cerebellum.stats.paired import as_percent
 from cerebellum.verdicts import SENSITIVE, SET_ASIDE, TOLERANT, Changes, Measurement, Threshold, drive
 
-KEPT, DEMOTED = "kept", "demoted"
+KEPT = "kept"
+DEMOTED = "demoted"
 
 _MOST_TRIES = 12
 """Combinations that are measured at most; the level of the last is 1/156 of their share."""
 
-_WORTH, _LIKELY = 0.03, 0.3
+_WORTH = 0.03
+_LIKELY = 0.3
 """Another combination is tried where it gains this share of the bytes, times its chance, and has this chance."""
 
 _REACH = 1.3  # how far over the limit a sum of parts may lie to be considered
@@ -172,7 +174,8 @@ class _Search:
     def _keep(self, measurement: Measurement) -> None:
         members = self._members(measurement.changes)
         if members is not None and self._bytes(members) > self.best_bytes:
-            self.best, self.best_bytes = measurement, self._bytes(members)
+            self.best = measurement
+            self.best_bytes = self._bytes(members)
 
     def _bytes(self, members: Mask) -> int:
         return sum(unit.bytes_saved for unit, used in zip(self.units, members, strict=True) if used)

@@ -84,7 +84,8 @@ def mean_interval(values_N: Floats, population: int, confidence: float = CONFIDE
     that text and the interval has no width. One chunk out of many has an interval without end.
     """
     values = np.asarray(values_N, np.float64)
-    n, mean = values.size, float(values.mean())
+    n = values.size
+    mean = float(values.mean())
     if n >= population:
         return Interval(mean=mean, low=mean, high=mean, n=n, population=population)
     if n < 2:

@@ -32,13 +32,16 @@ from cerebellum.stats.paired import CONFIDENCE, Interval, student_quantile
 
 Vector = NDArray[np.float64]
 
-_SPENT_BY_FIRST, _SPENDING_POWER = 0.1, 0.3
+_SPENT_BY_FIRST = 0.1
+_SPENDING_POWER = 0.3
 """A tenth of the level at the first look, the rest as 1 - 0.9 (first/n)^0.3: simulated, benchmarks/replay.py."""
 
-_PRIOR_SCALE, _PRIOR_SCALE_DEGREES = 1.2, 10
+_PRIOR_SCALE = 1.2
+_PRIOR_SCALE_DEGREES = 10
 """Measured over foretold standard deviation before a run has measured its own, and what that is worth."""
 
-_PRIOR_DEGREES, _PRIOR_MARGIN = 4, 1.1
+_PRIOR_DEGREES = 4
+_PRIOR_MARGIN = 1.1
 """What a foretold standard deviation is worth beside a measured one, and how much wider it is taken."""
 
 
@@ -90,7 +93,8 @@ class SpendingRule:
         return [self._interval(sample, scale) for sample in samples]
 
     def _interval(self, sample: Sample, scale: float) -> Interval:
-        n, mean = len(sample.values_N), float(np.mean(sample.values_N))
+        n = len(sample.values_N)
+        mean = float(np.mean(sample.values_N))
         if n >= self.population:
             return _around(mean, 0.0, 0.0, n, self.population)
         if n < 2:
@@ -114,7 +118,8 @@ def spending(looks: tuple[int, ...], population: int) -> dict[int, float]:
 
 def learnt_scale(samples: Sequence[Sample]) -> float:
     """Returns the measured standard deviation over the foretold one, as all samples of a run have it."""
-    total, degrees = _PRIOR_SCALE_DEGREES * _PRIOR_SCALE**2, float(_PRIOR_SCALE_DEGREES)
+    total = _PRIOR_SCALE_DEGREES * _PRIOR_SCALE**2
+    degrees = float(_PRIOR_SCALE_DEGREES)
     for sample in samples:
         n = len(sample.values_N)
         if sample.foretold_sd and n > 1:
@@ -155,7 +160,8 @@ class StoppingRule:
 
     def interval(self, values_N: NDArray[np.floating]) -> Interval:
         """Returns both bounds after these chunks; each holds at all looks together with chance 1 - alpha."""
-        n, mean = len(values_N), float(np.mean(values_N))
+        n = len(values_N)
+        mean = float(np.mean(values_N))
         if n >= self.population:
             return _around(mean, 0.0, 0.0, n, self.population)
         spread = float(np.std(values_N, ddof=1)) if n > 1 else math.inf
@@ -182,7 +188,8 @@ class FixedWidth:
 
     def interval(self, values_N: NDArray[np.floating]) -> Interval:
         """Returns the interval after these chunks, for a stop that only looks at intervals' widths."""
-        n, mean = len(values_N), float(np.mean(values_N))
+        n = len(values_N)
+        mean = float(np.mean(values_N))
         if n >= self.population:
             return _around(mean, 0.0, 0.0, n, self.population)
         spread = float(np.std(values_N, ddof=1)) if n > 1 else math.inf

@@ -37,8 +37,10 @@ _SPANS = (512, 256)  # of longer rows; the second where the first takes too much
 _BLOCK = 256  # elements of a k-quant's block: a span is a whole number of them
 
 _RECIPE = "cerebellum.recipe"
-_SHARED = "cerebellum.moments.shared"
-_PRODUCTS, _REST, _COUNTS = ".products", ".rest", ".counts"
+_SHARED = "cerebellum.encode.moments.shared"
+_PRODUCTS = ".products"
+_REST = ".rest"
+_COUNTS = ".counts"
 _VERSION = "1"  # of what is summed; part of the recipe
 
 # Names that read one input in every model of llama.cpp so far. Only what is said beforehand of the size

@@ -98,7 +98,8 @@ SWAP_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ3_S", "IQ4_XS")
 """What ``check_swaps`` tries. Q3_K and IQ3_S have rows of the same length, which deceives caches."""
 
 _BASE_TYPE = "Q4_K"
-_SWAP_CTX, _SWAP_CHUNKS = 64, 1
+_SWAP_CTX = 64
+_SWAP_CHUNKS = 1
 _SAMPLE_ROWS = 64  # that are quantized and then repeated: a check of swaps needs valid bytes, not good ones
 
 
@@ -137,7 +138,9 @@ class _TrialShards:
     """Shards of a model for trying swaps; a group at None is at the base's type."""
 
     def __init__(self, source: Source, folder: Path, threads: int) -> None:
-        self._source, self._folder, self._threads = source, folder, threads
+        self._source = source
+        self._folder = folder
+        self._threads = threads
         self.model = source.path
         groups = make_groups(source)
         self._protected = tuple(t for group in groups if group.protected for t in group.tensors)
@@ -210,7 +213,9 @@ class _Trial:
     """One resident model against fresh ones."""
 
     def __init__(self, shards: _TrialShards, engine: LlamaEngine, reporter: Reporter) -> None:
-        self._shards, self._engine, self._reporter = shards, engine, reporter
+        self._shards = shards
+        self._engine = engine
+        self._reporter = reporter
         vocab = engine.vocab_size(shards.model)
         rng = np.random.default_rng(1)
         low = min(100, vocab // 2)

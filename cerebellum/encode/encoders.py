@@ -16,10 +16,10 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from cerebellum import encode
+from cerebellum.encode.moments import Moments, Span
 from cerebellum.engine.protocols import Bytes, Floats, QuantizeJob
 from cerebellum.errors import BadInput
 from cerebellum.gguf import fits, row_bytes
-from cerebellum.moments import Moments, Span
 from cerebellum.progress import Reporter
 from cerebellum.settings import OURS, EncoderName
 

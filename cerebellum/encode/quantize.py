@@ -17,10 +17,11 @@ import numpy as np
 from gguf import GGUFValueType
 from numpy.typing import NDArray
 
-from cerebellum import encode, imatrix, moments
+from cerebellum import encode, imatrix
 from cerebellum.base import Base, preset_base
 from cerebellum.codec import Record
-from cerebellum.encoders import Encoder, OurEncoder, choose
+from cerebellum.encode import moments
+from cerebellum.encode.encoders import Encoder, OurEncoder, choose
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
 from cerebellum.files import is_one_of, sha256_file
