@@ -207,7 +207,7 @@ def feed_back(
     damping: float = 0.1,
     sweeps: int = 4,
 ) -> Bytes:
-    """Choose the codes of finished blocks anew for what rows give, not weight by weight; a new array.
+    """Chooses the codes of finished blocks anew for what rows give, not weight by weight; returns a new array.
 
     Lowers (y - x)' M (y - x) of every row by moving one code after the other to its best value, so that
     what one column loses others make up for. M are the means of products of activations: (columns,
@@ -230,10 +230,8 @@ def feed_back(
     damped = _damped(blocks, damping)
 
     def task(part: slice) -> None:
-        exact = rows[part]
-        bytes_ = out[part]
-        sizes = (len(exact), columns, span, sweeps)
-        if load().feed_back(int(kind), _at(exact), _at(damped), *sizes, _at(bytes_)) != 0:
+        sizes = (len(rows[part]), columns, span, sweeps)
+        if load().feed_back(int(kind), _at(rows[part]), _at(damped), *sizes, _at(out[part])) != 0:
             raise MemoryError(f"no memory for {span} columns")
 
     _spread(task, n_rows, columns, threads)
