@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from cerebellum import encode, imatrix
+from cerebellum import imatrix
 from cerebellum.base import Base, file_base, preset_base
 from cerebellum.codec import write_artifact
 from cerebellum.encode import moments
-from cerebellum.encode.encoders import Encoder, choose
+from cerebellum.encode.encoders import Encoder, choose, watched_inputs
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
 from cerebellum.folder import GROUPS, LEDGER, SETTINGS, SOURCE, RunFolder
@@ -20,7 +20,7 @@ from cerebellum.groups import Group, Groups, make_groups, record_of, source_file
 from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
 from cerebellum.progress import Reporter
-from cerebellum.settings import OURS, Settings
+from cerebellum.settings import Settings
 from cerebellum.shards import Recipe, Shards, Variant
 from cerebellum.source import Source, open_source
 from cerebellum.texts import Corpus, load_corpus
@@ -186,10 +186,7 @@ class Workspace:
     @cached_property
     def watched(self) -> moments.Watched | None:
         """What second moments are wanted of, or None where no errors are fed back; nothing is decoded for it."""
-        wanted = (
-            self.settings.encoder == OURS and self.settings.feedback and encode.unavailable_because() is None
-        )
-        return moments.watch(self.source.tensors) if wanted else None
+        return watched_inputs(self.settings.encoder, self.settings.feedback, self.source.tensors)
 
     @cached_property
     def moments(self) -> moments.Moments | None:

@@ -8,7 +8,7 @@ made again alone and compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,10 +16,10 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from cerebellum import encode
-from cerebellum.encode.moments import Moments, Span
+from cerebellum.encode.moments import Moments, Span, Watched, watch
 from cerebellum.engine.protocols import Bytes, Floats, QuantizeJob
 from cerebellum.errors import BadInput
-from cerebellum.gguf import fits, row_bytes
+from cerebellum.gguf import TensorMeta, fits, row_bytes
 from cerebellum.progress import Reporter
 from cerebellum.settings import OURS, EncoderName
 
@@ -116,6 +116,13 @@ def choose(name: EncoderName, engine: Encoder, moments: Moments | None, reporter
         reporter.note(f"weights are rounded by ggml's encoders, since ours cannot be had: {reason}")
         return engine
     return OurEncoder(engine=engine, moments=moments)
+
+
+def watched_inputs(name: EncoderName, feedback: bool, tensors: Mapping[str, TensorMeta]) -> Watched | None:
+    """Returns what second moments are wanted of, or None where no errors are fed back; nothing is decoded for it."""
+    if name != OURS or not feedback or encode.unavailable_because() is not None:
+        return None
+    return watch(tensors)
 
 
 def moments_of(encoder: Encoder) -> Moments | None:

@@ -109,7 +109,7 @@ def write_gguf(
 
     ``tee`` is given every byte in order as it is written, so that a hash needs no second reading.
 
-    The file is written beside as `<name>.partial` and renamed when it is whole and on the disk. On any
+    The file is written beside under a name that cannot be guessed, and renamed when it is whole and on the disk. On any
     failure, an interrupt included, the partial file is removed and an older `path` stays as it was.
 
     Raises:

@@ -11,11 +11,11 @@ routing, and read when all chunks are through; in main memory it is summed where
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,18 +31,49 @@ MIN_ROWS = 16  # llama-imatrix leaves smaller batches out
 _LAST = b"result_norm"  # only the output head comes after it, and that has no importance
 
 
-class Collector(Protocol):
-    """A ``cb_eval`` that keeps something of what it sees; ``error`` is the first that it met."""
+class Collector(ABC):
+    """A ``cb_eval`` that keeps something of the matrix products it sees; ``error`` is the first that it met.
 
-    error: BaseException | None
+    Call ``new_graph`` before every decode.
+    """
 
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+    @abstractmethod
     def new_graph(self) -> None:
         """Forgets which structs were seen: the next graph has its own."""
-        ...
 
     def callback(self, address: int, ask: bool) -> bool:
-        """Is told of every node, before it is computed and, where it asked for that, after."""
-        ...
+        """Is told of every node, before it is computed and, where it asked for that, after.
+
+        Exceptions, Ctrl-C too, cannot cross C, so the first is kept in ``error``.
+        """
+        try:
+            node = GgmlTensor.from_address(address)
+            op = ggml().ggml_op_name(node.op)
+            if op not in (b"MUL_MAT", b"MUL_MAT_ID"):
+                return self._other(node, ask)
+            routed = op == b"MUL_MAT_ID"
+            if ask:
+                return self._wanted(node, routed=routed)
+            self._collect(node, routed=routed)
+            return True
+        except BaseException as error:
+            self.error = self.error or error
+            return not ask
+
+    def _other(self, node: GgmlTensor, ask: bool) -> bool:
+        """Says whether to stop at any other node, or, after the fact, whether to go on."""
+        return not ask
+
+    @abstractmethod
+    def _wanted(self, node: GgmlTensor, *, routed: bool) -> bool:
+        """Says whether the graph must stop at this product."""
+
+    @abstractmethod
+    def _collect(self, node: GgmlTensor, *, routed: bool) -> None:
+        """Keeps what it came for, of a product that was just computed."""
 
 
 def sum_squares(
@@ -101,11 +132,11 @@ class _Read:
     matrices: int
 
 
-class ActivationCollector:
-    """A ``cb_eval``. ``new_graph`` before every decode, ``sums`` after the last."""
+class ActivationCollector(Collector):
+    """Sums squares; ``sums`` after the last decode."""
 
     def __init__(self) -> None:
-        self.error: BaseException | None = None
+        super().__init__()
         self._first_reader: dict[_Read, str] = {}
         self._shares: dict[str, str] = {}
         self._host: dict[str, ColumnSquares] = {}
@@ -115,41 +146,31 @@ class ActivationCollector:
         """Forgets which structs were seen: the next graph has its own."""
         self._first_reader.clear()
 
-    def callback(self, address: int, ask: bool) -> bool:
-        """Exceptions, Ctrl-C too, cannot cross C, so the first is kept in ``error``."""
-        try:
-            node = GgmlTensor.from_address(address)
-            op = ggml().ggml_op_name(node.op)
-            if op not in (b"MUL_MAT", b"MUL_MAT_ID"):
-                # After the fact, True means: go on. What follows the last norm is not worth its time.
-                return bool(node.name == _LAST) if ask else node.name != _LAST
-            return self._wanted(node, op) if ask else self._collect(node, op)
-        except BaseException as error:
-            self.error = self.error or error
-            return not ask
+    def _other(self, node: GgmlTensor, ask: bool) -> bool:
+        """Ends the graph at the last norm: what follows is not worth its time."""
+        return bool(node.name == _LAST) if ask else node.name != _LAST
 
-    def _wanted(self, node: GgmlTensor, op: bytes) -> bool:
+    def _wanted(self, node: GgmlTensor, *, routed: bool) -> bool:
         """Whether the graph must stop at this product: it is the first to read its activation."""
         name = weight_name(source_of(node, 0))
         activation = source_of(node, 1)
-        enough = op == b"MUL_MAT_ID" or activation.ne[1] >= MIN_ROWS
+        enough = routed or activation.ne[1] >= MIN_ROWS
         if not (name.startswith("blk.") and enough and activation.type == F32):
             return False
-        first = self._first_reader.setdefault(_read_of(node, op), name)
+        first = self._first_reader.setdefault(_read_of(node, routed), name)
         if self._shares.setdefault(name, first) != first:
             raise BadInput(f"{name}: read with other weights than in the first chunk; sum it with none")
         return first == name
 
-    def _collect(self, node: GgmlTensor, op: bytes) -> bool:
+    def _collect(self, node: GgmlTensor, *, routed: bool) -> None:
         weight = source_of(node, 0)
         activation = source_of(node, 1)
         name = weight_name(weight)
-        routed = op == b"MUL_MAT_ID"
         matrices = int(weight.ne[2])
         ids_TK = read_i32(source_of(node, 2)) if routed else None
         if not _on_host(activation) and (routed or matrices == 1) and _is_packed(activation):
             self._device.add(name, node.src[1], ids_TK, matrices)
-            return True
+            return
         values = read_f32(activation)  # (ne3, ne2, ne1, ne0)
         found = _dense_sums(values, matrices) if ids_TK is None else _routed_sums(values[0], ids_TK, matrices)
         entry = self._host.get(name)
@@ -158,7 +179,6 @@ class ActivationCollector:
         else:
             entry.squares += found.squares
             entry.counts += found.counts
-        return True
 
     def sums(self) -> dict[str, ColumnSquares]:
         """What every weight met; BadInput where that is not finite."""
@@ -281,8 +301,8 @@ def _dense_sums(values: Floats, n_matrices: int) -> ColumnSquares:
     return ColumnSquares(squares=sums, counts=np.full(n_matrices, rows, np.int64))
 
 
-def _read_of(node: GgmlTensor, op: bytes) -> _Read:
-    routing = int(node.src[2]) if op == b"MUL_MAT_ID" else 0
+def _read_of(node: GgmlTensor, routed: bool) -> _Read:
+    routing = int(node.src[2]) if routed else 0
     return _Read(int(node.src[1]), routing, int(source_of(node, 0).ne[2]))
 
 

@@ -90,10 +90,6 @@ class Workbench:
             raise CerebellumError("llama.cpp cannot start another queue on the device")
         self._scratch: dict[str, int] = {}
 
-    def supports(self, node: int) -> bool:
-        """Whether the device has this operation for these types."""
-        return bool(ggml().ggml_backend_dev_supports_op(self._device, node))
-
     def scratch(self, kind: str) -> int:
         """The allocator of one kind of graph."""
         if kind not in self._scratch:

@@ -13,9 +13,17 @@ import numpy as np
 
 from cerebellum.engine.protocols import ColumnProducts, Floats, Tokens, Watch
 from cerebellum.errors import BadInput
-from cerebellum.llama.activations import MIN_ROWS, read_f32, read_i32, source_of, watch, weight_name
+from cerebellum.llama.activations import (
+    MIN_ROWS,
+    Collector,
+    read_f32,
+    read_i32,
+    source_of,
+    watch,
+    weight_name,
+)
 from cerebellum.llama.graphs import F32
-from cerebellum.llama.library import GgmlTensor, Pointer, ggml
+from cerebellum.llama.library import GgmlTensor, Pointer
 from cerebellum.llama.model import ContextShape
 
 
@@ -32,11 +40,11 @@ def column_products(
     return collector.products()
 
 
-class MomentCollector:
-    """A ``cb_eval``. Call ``new_graph`` before every decode, and ``products`` after the last."""
+class MomentCollector(Collector):
+    """Sums products of the watched inputs; ``products`` after the last decode."""
 
     def __init__(self, watched: Mapping[str, Watch]) -> None:
-        self.error: BaseException | None = None
+        super().__init__()
         self._watched = watched
         self._first_reader: dict[tuple[int, int, Watch, int], str] = {}
         self._shares: dict[str, str] = {}
@@ -45,21 +53,6 @@ class MomentCollector:
     def new_graph(self) -> None:
         """Forgets which activations were seen, for the next graph may have others at the same addresses."""
         self._first_reader.clear()
-
-    def callback(self, address: int, ask: bool) -> bool:
-        """Exceptions, Ctrl-C too, cannot cross C, so the first is kept in ``error``."""
-        try:
-            node = GgmlTensor.from_address(address)
-            op = ggml().ggml_op_name(node.op)
-            if op not in (b"MUL_MAT", b"MUL_MAT_ID"):
-                return not ask  # after the fact, True means: go on
-            if ask:
-                return self._wanted(node, routed=op == b"MUL_MAT_ID")
-            self._collect(node, routed=op == b"MUL_MAT_ID")
-            return True
-        except BaseException as error:
-            self.error = self.error or error
-            return not ask
 
     def _wanted(self, node: GgmlTensor, *, routed: bool) -> bool:
         """Says whether the graph must stop at this product: a watched weight is the first to read its input."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from cerebellum.gguf import TensorInfo, read_gguf
 from cerebellum.llama.allocation import memory_report
 from cerebellum.llama.library import gpus
-from cerebellum.llama.native import GPU_TOKENS, EngineSettings
+from cerebellum.llama.native import GPU_TOKENS
 from cerebellum.units import size
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
@@ -34,10 +34,6 @@ class Offload:
     gpu_layers: int
     cpu_expert_layers: int
     line: str
-
-    def applied(self, settings: EngineSettings) -> EngineSettings:
-        """The settings with this offload."""
-        return replace(settings, gpu_layers=self.gpu_layers, cpu_expert_layers=self.cpu_expert_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
