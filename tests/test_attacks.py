@@ -24,7 +24,7 @@ from cerebellum.errors import AnswerIsNo, BadInput, visible
 from cerebellum.gguf import GGMLQuantizationType, GGUFValueType, encode_kv, read_gguf, write_gguf
 from cerebellum.ledger import Ledger, SeriesKey
 from cerebellum.llama.guard import check_contents, try_opening
-from cerebellum.page import render_html
+from cerebellum.page.templates import render_html
 from cerebellum.run import card_stage, check, run_all, way_of
 from cerebellum.settings import Limit
 from cerebellum.source import open_source

@@ -46,7 +46,8 @@ from cerebellum.card.stage import card_context, make_card, read_story, render_ca
 from cerebellum.codec import Artifact
 from cerebellum.errors import BadInput
 from cerebellum.measure.artifacts import Measurements
-from cerebellum.page import Code, code_span, escape_text, render_html
+from cerebellum.page.markdown import Code, code_span, escape_text
+from cerebellum.page.templates import render_html
 from cerebellum.plan.artifacts import BudgetPlan, LimitPlan
 from cerebellum.stats.paired import as_percent
 from cerebellum.verify import Measured

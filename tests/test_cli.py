@@ -34,6 +34,14 @@ PIPELINE = [
 NOT_YET = {"bench", "card"}
 
 
+def test_a_command_loads_only_what_it_needs() -> None:
+    """What draws and what integrates takes a second to load, and most commands do neither."""
+    heavy = "{'scipy', 'matplotlib', 'jinja2', 'llama_cpp'}"
+    code = f"import sys, cerebellum.cli.commands; print({heavy} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
 def test_without_arguments_the_pipeline_is_shown_in_order(cerebellum: Cerebellum) -> None:
     ran = cerebellum()
     assert ran.code == 0

@@ -14,10 +14,10 @@ from test_reproduce import again, details, finished_run
 from tiny import Recorder
 
 from cerebellum import encode, imatrix, open_run
+from cerebellum.cli.quantize import Quantizing, quantize
 from cerebellum.encode import encoders, moments
 from cerebellum.encode.encoders import FED_BACK, OurEncoder, choose
 from cerebellum.encode.moments import Moments, watch
-from cerebellum.encode.quantize import Quantizing, quantize
 from cerebellum.engine.fake import FakeEngine
 from cerebellum.engine.protocols import ColumnProducts, QuantizeJob
 from cerebellum.errors import BadInput

@@ -12,8 +12,10 @@ from cerebellum.card.findings import additivity, benchmarks, listed, outcome
 from cerebellum.card.merged import points_together
 from cerebellum.card.numbers import Change, nats
 from cerebellum.card.story import KLD, Wording
-from cerebellum.page import Cell, Code, Curve, Picture, Sentence, Step, curves_chart, frontier_chart, picture
-from cerebellum.page import Point as Dot
+from cerebellum.page.charts import Cell, Curve, Step, curves_chart, frontier_chart
+from cerebellum.page.charts import Point as Dot
+from cerebellum.page.markdown import Code, Sentence
+from cerebellum.page.pictures import Picture, picture
 from cerebellum.plan.artifacts import PointRow
 from cerebellum.units import size
 

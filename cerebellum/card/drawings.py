@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 from cerebellum.card.evidence import Evidence, GroupRow
 from cerebellum.card.numbers import Change, percent
-from cerebellum.page import Cell, Picture, estimates_chart, heat_map, picture
-from cerebellum.page import EstimateMark as Interval
+from cerebellum.page.charts import Cell, estimates_chart, heat_map
+from cerebellum.page.charts import EstimateMark as Interval
+from cerebellum.page.pictures import Picture, picture
 
 AGAINST_BASE = "change of perplexity against the base"
 

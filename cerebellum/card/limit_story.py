@@ -11,19 +11,10 @@ from cerebellum.card.evidence import Combination, GroupRow, LimitEvidence
 from cerebellum.card.findings import additivity, benchmarks, listed, outcome
 from cerebellum.card.numbers import PERCENT, Change, percent, with_interval
 from cerebellum.card.story import Column, Wording
-from cerebellum.page import (
-    Cell,
-    Code,
-    Panel,
-    Picture,
-    Rate,
-    Sentence,
-    paths_chart,
-    picture,
-    rates_chart,
-    sizes_chart,
-)
-from cerebellum.page import Point as Dot
+from cerebellum.page.charts import Cell, Panel, Rate, paths_chart, rates_chart, sizes_chart
+from cerebellum.page.charts import Point as Dot
+from cerebellum.page.markdown import Code, Sentence
+from cerebellum.page.pictures import Picture, picture
 from cerebellum.units import count
 from cerebellum.verdicts import COLLAPSED, SENSITIVE, TOLERANT, UNDECIDED
 

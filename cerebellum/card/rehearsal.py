@@ -17,7 +17,7 @@ from cerebellum.groups import Group, Groups, record_of, source_file
 from cerebellum.layout import Layout
 from cerebellum.manifest import BaseNamed, EncoderNamed, Evidence, NamedFile, ResultNamed, manifest_of
 from cerebellum.measure.artifacts import MeasurementRow, Measurements
-from cerebellum.page import render_html
+from cerebellum.page.templates import render_html
 from cerebellum.plan.artifacts import LimitPlan, PlanRow
 from cerebellum.verdicts import SENSITIVE
 from cerebellum.verify import Check, Measured, Report, Verified

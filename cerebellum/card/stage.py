@@ -29,7 +29,9 @@ from cerebellum.files import atomic_write_bytes, atomic_write_text
 from cerebellum.folder import CARD, REPORT, RunFolder
 from cerebellum.manifest import EncoderNamed
 from cerebellum.memory.shape import GPUS_GIB, ignores_window
-from cerebellum.page import Code, Picture, Sentence, render_html, render_markdown
+from cerebellum.page.markdown import Code, Sentence
+from cerebellum.page.pictures import Picture
+from cerebellum.page.templates import render_html, render_markdown
 from cerebellum.plan.artifacts import BudgetPlan, LimitPlan
 from cerebellum.units import size
 from cerebellum.verify import Report

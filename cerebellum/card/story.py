@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cerebellum.card.evidence import Evidence, GroupRow
-from cerebellum.page import Picture, Sentence
+from cerebellum.page.markdown import Sentence
+from cerebellum.page.pictures import Picture
 
 
 @dataclass(frozen=True, kw_only=True)

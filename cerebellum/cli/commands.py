@@ -193,8 +193,8 @@ def imatrix(
 @json_option
 def quantize(source: Path, threads: int, gpu_layers: int | None, as_json: bool, **asked: Any) -> None:
     """SOURCE at one of llama.cpp's presets, llama-quantize's job: rounded by our encoder or by ggml's."""
-    from cerebellum.encode.quantize import Quantizing
-    from cerebellum.encode.quantize import quantize as quantized
+    from cerebellum.cli.quantize import Quantizing
+    from cerebellum.cli.quantize import quantize as quantized
 
     asked["text"] = asked.pop("imatrix_text")
     request = Quantizing(source=source, threads=threads, **asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.markup import escape as escape_markup
@@ -13,18 +14,20 @@ from rich.text import Text
 
 from cerebellum.card.commands import gpu_flags
 from cerebellum.card.merged import merged_rows
-from cerebellum.comparison import Comparison
-from cerebellum.encode.quantize import Quantized
 from cerebellum.errors import visible
 from cerebellum.folder import CARD, REPORT
 from cerebellum.groups import Description, GroupRecord
-from cerebellum.hub import Pushed
 from cerebellum.measure.artifacts import Curves, Measurements
 from cerebellum.plan.artifacts import AnyPlan, BudgetPlan, FrontierRow, GpuMemory, LimitPlan, Plan
-from cerebellum.reproduce import Reproduced
 from cerebellum.settings import GGML
 from cerebellum.units import count, gib, nats, number, percent, size
 from cerebellum.verify import Verified
+
+if TYPE_CHECKING:  # a command loads what it needs, and no other one's
+    from cerebellum.cli.quantize import Quantized
+    from cerebellum.comparison import Comparison
+    from cerebellum.hub import Pushed
+    from cerebellum.reproduce import Reproduced
 
 _VERDICT_STYLES = {"tolerant": "green", "sensitive": "red", "collapsed": "bold red"}
 _DECISION_STYLES = {"demoted": "green", "promoted": "cyan"}

@@ -7,6 +7,7 @@ measured here; that is `cerebellum run`, or `cerebellum compare` afterwards.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ from gguf import GGUFValueType
 from numpy.typing import NDArray
 
 from cerebellum import encode, imatrix
-from cerebellum.base import Base, preset_base
+from cerebellum.base import preset_base
 from cerebellum.codec import Record
 from cerebellum.encode import moments
-from cerebellum.encode.encoders import Encoder, OurEncoder, choose
+from cerebellum.encode.encoders import Encoder, OurEncoder, choose, watched_inputs
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
-from cerebellum.files import is_one_of, sha256_file
+from cerebellum.files import is_one_of
 from cerebellum.gguf import TensorSource, encode_kv, read_gguf, write_gguf
 from cerebellum.layout import Layout
 from cerebellum.progress import Reporter
@@ -98,7 +99,8 @@ def quantize(request: Quantizing, engine: Engine, reporter: Reporter) -> Quantiz
         folder=request.out.parent,
         threads=request.threads,
     )
-    n_bytes = _write(recipe, base, request.out, (*base.records, *_records(encoder)), reporter)
+    records = (*base.records, *_records(encoder))
+    n_bytes, sha256 = _write(recipe, request.out, records, reporter)
     fed_by = encoder.moments if isinstance(encoder, OurEncoder) else None
     return Quantized(
         path=str(request.out),
@@ -108,7 +110,7 @@ def quantize(request: Quantizing, engine: Engine, reporter: Reporter) -> Quantiz
         tensors=len(source.tensors),
         source_bytes=source.n_bytes,
         bytes=n_bytes,
-        sha256=sha256_file(request.out),
+        sha256=sha256,
         seconds=time.monotonic() - prepared,
         moments_seconds=prepared - started,
     )
@@ -144,10 +146,8 @@ def _moments(
     request: Quantizing, engine: Engine, source: Source, reporter: Reporter
 ) -> moments.Moments | None:
     """Returns second moments made from this source and text, made now where they are not there yet."""
-    if request.encoder != OURS or not request.feedback or encode.unavailable_because() is not None:
-        return None
-    watched = moments.watch(source.tensors)
-    if not watched.weights:
+    watched = watched_inputs(request.encoder, request.feedback, source.tensors)
+    if watched is None or not watched.weights:
         return None
     out = request.moments or request.out.with_suffix(".moments.gguf")
     moments.refuse_foreign(out)
@@ -173,7 +173,10 @@ def _records(encoder: Encoder) -> tuple[bytes, ...]:
     return (encode_kv(_ENCODER_KEY, f"version {encode.ENCODER_VERSION}{fed}", GGUFValueType.STRING),)
 
 
-def _write(recipe: Recipe, base: Base, out: Path, records: tuple[bytes, ...], reporter: Reporter) -> int:
+def _write(recipe: Recipe, out: Path, records: tuple[bytes, ...], reporter: Reporter) -> tuple[int, str]:
+    """Writes the file; returns its size in bytes and its SHA-256, worked out as the bytes went by."""
+    base = recipe.layout.base
+    digest = hashlib.sha256()
     with reporter.task(f"quantizing to {base.label}", len(recipe.source.tensors)) as tick:
 
         def content(name: str) -> Iterator[NDArray[np.uint8]]:
@@ -184,4 +187,5 @@ def _write(recipe: Recipe, base: Base, out: Path, records: tuple[bytes, ...], re
             TensorSource(name=name, shape=tensor.shape, type=base.types[name], chunks=partial(content, name))
             for name, tensor in recipe.source.tensors.items()
         ]
-        return write_gguf(out, records, tensors, base.alignment)
+        n_bytes = write_gguf(out, records, tensors, base.alignment, digest.update)
+    return n_bytes, digest.hexdigest()
