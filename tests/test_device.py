@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from tiny import small_text
 
-from cerebellum.engine.protocols import Job, Scores, Tokens
+from cerebellum.encode.moments import watch
+from cerebellum.engine.protocols import Job, Scores, Tokens, Watch
 from cerebellum.engine.scoring import Prediction
 from cerebellum.imatrix import collect
-from cerebellum.llama import activations
+from cerebellum.llama import activations, moments
 from cerebellum.llama.model import ContextShape, LlamaModel
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.llama.scorer import DeviceScorer, OnDevice
+from cerebellum.source import open_source
 from cerebellum.texts import load_corpus
 
 CTX = 64
@@ -141,11 +143,46 @@ def test_sums_on_the_card_are_those_of_the_host(
     corpus = load_corpus(engine, embedded, select_text, CTX)
     several = LlamaEngine(EngineSettings(threads=1, decode_tokens=2 * CTX))
     host = collect(several, [embedded], corpus, 3, lambda: None)
-    reading = activations._on_host
+    reading = activations.on_host
     f32 = activations.F32
-    monkeypatch.setattr(activations, "_on_host", lambda t: reading(t) and t.type != f32)
+    monkeypatch.setattr(activations, "on_host", lambda t: reading(t) and t.type != f32)
     card = collect(several, [embedded], corpus, 3, lambda: None)
     assert set(host) == set(card)
     for name, entry in host.items():
         assert np.array_equal(card[name].counts, entry.counts), name
         np.testing.assert_allclose(card[name].sums, entry.sums, rtol=1e-5, err_msg=name)
+
+
+def test_products_on_the_card_are_those_of_the_host(
+    engine: LlamaEngine, embedded: Path, select_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = load_corpus(engine, embedded, select_text, CTX)
+    inputs = [corpus.inputs(chunk) for chunk in range(3)]
+    tensors = open_source(embedded, allow_requantize=True).tensors
+    watched = {
+        name: Watch(
+            span=384 if "down_shexp" in name else kept.span, pooled="gate_exps" in name or "up_exps" in name
+        )
+        for name, kept in watch(tensors).weights.items()
+    }
+    several = LlamaEngine(EngineSettings(threads=1, decode_tokens=2 * CTX))
+    host = several.moments([embedded], CTX, inputs, watched, lambda: None)
+    reading = activations.on_host
+    f32 = activations.F32
+    monkeypatch.setattr(moments, "on_host", lambda t: reading(t) and t.type != f32)
+    summed: list[str] = []
+    adding = moments._DeviceProducts.add
+
+    def add(self: moments._DeviceProducts, name: str, *rest: int) -> None:
+        summed.append(name)
+        adding(self, name, *rest)
+
+    monkeypatch.setattr(moments._DeviceProducts, "add", add)
+    card = several.moments([embedded], CTX, inputs, watched, lambda: None)
+    assert any("gate_exps" in name for name in summed) and any("ssm_in" in name for name in summed)
+    assert set(host) == set(card)
+    for name, found in host.items():
+        assert np.array_equal(card[name].counts, found.counts), name
+        scale = float(np.abs(found.spans).max(initial=1e-9))
+        np.testing.assert_allclose(card[name].spans, found.spans, atol=1e-4 * scale, rtol=0, err_msg=name)
+        np.testing.assert_allclose(card[name].rest, found.rest, atol=1e-4 * scale, rtol=0, err_msg=name)

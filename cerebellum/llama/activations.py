@@ -168,7 +168,7 @@ class ActivationCollector(Collector):
         name = weight_name(weight)
         matrices = int(weight.ne[2])
         ids_TK = read_i32(source_of(node, 2)) if routed else None
-        if not _on_host(activation) and (routed or matrices == 1) and _is_packed(activation):
+        if not on_host(activation) and (routed or matrices == 1) and is_packed(activation):
             self._device.add(name, node.src[1], ids_TK, matrices)
             return
         values = read_f32(activation)  # (ne3, ne2, ne1, ne0)
@@ -244,7 +244,7 @@ class _DeviceSums:
 
     def _opened(self, activation: int) -> Workbench:
         if self._bench is None:
-            self._bench = Workbench(device_of(_buffer_of(GgmlTensor.from_address(activation))))
+            self._bench = Workbench(device_of(buffer_of(GgmlTensor.from_address(activation))))
         return self._bench
 
     def close(self) -> None:
@@ -316,19 +316,19 @@ def weight_name(tensor: GgmlTensor) -> str:
     return parts[1] if len(parts) > 1 else parts[0]
 
 
-def _buffer_of(tensor: GgmlTensor) -> int:
+def buffer_of(tensor: GgmlTensor) -> int:
     """A view has no buffer of its own."""
     while not tensor.buffer and tensor.view_src:
         tensor = GgmlTensor.from_address(tensor.view_src)
     return int(tensor.buffer)
 
 
-def _on_host(tensor: GgmlTensor) -> bool:
-    buffer_type = ggml().ggml_backend_buffer_get_type(_buffer_of(tensor))
+def on_host(tensor: GgmlTensor) -> bool:
+    buffer_type = ggml().ggml_backend_buffer_get_type(buffer_of(tensor))
     return bool(ggml().ggml_backend_buft_is_host(buffer_type))
 
 
-def _is_packed(tensor: GgmlTensor) -> bool:
+def is_packed(tensor: GgmlTensor) -> bool:
     expected = 4
     for n, stride in zip(tensor.ne, tensor.nb, strict=True):
         if stride != expected:
@@ -351,7 +351,7 @@ def _read(tensor: GgmlTensor, dtype: np.dtype[np.generic], dims: int) -> NDArray
     shape = tuple(int(n) for n in tensor.ne[:dims])
     strides = tuple(int(n) for n in tensor.nb[:dims])
     extent = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + dtype.itemsize
-    if _on_host(tensor):
+    if on_host(tensor):
         buffer = np.ctypeslib.as_array((ctypes.c_uint8 * extent).from_address(tensor.data))
     else:
         buffer = np.empty(extent, np.uint8)

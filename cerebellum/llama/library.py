@@ -77,6 +77,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # name -> (result, arguments...), a
     "ggml_argmax": (_PTR, _PTR, _PTR),
     "ggml_soft_max": (_PTR, _PTR, _PTR),
     "ggml_reshape_2d": (_PTR, _PTR, _PTR, _I64, _I64),
+    "ggml_view_3d": (_PTR, _PTR, _PTR, _I64, _I64, _I64, _SIZE, _SIZE, _SIZE),
+    "ggml_cont": (_PTR, _PTR, _PTR),
     "ggml_add": (_PTR, _PTR, _PTR, _PTR),
     "ggml_sub": (_PTR, _PTR, _PTR, _PTR),
     "ggml_mul": (_PTR, _PTR, _PTR, _PTR),
