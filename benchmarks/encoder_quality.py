@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +31,7 @@ from cerebellum.encode import RESCALABLE, SUPPORTED, Unshrink, encode, feed_back
 from cerebellum.encode.encoders import FED_BACK, round_rows
 from cerebellum.encode.moments import Moments, Span, watch
 from cerebellum.encode.moments import compute_or_reuse as moments_of
-from cerebellum.engine.protocols import Engine, QuantizeJob
-from cerebellum.engine.scoring import Prediction, divergence, normalize, overlapped, predict
+from cerebellum.engine.protocols import Engine, Job, Kept, QuantizeJob, Scores
 from cerebellum.gguf import TensorSource, is_quantized, row_bytes, write_gguf
 from cerebellum.imatrix import ImportanceMatrix, compute_or_reuse, read
 from cerebellum.llama.native import EngineSettings, LlamaEngine
@@ -45,6 +45,7 @@ from cerebellum.texts import Corpus, load_corpus
 T = GGMLQuantizationType
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
+Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,36 +197,39 @@ class Model:
             yield rounding(matrix).ravel()
 
 
-def reference(engine: Engine, source: Source, corpus: Corpus, chunks: int) -> tuple[list[Prediction], Any]:
-    predictions, nll = [], []
-    with engine.open([file.path for file in source.files], corpus.ctx) as model:
-        for chunk in range(chunks):
-            found = normalize(model.logits(corpus.inputs(chunk)))
-            predictions.append(predict(found))
-            nll.append(found.nll(corpus.targets(chunk)).mean())
+def reference(engine: Engine, source: Source, corpus: Corpus, chunks: int) -> tuple[list[Kept], Vector]:
+    """Returns the source's predictions of the first ``chunks``, and its mean NLL of each, nats a token."""
+    predictions: list[Kept] = []
+    jobs = [Job(tokens_T=corpus.inputs(chunk), keep=True) for chunk in range(chunks)]
+    nll = []
+    for scores in scored(engine, [file.path for file in source.files], corpus.ctx, jobs):
+        assert scores.kept is not None
+        predictions.append(scores.kept)
+        nll.append(scores.nll_S.mean())
     return predictions, np.array(nll)
 
 
-def score(
-    engine: Engine, path: Path, corpus: Corpus, predictions: Sequence[Prediction]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(mean NLL, mean KL divergence) of each chunk, nats a token."""
-
-    def judge(item: tuple[int, Floats]) -> tuple[float, float]:
-        chunk, logits = item
-        found = normalize(logits)
-        kld, _ = divergence(predictions[chunk], found)
-        return float(found.nll(corpus.targets(chunk)).mean()), float(kld.mean())
-
-    with engine.open([path], corpus.ctx) as model:
-        decoded = ((chunk, model.logits(corpus.inputs(chunk))) for chunk in range(len(predictions)))
-        rows = np.array(list(overlapped(decoded, judge)))
-    return rows[:, 0], rows[:, 1]
+def score(engine: Engine, path: Path, corpus: Corpus, predictions: Sequence[Kept]) -> tuple[Vector, Vector]:
+    """Returns (mean NLL, mean KL divergence from the source) of each chunk, nats a token."""
+    jobs = [
+        Job(tokens_T=corpus.inputs(chunk), against=prediction) for chunk, prediction in enumerate(predictions)
+    ]
+    nll, kld = [], []
+    for scores in scored(engine, [path], corpus.ctx, jobs):
+        assert scores.kld_S is not None
+        nll.append(scores.nll_S.mean())
+        kld.append(scores.kld_S.mean())
+    return np.array(nll), np.array(kld)
 
 
-def report(
-    nll: Mapping[str, NDArray[np.float64]], kld: Mapping[str, NDArray[np.float64]], source: Any
-) -> dict[str, dict[str, Any]]:
+def scored(engine: Engine, paths: Sequence[Path], ctx: int, jobs: Sequence[Job]) -> Iterator[Scores]:
+    """Scores chunks in order, as many at once as the engine decodes together."""
+    with engine.resident(paths, ctx) as model:
+        for start in range(0, len(jobs), model.chunks_at_once):
+            yield from model.score(jobs[start : start + model.chunks_at_once])
+
+
+def report(nll: Mapping[str, Vector], kld: Mapping[str, Vector], source: Vector) -> dict[str, dict[str, Any]]:
     first = next(iter(nll))
     loss = {name: float((vector - source).mean()) for name, vector in nll.items()}
     rows = {}
@@ -296,7 +300,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     asked = arguments()
-    source = open_source(asked.model)
+    source = open_source(asked.model, allow_requantize=True)
     engine = LlamaEngine(EngineSettings(threads=asked.threads, gpu_layers=asked.gpu_layers))
     chosen = {
         name: rounding
@@ -325,13 +329,19 @@ def main() -> None:
             nll, kld = {}, {}
             for name, rounding in chosen.items():
                 path = Path(scratch) / "variant.gguf"
+                started = time.perf_counter()
                 model.write(path, rounding)
+                took = time.perf_counter() - started
                 nll[name], kld[name] = score(engine, path, corpus, predictions)
                 path.unlink()
-                print(f"{preset}, {name}: KL {kld[name].mean():.5f} nats", file=sys.stderr)
+                print(
+                    f"{preset}, {name}: KL {kld[name].mean():.5f} nats, written in {took:.1f} s",
+                    file=sys.stderr,
+                )
             results[preset] = report(nll, kld, nll_source)
             show(f"{preset}, {len(predictions)} chunks", results[preset])
-    print(save(asked.name, {"model": asked.model.name, "chunks": len(predictions), "presets": results}))
+            found = {"model": asked.model.name, "chunks": len(predictions), "presets": results}
+            print(save(asked.name, found))
 
 
 if __name__ == "__main__":

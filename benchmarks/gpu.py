@@ -47,6 +47,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, help="where runs and stock files go [default: a temporary one]"
     )
+    parser.add_argument("--encoder", help="ours or ggml [default: the program's]")
+    parser.add_argument("--feedback", help="on or off, of our encoder [default: the program's]")
     parser.add_argument("--swaps", action="store_true", help="doctor's check of swaps first")
     parser.add_argument("--no-threshold", action="store_true", help="leave the threshold run out")
     parser.add_argument("--no-stock", action="store_true")
@@ -60,6 +62,8 @@ def ours(asked: argparse.Namespace, folder: Path, goal: list[str]) -> dict[str, 
     options = ["--base", asked.base, "--threads", asked.threads, "--gpu-layers", asked.gpu_layers, *goal]
     options += ["--imatrix-chunks", asked.imatrix_chunks, "--report-chunks", asked.report_chunks]
     options += ["--allow-requantize", *(["--select-text", asked.text] if asked.text else [])]
+    options += ["--encoder", asked.encoder] if asked.encoder else []
+    options += ["--no-feedback"] if asked.feedback == "off" else []
     command = ["run", asked.model, "-o", folder, *options]
     started = time.perf_counter()
     with collecting() as timings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -237,6 +237,12 @@ class Workspace:
         )
         self._hash_with_progress()
         return Shards(recipe, self.ledger, lambda what: self.reporter.note(f"quantizing {what}"))
+
+    @contextmanager
+    def shards_ahead(self, wanted: Iterable[Changes]) -> Iterator[None]:
+        """Makes the shards of these variants beside the block where a GPU measures and the processor would idle."""
+        with self.shards.made_ahead(wanted) if self.engine.on_gpu else nullcontext():
+            yield
 
     def _hash_with_progress(self) -> str:
         """Hashes the source here, where progress can be shown, before others ask for the hash."""

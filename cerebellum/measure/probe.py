@@ -186,8 +186,17 @@ def measure_curves(workspace: Workspace, session: Session) -> Curves:
     probes = check_probes(workspace.layout, goal, str(workspace.settings.source))
     _tell_left_out(workspace, goal.anchor)
     tried = [probe.part.at(probe.qtype) for probe in probes]
-    workspace.check_space([workspace.layout.anchored(goal.anchor), *tried])
+    anchored = workspace.layout.anchored(goal.anchor)
+    workspace.check_space([anchored, *tried])
     errors = read_or_make_errors(workspace, goal, method)
+    with workspace.shards_ahead([anchored, *tried]):
+        return _measured(session, probes, errors)
+
+
+def _measured(session: Session, probes: Sequence[Probe], errors: RoundingErrors) -> Curves:
+    """Measures the probes, then layers apart, until the passes are spent."""
+    workspace = session.workspace
+    method = session.method
     reference = session.measure_reference()
     budget = MeasurementBudget(limit=session.limit, beforehand=3 * len(session.few))
     share = int(method.roles_share * budget.left / len(probes))

@@ -6,7 +6,7 @@ This file drives; what to ask is decided without I/O in ``race.py`` and ``probe.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,7 +93,7 @@ class Racing:
         A candidate that is probably over the limit is set aside, where it may be, without a verdict.
         """
         shards = self.workspace.shards
-        with shards.made_ahead(candidates) if self.workspace.engine.on_gpu else nullcontext():
+        with self.workspace.shards_ahead(candidates):
             found = drive(race(candidates, self._settings(alpha, may_set_aside)), self._answer)
         return tuple(with_divergence(one, self.measurer, shards) for one in found)
 

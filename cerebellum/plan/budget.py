@@ -335,10 +335,12 @@ def _measure_fine_types(curves: Curves, session: Session, target: Target) -> tup
     probes.sort(key=lambda probe: -layout.part_bytes(probe.part, probe.qtype))
     known = {(response.groups, response.type) for response in curves.responses}
     budget = session.budget_after(curves)
+    new = [probe for probe in probes if (probe.part.groups, probe.qtype) not in known]
     found = []
-    for probe in probes:
-        if (probe.part.groups, probe.qtype) not in known and budget.left >= curves.chunks:
-            found.append(session.measure(probe, curves.chunks, budget))
+    with session.workspace.shards_ahead([probe.part.at(probe.qtype) for probe in new]):
+        for probe in new:
+            if budget.left >= curves.chunks:
+                found.append(session.measure(probe, curves.chunks, budget))
     return tuple(found)
 
 
