@@ -8,8 +8,9 @@ made again alone and compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from gguf import GGMLQuantizationType
 
 from cerebellum import encode
 from cerebellum.encode.moments import Moments, Span, Watched, watch
+from cerebellum.engine.pool import begun_in_order
 from cerebellum.engine.protocols import Bytes, Floats, QuantizeJob
 from cerebellum.errors import BadInput
 from cerebellum.gguf import TensorMeta, fits, row_bytes
@@ -28,7 +30,8 @@ _T = GGMLQuantizationType
 FED_BACK = frozenset({_T.Q2_K, _T.Q3_K, _T.Q4_K, _T.Q5_K})
 """Types that errors are fed back in; at finer ones there is next to nothing to win (docs/LOG.md)."""
 
-_BLOCK_ELEMENTS = 1 << 21  # for each thread: moments are scaled once for so many weights
+_TASK_ELEMENTS = 1 << 20  # at most: 4 MiB of float32, and moments are scaled once for so many weights
+_ROWS_TOGETHER = 32  # rows that the encoder searches side by side
 
 
 class Encoder(Protocol):
@@ -70,22 +73,31 @@ class OurEncoder:
         return f"{self.engine.build}; encoder {encode.ENCODER_VERSION}, {fed}"
 
     def quantize(self, job: QuantizeJob, threads: int) -> Iterator[Bytes]:
-        """Yields the bytes of some millions of weights at a time, one expert after the other."""
+        """Begins at once, some rows a thread, and yields the bytes in order, one expert after the other."""
         if job.to_type not in encode.SUPPORTED or job.from_type == job.to_type:
-            yield from self.engine.quantize(job, threads)
-            return
+            return self.engine.quantize(job, threads)
         _check(job)
+        return begun_in_order(self._tasks(job, threads), threads)
+
+    def _tasks(self, job: QuantizeJob, threads: int) -> Iterator[Callable[[], Bytes]]:
         columns, per_expert, experts = (*job.shape, 1, 1)[:3]
-        n_bytes = row_bytes(job.from_type, columns)
-        step = max(1, threads * _BLOCK_ELEMENTS // columns)
+        step = _rows_a_task(columns, per_expert, experts, threads)
         for expert in range(experts):
             importance = _part(job.importance, expert, columns)
             spans = self._spans(job, expert)
             last = (expert + 1) * per_expert
             for start in range(expert * per_expert, last, step):
-                raw = job.raw[start * n_bytes : min(start + step, last) * n_bytes]
-                rows = self.engine.to_float(raw, job.from_type, columns).reshape(-1, columns)
-                yield round_rows(rows, job.to_type, importance, spans, threads).ravel()
+                yield partial(self._rounded, job, slice(start, min(start + step, last)), importance, spans)
+
+    def _rounded(
+        self, job: QuantizeJob, rows: slice, importance: Floats | None, spans: tuple[Span, ...]
+    ) -> Bytes:
+        """Returns some rows of one expert at their new type, worked out on the caller's thread."""
+        columns = job.shape[0]
+        n_bytes = row_bytes(job.from_type, columns)
+        raw = job.raw[rows.start * n_bytes : rows.stop * n_bytes]
+        values = self.engine.to_float(raw, job.from_type, columns).reshape(-1, columns)
+        return round_rows(values, job.to_type, importance, spans, threads=1).ravel()
 
     def _spans(self, job: QuantizeJob, expert: int) -> tuple[Span, ...]:
         if self.moments is None or job.to_type not in FED_BACK:
@@ -103,7 +115,8 @@ class OurEncoder:
         """Returns a tensor as it reads back at its new type."""
         if job.to_type not in encode.SUPPORTED:
             return self.engine.round_trip(job)
-        raw = np.concatenate(list(self.quantize(job, threads=1)))
+        _check(job)
+        raw = np.concatenate([task() for task in self._tasks(job, threads=1)])
         return self.to_float(raw, job.to_type, job.shape[0])
 
 
@@ -147,6 +160,13 @@ def round_rows(
         at = slice(row_bytes(kind, columns.start), row_bytes(kind, columns.stop))
         raw[:, at] = encode.feed_back(raw[:, at], rows[:, columns], span.moments, kind, threads=threads)
     return raw
+
+
+def _rows_a_task(columns: int, per_expert: int, experts: int, threads: int) -> int:
+    """Returns how many rows of an expert one thread takes at a time, so that all have some."""
+    share = -(-per_expert * experts // threads)
+    wanted = min(_TASK_ELEMENTS // columns, share, per_expert)
+    return max(_ROWS_TOGETHER, -(-wanted // _ROWS_TOGETHER) * _ROWS_TOGETHER)
 
 
 def _part(importance: Floats | None, expert: int, columns: int) -> Floats | None:

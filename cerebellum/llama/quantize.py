@@ -7,15 +7,14 @@ A block never crosses from one expert's matrix into the next: each expert has it
 from __future__ import annotations
 
 import ctypes
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from cerebellum.engine.pool import begun_in_order
 from cerebellum.engine.protocols import Bytes, Floats, QuantizeJob
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.gguf.types import fits, needs_imatrix, row_bytes
@@ -40,24 +39,7 @@ def quantize(job: QuantizeJob, threads: int) -> Iterator[Bytes]:
     if job.from_type == job.to_type:
         return iter([job.raw])
     _check(job)
-    pool = _pool(threads)
-    begun = deque(pool.submit(_convert, job, rows) for rows in _row_blocks(job.shape))
-    return _in_order(begun)
-
-
-def _in_order(begun: deque[Future[Bytes]]) -> Iterator[Bytes]:
-    """Yields results as they are wanted; where nobody wants the rest, what is not begun is left undone."""
-    try:
-        while begun:
-            yield begun.popleft().result()
-    finally:
-        for future in begun:
-            future.cancel()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quantize")
+    return begun_in_order((partial(_convert, job, rows) for rows in _row_blocks(job.shape)), threads)
 
 
 def _check(job: QuantizeJob) -> None:
