@@ -273,7 +273,7 @@ def importance_of(
     return compute_or_reuse(
         engine=engine,
         shards=[file.path for file in source.files],
-        source_sha256=source.sha256(),
+        source_sha256=source.sha256,
         corpus=selection,
         chunks=asked.imatrix_chunks,
         out=folder / "imatrix.gguf",
@@ -314,7 +314,7 @@ def main() -> None:
         moments = moments_of(
             engine=engine,
             shards=[file.path for file in source.files],
-            source_sha256=source.sha256(),
+            source_sha256=source.sha256,
             watched=watch(source.tensors),
             corpus=selection,
             chunks=asked.imatrix_chunks,

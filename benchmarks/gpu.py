@@ -89,7 +89,10 @@ def _counts(folder: Path) -> dict[str, Any]:
     """Tokens and chunks, as the manifest has them, and how many groups there were."""
     manifest = json.loads((folder / "manifest.json").read_text())
     groups = json.loads((folder / "groups.json").read_text())["groups"]
-    return {"groups": len([group for group in groups if not group["protected"]]), "evidence": manifest.get("evidence", manifest.get("measured"))}
+    return {
+        "groups": len([group for group in groups if not group["protected"]]),
+        "evidence": manifest.get("evidence", manifest.get("measured")),
+    }
 
 
 def theirs(asked: argparse.Namespace, folder: Path, text: Path, groups: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ quantizers divide by nothing and have produced NaN blocks in llama.cpp.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,20 +97,26 @@ def compute_or_reuse(
     *,
     engine: Engine,
     shards: Sequence[Path],
-    source_sha256: str,
+    source_sha256: Callable[[], str],
     corpus: Corpus,
     chunks: int,
     out: Path,
     reporter: Reporter,
 ) -> ImportanceMatrix:
-    """The matrix at ``out`` if it was made from just this; otherwise made now from ``chunks`` chunks."""
+    """The matrix at ``out`` if it was made from just this; otherwise made now from ``chunks`` chunks.
+
+    The source's hash is asked for when it is needed, so that it can be worked out while the model decodes.
+    """
     count = min(chunks, corpus.n_chunks)
-    recipe = f"{source_sha256} {corpus.sha256} {corpus.ctx} {count} {engine.identity}"
-    if out.exists() and _recipe_of(out) == recipe:
+
+    def recipe() -> str:
+        return f"{source_sha256()} {corpus.sha256} {corpus.ctx} {count} {engine.identity}"
+
+    if out.exists() and _recipe_of(out) == recipe():
         return read(out)
     with reporter.task("importance matrix", count) as tick:
         entries = collect(engine, shards, corpus, count, tick)
-    write(out, entries, corpus.path.name, count, corpus.ctx, recipe)
+    write(out, entries, corpus.path.name, count, corpus.ctx, recipe())
     return read(out)
 
 

@@ -12,7 +12,7 @@ from cerebellum.bench.stage import BenchRequest, bench, examinee_from
 from cerebellum.build import build, output_path
 from cerebellum.engine.protocols import Engine
 from cerebellum.engine.timetable import time_table
-from cerebellum.engine.timings import collecting
+from cerebellum.engine.timings import collecting, timed
 from cerebellum.errors import BadInput
 from cerebellum.files import is_one_of
 from cerebellum.folder import BENCH, PLAN, VERIFY
@@ -162,6 +162,13 @@ def rehearse(workspace: Workspace) -> None:
 
 def check(workspace: Workspace, way: Way) -> None:
     """Raises before any work where anything that later stages need is missing; then saves the settings."""
+    with timed("checking"):
+        _check(workspace, way)
+    workspace.save_settings()
+
+
+def _check(workspace: Workspace, way: Way) -> None:
+    workspace.begin_hashing()
     workspace.admit_models()
     workspace.check_texts()
     way.check(workspace)
@@ -169,7 +176,6 @@ def check(workspace: Workspace, way: Way) -> None:
     if workspace.watched is not None:
         workspace.reporter.note(workspace.watched.said())
     rehearse(workspace)
-    workspace.save_settings()
 
 
 def check_output(workspace: Workspace) -> None:
@@ -207,7 +213,8 @@ def measure_stage(workspace: Workspace) -> Measuring:
     with workspace.locked():
         check(workspace, way)
         before = workspace.ledger.n_chunks()
-        found = way.measure(workspace)
+        with collecting():
+            found = way.measure(workspace)
         return Measuring(found=found, measured=workspace.ledger.n_chunks() - before, reused=before)
 
 
@@ -232,7 +239,8 @@ def build_stage(workspace: Workspace) -> Path:
             f"{workspace.path(PLAN)}: says that its combination was measured, and the ledger knows nothing of "
             "these bytes: source, base or llama.cpp changed since; run `cerebellum run` again"
         )
-    build(workspace.source, workspace.base, workspace.shards, plan.changes, out)
+    with timed("building"):
+        build(workspace.source, workspace.base, workspace.shards, plan.changes, out)
     return out
 
 
@@ -242,7 +250,8 @@ def verify_stage(workspace: Workspace) -> Verified:
     out = output_path(workspace.folder, workspace.source, workspace.base)
     if not out.exists():
         raise BadInput(f"{out}: not there; run `cerebellum build {workspace.folder}` first")
-    checks = check_file(out, plan, workspace.layout, workspace.shards)
+    with timed("verifying"):
+        checks = check_file(out, plan, workspace.layout, workspace.shards)
     corpus = workspace.report_corpus
     measurer = Measurer(workspace.engine, workspace.ledger, corpus, workspace.reporter)
     try:

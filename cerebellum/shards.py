@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +74,10 @@ class _Content:
 
 
 class Shards:
-    """Makes shards on demand, each (group, type) once ever, and lists them as variants."""
+    """Makes shards on demand, each (group, type) once ever, and lists them as variants.
+
+    ``weights_made`` counts what was quantized since it was opened, also by others than the main thread.
+    """
 
     def __init__(self, recipe: Recipe, ledger: Ledger, tick: Callable[[str], None] = lambda _: None) -> None:
         self._recipe = recipe
@@ -83,6 +87,7 @@ class Shards:
         self._hashes: dict[Path, str] = {}
         self._written: dict[Path, _Content] = {}
         self._ahead: Ahead | None = None
+        self.weights_made = 0
         base = recipe.layout.base
         self._origin = [
             recipe.source.sha256(),
@@ -105,6 +110,20 @@ class Shards:
             digest=hashlib.sha256(content.encode()).hexdigest(),
         )
 
+    def weights_missing(self, wanted: Iterable[Changes]) -> int:
+        """Returns how many weights are still to be quantized before these variants can be measured."""
+        missing: set[tuple[str, str]] = set()
+        for name, qtype in {change for changes in wanted for change in changes.items()}:
+            content = _Content(number=self._number[name], types=self._recipe.layout.group_types(name, qtype))
+            if not self._path(content, name, qtype)[0].exists():
+                missing.add((name, qtype))
+        tensors = self._recipe.source.tensors
+        return sum(
+            tensors[tensor].n_elements
+            for name, _ in missing
+            for tensor in self._recipe.layout.groups[name].tensors
+        )
+
     def checked(self, changes: Changes, label: str = "") -> Variant:
         """Returns the variant once every one of its files has the content that was recorded when it was made.
 
@@ -112,8 +131,10 @@ class Shards:
         other bytes: what was measured is then gone.
         """
         variant = self.variant(changes, label)
-        for path in variant.paths:
-            if sha256_file(path) != self._hashes[path]:
+        with timed("hashing"), ThreadPoolExecutor(max_workers=self._recipe.threads) as pool:
+            found = list(pool.map(sha256_file, variant.paths))
+        for path, digest in zip(variant.paths, found, strict=True):
+            if digest != self._hashes[path]:
                 self._make_again(path)
         return variant
 
@@ -217,6 +238,7 @@ class Shards:
         alignment = 32 if content.number else base.alignment
         with timed("quantizing"):
             write_gguf(path, (*records, *split), self._one_ahead(content.types), alignment, digest.update)
+        self.weights_made += sum(self._recipe.source.tensors[name].n_elements for name in content.types)
         return digest.hexdigest()
 
     def _one_ahead(self, types: Mapping[str, GGMLQuantizationType]) -> list[TensorSource]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 
 from cerebellum import imatrix
 from cerebellum.base import Base, file_base, preset_base
@@ -14,6 +16,7 @@ from cerebellum.codec import write_artifact
 from cerebellum.encode import moments
 from cerebellum.encode.encoders import Encoder, choose, watched_inputs
 from cerebellum.engine.protocols import Engine
+from cerebellum.engine.timings import timed
 from cerebellum.errors import BadInput
 from cerebellum.folder import GROUPS, LEDGER, SETTINGS, SOURCE, RunFolder
 from cerebellum.groups import Group, Groups, make_groups, record_of, source_file
@@ -28,6 +31,8 @@ from cerebellum.units import size
 from cerebellum.verdicts import Changes
 
 _SPANS = 8  # of layers that a budget may treat apart: finer ones cost measurements and files, and gain little
+
+_TOLD_SECONDS = 0.2  # how often the progress of hashing is looked at
 
 EngineFor = Callable[[Settings], Engine]
 """Makes the engine that settings ask for."""
@@ -61,6 +66,7 @@ class Workspace:
         self.reporter = reporter
         self._planning = planning
         self._admit = admit
+        self._hashed_bytes = 0
 
     @classmethod
     def reopen(
@@ -143,17 +149,37 @@ class Workspace:
         """The full content hash, read once, with progress where it is long."""
         if self._planning and self.path(SOURCE).exists():
             return self.artifacts.source().sha256
-        mebibytes = max(1, self.source.n_bytes >> 20)
-        with self.reporter.task("hashing the source", mebibytes) as tick:
-            done = 0
+        hashing = self._hashing
+        with self.reporter.task("hashing the source", max(1, self.source.n_bytes >> 20)) as tick:
+            told = 0
+            with timed("hashing"):
+                while not hashing.done():
+                    wait([hashing], timeout=_TOLD_SECONDS)
+                    for _ in range(told, self._hashed_bytes >> 20):
+                        tick()
+                    told = self._hashed_bytes >> 20
+        return hashing.result()
 
-            def progress(n_bytes: int, _total: int) -> None:
-                nonlocal done
-                while done < n_bytes >> 20:
-                    tick()
-                    done += 1
+    def begin_hashing(self) -> None:
+        """Begins to hash the source on a thread of its own: what comes first needs a model, and no hash."""
+        if not (self._planning and self.path(SOURCE).exists()):
+            _ = self._hashing
 
-            return self.source.sha256(progress)
+    @cached_property
+    def _hashing(self) -> Future[str]:
+        def progress(n_bytes: int, _total: int) -> None:
+            self._hashed_bytes = n_bytes
+
+        begun: Future[str] = Future()
+
+        def work() -> None:
+            try:
+                begun.set_result(self.source.sha256(progress))
+            except BaseException as error:  # it is raised where the hash is asked for
+                begun.set_exception(error)
+
+        Thread(target=work, name="hashing", daemon=True).start()  # nobody waits for it who was interrupted
+        return begun
 
     @cached_property
     def matrix(self) -> imatrix.ImportanceMatrix:
@@ -167,7 +193,7 @@ class Workspace:
         return imatrix.compute_or_reuse(
             engine=self.engine,
             shards=[file.path for file in self.source.files],
-            source_sha256=self.source_sha256,
+            source_sha256=lambda: self.source_sha256,
             corpus=corpus,
             chunks=self.settings.imatrix_chunks or corpus.n_chunks,
             out=self.path("imatrix.gguf"),
@@ -197,7 +223,7 @@ class Workspace:
         return moments.compute_or_reuse(
             engine=self.engine,
             shards=[file.path for file in self.source.files],
-            source_sha256=self.source_sha256,
+            source_sha256=lambda: self.source_sha256,
             watched=self.watched,
             corpus=corpus,
             chunks=self.settings.imatrix_chunks or corpus.n_chunks,

@@ -204,3 +204,9 @@ def test_skew_is_told_once_it_is_sure() -> None:
     skewed = np.random.default_rng(8).lognormal(0, 1, 200)
     assert any("skewed by +" in sentence for sentence in unusual(skewed, range(200)))
     assert unusual(np.zeros(20), range(20)) == () == unusual(skewed[:5], range(5))
+
+
+def test_looks_wait_for_whole_decodes() -> None:
+    assert looks(2, 1.5, 20) == (2, 3, 5, 7, 11, 16, 20)
+    assert looks(2, 1.5, 20, together=4) == (4, 8, 12, 16, 20)
+    assert looks(2, 1.5, 3, together=4) == (3,)

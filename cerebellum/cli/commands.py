@@ -157,7 +157,7 @@ def imatrix(
     matrix = compute_or_reuse(
         engine=engine,
         shards=[file.path for file in opened.files],
-        source_sha256=opened.sha256(),
+        source_sha256=opened.sha256,
         corpus=corpus,
         chunks=chunks or corpus.n_chunks,
         out=out,

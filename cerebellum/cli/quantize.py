@@ -156,7 +156,7 @@ def _moments(
     return moments.compute_or_reuse(
         engine=engine,
         shards=[file.path for file in source.files],
-        source_sha256=source.sha256(),
+        source_sha256=source.sha256,
         watched=watched,
         corpus=corpus,
         chunks=request.chunks or corpus.n_chunks,

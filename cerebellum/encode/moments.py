@@ -203,7 +203,7 @@ def compute_or_reuse(
     *,
     engine: Engine,
     shards: Sequence[Path],
-    source_sha256: str,
+    source_sha256: Callable[[], str],
     watched: Watched,
     corpus: Corpus,
     chunks: int,
@@ -214,13 +214,17 @@ def compute_or_reuse(
     count = min(chunks, corpus.n_chunks)
     asked = json.dumps([[name, kept.span, kept.pooled] for name, kept in sorted(watched.weights.items())])
     digest = hashlib.sha256(asked.encode()).hexdigest()
-    recipe = f"{_VERSION} {source_sha256} {corpus.sha256} {corpus.ctx} {count} {engine.identity} {digest}"
-    if out.exists() and _recipe_of(out) == recipe:
+
+    def recipe() -> str:
+        made_from = f"{source_sha256()} {corpus.sha256} {corpus.ctx} {count} {engine.identity}"
+        return f"{_VERSION} {made_from} {digest}"
+
+    if out.exists() and _recipe_of(out) == recipe():
         return read(out)
     inputs = (corpus.inputs(chunk) for chunk in range(count))
     with reporter.task("second moments", count) as tick:
         found = engine.moments(shards, corpus.ctx, inputs, watched.weights, tick)
-    write(out, found, recipe)
+    write(out, found, recipe())
     return read(out)
 
 

@@ -78,6 +78,9 @@ class FakeEngine:
         read_gguf(path)
         return Tokenized(tokens=np.frombuffer(text, np.uint8).astype(np.int32), bos=None)
 
+    def chunks_together(self, ctx: int) -> int:
+        return self.chunks_at_once
+
     def vocab_size(self, path: Path) -> int:
         return self.n_vocab
 

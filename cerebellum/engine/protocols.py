@@ -202,6 +202,10 @@ class Engine(Protocol):
         """Names everything that can change a byte or a type: the library's version and commit."""
         ...
 
+    def chunks_together(self, ctx: int) -> int:
+        """Returns how many chunks of ``ctx`` tokens one decode takes; fewer cost as much."""
+        ...
+
     def tokenize(self, path: Path, text: bytes) -> Tokenized:
         """Returns the text as tokens of the model at ``path``, exactly as llama-perplexity has them."""
         ...

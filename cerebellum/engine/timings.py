@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -22,6 +22,9 @@ PARTS = (
     "hashing",
     "importance matrix",
     "waiting",
+    "checking",
+    "building",
+    "verifying",
 )
 """The parts in the order of a table; anything else that is timed follows them."""
 
@@ -88,6 +91,17 @@ def collecting() -> Iterator[Timings]:
     finally:
         timings.wall = time.perf_counter() - started
         _OPEN.timings = None
+
+
+def seconds_so_far(parts: Sequence[str]) -> float:
+    """Returns the seconds that parts took until now, those beside the main thread too; 0 where nothing collects.
+
+    A part that is under way counts once it ends, or another one begins inside it.
+    """
+    timings = _OPEN.timings
+    if timings is None:
+        return 0.0
+    return sum(timings.seconds.get(part, 0.0) + timings.beside.get(part, 0.0) for part in parts)
 
 
 @contextmanager

@@ -138,6 +138,10 @@ class LlamaEngine:
 
         return open_asker(self, paths)
 
+    def chunks_together(self, ctx: int) -> int:
+        """Several chunks a decode on a GPU, one on a CPU."""
+        return max(1, self._decode_tokens // ctx)
+
     def tokenize(self, path: Path, text: bytes) -> Tokenized:
         """Tokens of ``text`` exactly as llama-perplexity has them (specials added, none parsed)."""
         lib = llama()
@@ -181,7 +185,7 @@ class LlamaEngine:
 
     def _shape(self, ctx: int) -> ContextShape:
         """Several chunks a decode on a GPU, in one graph where they fit; one on a CPU."""
-        sequences = max(1, self._decode_tokens // ctx)
+        sequences = self.chunks_together(ctx)
         tokens = ctx * sequences
         ubatch = tokens if self.on_gpu and tokens <= _GPU_UBATCH else min(ctx, _UBATCH)
         return ContextShape(ctx=ctx, sequences=sequences, ubatch=ubatch, threads=self.settings.threads)

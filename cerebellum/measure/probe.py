@@ -6,7 +6,6 @@ cost is limited; whole plans are few, and get more chunks: what ships deserves m
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from cerebellum.measure.curves import (
 )
 from cerebellum.measure.measurer import Measurer, measuring
 from cerebellum.measure.method import Method
+from cerebellum.measure.pace import Left, Work, time_left
 from cerebellum.measure.race import chunk_order
 from cerebellum.measure.rounding import read_or_make_errors
 from cerebellum.settings import Budget
@@ -43,7 +43,6 @@ class MeasurementBudget:
     limit: int
     beforehand: int = 0
     spent_on: dict[frozenset[tuple[str, str]], int] = field(default_factory=dict)
-    opened: float = field(default_factory=time.monotonic)
 
     @property
     def spent(self) -> int:
@@ -60,13 +59,10 @@ class MeasurementBudget:
         key = frozenset(changes.items())
         self.spent_on[key] = max(n, self.spent_on.get(key, 0))
 
-    def progress(self, measured: int) -> str:
-        """Tells people the share that is spent and, from the pace of ``measured`` chunks, the time left."""
+    def progress(self, left: Left | None) -> str:
+        """Tells people the share that is spent and, once a pace is known, the time left."""
         told = f"curves {100 * self.spent / self.limit:.0f}%"
-        if measured:
-            left = (time.monotonic() - self.opened) / measured * max(self.left, 0)
-            told += f", {left / 60:.0f} min left at most" if left > 90 else f", {left:.0f} s left at most"
-        return f"{told}: "
+        return f"{told}, {left.told()}: " if left else f"{told}: "
 
 
 @dataclass(kw_only=True)
@@ -74,7 +70,8 @@ class Session:
     """Scores variants against the source's own predictions, for as long as these are on disk.
 
     ``few`` chunks have those predictions: parts get the first of them, whole plans all of them, and the NLL
-    of whole plans is known on ``many``. ``limit`` is what all curves may cost, in chunks.
+    of whole plans is known on ``many``. ``limit`` is what all curves may cost, in chunks; ``tried`` are the variants
+    whose shards are known to be wanted.
     """
 
     workspace: Workspace
@@ -84,6 +81,7 @@ class Session:
     few: tuple[int, ...]
     many: tuple[int, ...]
     limit: int
+    tried: tuple[Changes, ...] = ()
     _reference: Reference | None = field(default=None, repr=False)
 
     @property
@@ -116,11 +114,18 @@ class Session:
         label = f"{probe.part.name}:{probe.qtype}, the rest at {self.goal.anchor}"
 
         def score(n: int) -> Score:
-            self.measurer.doing = budget.progress(self.measurer.measured)
+            self.measurer.doing = budget.progress(self._time_left(budget))
             budget.charge(changes, n)
             return self._score(changes, self.few[:n], self.few[:n], label)
 
         return measure_response(probe, score, self.measure_reference(), self.method, most, largest)
+
+    def _time_left(self, budget: MeasurementBudget) -> Left | None:
+        """Returns how long the curves still take at most, by what chunks and shards took so far."""
+        shards = self.workspace.shards
+        done = Work(chunks=self.measurer.measured, weights=shards.weights_made)
+        left = Work(chunks=budget.left, weights=shards.weights_missing(self.tried))
+        return time_left(done, left, at_once=self.workspace.engine.on_gpu)
 
     def budget_after(self, curves: Curves) -> MeasurementBudget:
         """Returns what the curves left of the budget for parts, also where another session measured them."""
@@ -189,7 +194,8 @@ def measure_curves(workspace: Workspace, session: Session) -> Curves:
     anchored = workspace.layout.anchored(goal.anchor)
     workspace.check_space([anchored, *tried])
     errors = read_or_make_errors(workspace, goal, method)
-    with workspace.shards_ahead([anchored, *tried]):
+    session.tried = (anchored, *tried)
+    with workspace.shards_ahead(session.tried):
         return _measured(session, probes, errors)
 
 

@@ -119,7 +119,8 @@ class Racing:
         if self.limit.chunks:
             return (min(self.limit.chunks, population),)
         first = _FIRST_LOOK if self._foretells else _FIRST_LOOK_WITHOUT_KLD
-        return looks(first, _GROWTH, min(self.limit.max_chunks or population, population))
+        together = self.workspace.engine.chunks_together(self.workspace.selection.ctx)
+        return looks(first, _GROWTH, min(self.limit.max_chunks or population, population), together)
 
     @property
     def _foretells(self) -> bool:

@@ -240,12 +240,17 @@ def _student(quantile: float, degrees: int) -> float:
     return float(student_t.isf(norm.sf(quantile), degrees))
 
 
-def looks(first: int, growth: float, limit: int) -> tuple[int, ...]:
-    """How many chunks are in at each look: from ``first``, growing geometrically, ending at ``limit``."""
-    found = []
+def looks(first: int, growth: float, limit: int, together: int = 1) -> tuple[int, ...]:
+    """How many chunks are in at each look: from ``first``, growing geometrically, ending at ``limit``.
+
+    All but the last are multiples of ``together``, the chunks that one decode takes: less than a whole decode
+    would cost as much.
+    """
+    found: list[int] = []
     n = float(first)
-    while math.ceil(n) < limit:
-        found.append(math.ceil(n))
+    while (whole := math.ceil(n / together) * together) < limit:
+        if not found or whole > found[-1]:
+            found.append(whole)
         n = max(n * growth, n + 1)
     return (*found, limit)
 
