@@ -28,6 +28,8 @@ _SUMS = ".in_sum2"
 _COUNTS = ".counts"
 _FLOOR = 1e-6  # of the row's mean: small enough to mean "unused", large enough not to be zero
 
+_MOST_ROWS = float(1 << 53)
+
 Floats = NDArray[np.float32]
 
 
@@ -189,7 +191,7 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
         name = tensor.name.removesuffix(_SUMS)
         if name + _COUNTS not in names:
             raise BadInput(f"{path}: {tensor.name} has no {_COUNTS} beside it; make the matrix anew")
-        counts = np.rint(_floats(file, name + _COUNTS).ravel()).astype(np.int64)
+        counts = _whole(_floats(file, name + _COUNTS).ravel(), path, name)
         sums = _floats(file, tensor.name)
         if not counts.size or sums.size % counts.size:
             raise BadInput(f"{path}: {name} has {sums.size} sums for {counts.size} counts; make it anew")
@@ -200,6 +202,13 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
         datasets=_datasets(file),
         chunk_count=_chunk_count(file),
     )
+
+
+def _whole(counts: Floats, path: Path, name: str) -> NDArray[np.int64]:
+    """Returns counts of rows as whole numbers; BadInput where one is none."""
+    if not np.isfinite(counts).all() or (counts < 0).any() or (counts > _MOST_ROWS).any():
+        raise BadInput(f"{path}: {name} has a count of rows that is no number of rows; make the matrix anew")
+    return np.rint(counts).astype(np.int64)
 
 
 def _datasets(file: GgufFile) -> tuple[str, ...]:

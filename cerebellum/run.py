@@ -32,6 +32,7 @@ from cerebellum.plan.stage import (
     replan_limit,
 )
 from cerebellum.settings import Budget, Goal, Limit, Settings
+from cerebellum.units import size
 from cerebellum.verdicts import NOTHING
 from cerebellum.verify import Verified, check_file, report, verified
 from cerebellum.workspace import Workspace
@@ -138,8 +139,23 @@ def run_all(workspace: Workspace, request: BenchRequest | None = None) -> Manife
             if request is not None:
                 bench_stage(workspace, request)
         manifest = make_manifest(workspace, time_table(timings))
+        drop_shards(workspace)
         _card_if_possible(workspace)
         return manifest
+
+
+def drop_shards(workspace: Workspace) -> None:
+    """Removes the shards that only measuring needed, unless they are to be kept.
+
+    The ledger knows what they held. A plan made later that ships one of them makes it again from the source.
+    """
+    if workspace.settings.keep_shards:
+        return
+    freed = workspace.shards.remove_all_but([NOTHING, workspace.artifacts.plan().changes])
+    if freed:
+        workspace.reporter.note(
+            f"shards that nothing needs any more were removed: {size(freed)} (--keep-shards keeps them)"
+        )
 
 
 def _card_if_possible(workspace: Workspace) -> None:
@@ -173,6 +189,7 @@ def _check(workspace: Workspace, way: Way) -> None:
     workspace.check_texts()
     way.check(workspace)
     check_output(workspace)
+    workspace.tell_memory()
     if workspace.watched is not None:
         workspace.reporter.note(workspace.watched.said())
     rehearse(workspace)
@@ -275,6 +292,7 @@ def bench_stage(workspace: Workspace, request: BenchRequest) -> BenchResults:
 
     result = examinee_from(output_path(workspace.folder, workspace.source, workspace.base))
     variant = workspace.shards.variant(NOTHING)
+    variant.ready()
     base = Examinee(name=workspace.base.label, paths=tuple(variant.paths), sha256=variant.digest)
     found = bench(
         (result, base), request, workspace.engine.asker, workspace.path("bench"), workspace.reporter

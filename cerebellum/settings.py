@@ -148,6 +148,7 @@ class Settings(Artifact, frozen=True, kw_only=True):
 
     ``gpu_layers`` go onto the GPU (-1: all), but for the routed experts of the first
     ``cpu_expert_layers``; both as they were worked out, so that a run goes on with the numbers it began with.
+    ``keep_shards`` leaves on the disk what only measuring needed.
     ``encoder`` rounds weights and ``feedback`` lets ours make up for errors by other columns; a folder that
     does not say was made with ggml's.
     """
@@ -172,6 +173,7 @@ class Settings(Artifact, frozen=True, kw_only=True):
     allow_requantize: bool = False
     encoder: EncoderName = GGML
     feedback: bool = True
+    keep_shards: bool = False
 
     @property
     def prediction_bytes(self) -> int:

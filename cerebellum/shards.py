@@ -2,7 +2,8 @@
 
 Shard 0 carries the metadata and every protected tensor; shard i holds group i at one type. They are
 GGUF splits, and llama.cpp loads any list that agrees on ``split.no`` and ``split.count``. A shard is
-named after its recipe, so one that is there was finished and need not be made again.
+named after its recipe, so one that is there was finished and need not be made again. One that was removed since is
+known by the hash that the ledger has, and is made again only where a model is opened with it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -42,11 +43,15 @@ _LABELLED = 12  # changes that a label still names
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A variant on disk. ``digest`` is over the contents of the shards, so it names the weights."""
+    """A variant on disk. ``digest`` is over the contents of the shards, so it names the weights.
+
+    Call ``ready`` before a file is opened: it makes those again that were removed since they were measured.
+    """
 
     label: str
     paths: tuple[Path, ...]
     digest: str
+    ready: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +103,7 @@ class Shards:
         files.make_folder(recipe.folder)
 
     def variant(self, changes: Changes, label: str = "") -> Variant:
-        """Returns the shard list of the base with ``changes``; makes those that are missing."""
+        """Returns the shard list of the base with ``changes``; makes those whose content nobody knows yet."""
         unknown = set(changes) - set(self._number)
         if unknown:
             raise BadInput(f"no group {sorted(unknown)[0]!r}; `cerebellum inspect` lists them")
@@ -108,6 +113,7 @@ class Shards:
             label=label or _label(changes),
             paths=tuple(paths),
             digest=hashlib.sha256(content.encode()).hexdigest(),
+            ready=partial(self._make_removed, tuple(paths)),
         )
 
     def weights_missing(self, wanted: Iterable[Changes]) -> int:
@@ -115,7 +121,7 @@ class Shards:
         missing: set[tuple[str, str]] = set()
         for name, qtype in {change for changes in wanted for change in changes.items()}:
             content = _Content(number=self._number[name], types=self._recipe.layout.group_types(name, qtype))
-            if not self._path(content, name, qtype)[0].exists():
+            if not self._is_known(*self._path(content, name, qtype)):
                 missing.add((name, qtype))
         tensors = self._recipe.source.tensors
         return sum(
@@ -131,6 +137,7 @@ class Shards:
         other bytes: what was measured is then gone.
         """
         variant = self.variant(changes, label)
+        variant.ready()
         with timed("hashing"), ThreadPoolExecutor(max_workers=self._recipe.threads) as pool:
             found = list(pool.map(sha256_file, variant.paths))
         for path, digest in zip(variant.paths, found, strict=True):
@@ -146,15 +153,33 @@ class Shards:
         """Returns the bytes of some neighbouring rows of a tensor at a type, made from the source just now."""
         return row_content(self._recipe, name, type_, rows)
 
+    def remove_all_but(self, kept: Iterable[Changes]) -> int:
+        """Removes every shard that none of these variants has, and returns the bytes that this frees."""
+        wanted = {path for changes in kept for path in self.variant(changes).paths}
+        freed = 0
+        for path in sorted(self._recipe.folder.glob("*.gguf")):
+            if path not in wanted:
+                freed += path.stat().st_size
+                files.DISK.unlink(path)
+        return freed
+
+    def _make_removed(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            if not path.exists():
+                self._tick(f"{path.name} again, for it was removed")
+                self._write_as_known(path)
+
     def _make_again(self, path: Path) -> None:
-        content = self._written[path]
         self._tick(f"{path.name} again, for its bytes changed on the disk")
         files.DISK.unlink(path)
-        self._write(path, content)
-        if sha256_file(path) != self._hashes[path]:
+        self._write_as_known(path)
+
+    def _write_as_known(self, path: Path) -> None:
+        """Makes a shard again; BadInput where it does not get the content that was measured."""
+        if self._write(path, self._written[path]) != self._hashes[path]:
             raise BadInput(
-                f"{path}: changed on the disk since it was measured, and the source gives other bytes now; "
-                "check the disk and the importance matrix, and run again in another folder"
+                f"{path}: the source gives other bytes now than were measured; check the disk and the importance "
+                "matrix, and run again in another folder"
             )
 
     def tensor(self, name: str, type_: GGMLQuantizationType) -> TensorSource:
@@ -180,7 +205,7 @@ class Shards:
         if path not in self._hashes:
             self._written[path] = content
             made = self._ahead.take(path) if self._ahead else None
-            if made is None and not path.exists():
+            if made is None and not self._is_known(path, digest):
                 self._tick(f"{name} at {label}")
                 made = self._write(path, self._written[path])
             self._hashes[path] = self._content_hash(path, digest, made)
@@ -198,13 +223,17 @@ class Shards:
             for name, qtype in dict.fromkeys(change for changes in wanted for change in changes.items()):
                 types = self._recipe.layout.group_types(name, qtype)
                 content = _Content(number=self._number[name], types=types)
-                path, _ = self._path(content, name, qtype)
-                if path not in self._hashes and not path.exists():
+                path, digest = self._path(content, name, qtype)
+                if path not in self._hashes and not self._is_known(path, digest):
                     self._ahead.begin(path, partial(self._write, path, content))
             yield
         finally:
             self._ahead.close()
             self._ahead = None
+
+    def _is_known(self, path: Path, recipe: str) -> bool:
+        """Says whether a shard is there, or was once and its content is recorded."""
+        return path.exists() or self._ledger.content_hash(path.name, recipe) is not None
 
     def _path(self, content: _Content, name: str, label: str) -> tuple[Path, str]:
         """Returns the file of a shard, and the hash of what it is made from."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
@@ -302,6 +303,15 @@ class Workspace:
         """Writes groups.json; it follows the goal, since a budget cuts roles into spans of layers."""
         self.artifacts.write(GROUPS, Groups(groups=tuple(record_of(group) for group in self.groups)))
 
+    def tell_memory(self) -> None:
+        """Notes it where the source is larger than this machine's memory, and weights are read over and over."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if self.source.n_bytes > memory and not self.engine.on_gpu:
+            self.reporter.note(
+                f"memory: the source takes {size(self.source.n_bytes)}, this machine has {size(memory)}; while the "
+                "source itself runs, its weights are read from the disk for every batch"
+            )
+
     def check_space(self, tried: Iterable[Changes]) -> None:
         """Raises BadInput before any work if base, result and a shard for every change cannot fit on the disk."""
         changed = sum(
@@ -312,6 +322,7 @@ class Workspace:
         fed = self.watched.n_bytes if self.watched and not self.path("moments.gguf").exists() else 0
         needed = self.settings.goal.wholes * self.layout.tensor_bytes() + changed + fed - present
         free = shutil.disk_usage(self.folder).free
+        self.reporter.note(f"disk: up to {size(max(needed, 0))} more in {self.folder}, {size(free)} are free")
         if needed > free:
             raise BadInput(
                 f"{self.folder}: {size(needed)} are needed (base, result, every group at every type "

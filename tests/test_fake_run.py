@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from tiny import Recorder, ledger_rows, small_text, write_hybrid
 
@@ -78,6 +79,39 @@ def test_the_same_run_again_measures_nothing_and_ends_the_same(tmp_path: Path, g
     run_all(workspace(tmp_path, goal))
     assert ledger_rows(tmp_path / "run") == rows
     assert artifacts(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("goal", [Limit(), Budget(size=Preset(name="Q3_K_M"))], ids=["limit", "budget"])
+def test_what_only_measuring_needed_is_removed_and_never_made_again(tmp_path: Path, goal: Goal) -> None:
+    run_all(workspace(tmp_path, goal))
+    plan = open_run(tmp_path / "run").plan()
+    n_groups = len([group for group in open_run(tmp_path / "run").groups().groups if not group.protected])
+    left = {path.name for path in (tmp_path / "run" / "shards").glob("*.gguf")}
+    assert len(left) == 1 + n_groups + len(plan.changes)
+    again = workspace(tmp_path, goal)
+    run_all(again)
+    assert again.shards.weights_made == 0
+    assert {path.name for path in (tmp_path / "run" / "shards").glob("*.gguf")} == left
+
+
+def test_another_plan_makes_removed_shards_again(tmp_path: Path) -> None:
+    run_all(workspace(tmp_path, Limit(max_increase_pct=0.2)))
+    strict = open_run(tmp_path / "run").plan().changes
+    wider = workspace(tmp_path, Limit(max_increase_pct=50.0))
+    manifest = run_all(wider)
+    assert len(open_run(tmp_path / "run").plan().changes) > len(strict)
+    assert wider.shards.weights_made > 0 and open_run(tmp_path / "run").verified().ok
+    assert set(manifest.shards) <= {path.name for path in (tmp_path / "run" / "shards").glob("*.gguf")}
+
+
+def test_shards_are_kept_where_asked(tmp_path: Path) -> None:
+    opened = workspace(tmp_path, Limit())
+    opened.settings = msgspec.structs.replace(opened.settings, keep_shards=True)
+    run_all(opened)
+    n_groups = len([group for group in opened.groups if not group.protected])
+    assert len(list((tmp_path / "run" / "shards").glob("*.gguf"))) > n_groups + 1 + len(
+        open_run(tmp_path / "run").plan().changes
+    )
 
 
 def artifacts(folder: Path) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import struct
 import subprocess
@@ -340,3 +341,21 @@ def test_more_chunks_than_the_text_has_are_all_of_them(
     out = tmp_path / "imatrix.gguf"
     _, decoded = made(embedded, llama_engine, corpus, out, chunks=10**6)
     assert decoded == imatrix.read(out).chunk_count == corpus.n_chunks
+
+
+@pytest.mark.parametrize("count", [math.nan, math.inf, -1.0, 1e30])
+def test_a_count_that_counts_nothing_is_one_line(tmp_path: Path, count: float) -> None:
+    out = tmp_path / "imatrix.gguf"
+    values = {"blk.0.attn_q.weight.in_sum2": [1.0] * 8, "blk.0.attn_q.weight.counts": [count]}
+    tensors = [
+        TensorSource(
+            name=name,
+            shape=(len(numbers),),
+            type=GGMLQuantizationType.F32,
+            chunks=lambda numbers=numbers: iter([np.array(numbers, np.float32).tobytes()]),
+        )
+        for name, numbers in values.items()
+    ]
+    write_gguf(out, [encode_kv("general.type", "imatrix", GGUFValueType.STRING)], tensors)
+    with pytest.raises(BadInput, match="a count of rows that is no number of rows"):
+        imatrix.read(out)

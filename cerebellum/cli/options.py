@@ -357,6 +357,7 @@ source_options = options(
     engine_options,
     click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Order of the chunks."),
     click.option("--allow-requantize", is_flag=True, help="Accept a source that is quantized already."),
+    click.option("--keep-shards", is_flag=True, help="Leave on the disk what only measuring needed."),
 )
 bench_options = options(
     click.option("--bench", is_flag=True, help="Question benchmarks of base and result at the end."),

@@ -177,6 +177,7 @@ class Measurer:
         """The model that is open, with the variant's groups swapped in; a new one where that cannot be."""
         if self._model is not None and self._open_digest == variant.digest:
             return self._model
+        variant.ready()
         if self._model is not None and self._swapped(self._model, variant):
             return self._model
         self.close()
