@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -159,8 +159,10 @@ class Shards:
         freed = 0
         for path in sorted(self._recipe.folder.glob("*.gguf")):
             if path not in wanted:
-                freed += path.stat().st_size
-                files.DISK.unlink(path)
+                with suppress(OSError):  # one that cannot be removed does no harm where it is
+                    n_bytes = path.stat().st_size
+                    files.DISK.unlink(path)
+                    freed += n_bytes
         return freed
 
     def _make_removed(self, paths: Iterable[Path]) -> None:

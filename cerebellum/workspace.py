@@ -68,6 +68,7 @@ class Workspace:
         self._planning = planning
         self._admit = admit
         self._hashed_bytes = 0
+        self._corpora: dict[Path, Corpus] = {}
 
     @classmethod
     def reopen(
@@ -292,7 +293,10 @@ class Workspace:
         return self._corpus(self.settings.report_text)
 
     def _corpus(self, text: Path) -> Corpus:
-        return load_corpus(self.engine, self.source.path, text, self.settings.ctx)
+        """Tokenizes a text once, whatever it is used for: a large vocabulary makes that seconds."""
+        if text not in self._corpora:
+            self._corpora[text] = load_corpus(self.engine, self.source.path, text, self.settings.ctx)
+        return self._corpora[text]
 
     def write_source(self) -> None:
         """Writes source.json, and groups.json with the groups that a plan will name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -181,6 +182,9 @@ class TrueSession:
         self.probed.append(probe)
         budget.charge(probe.changes(self.layout, ANCHOR), most)
         return self.truth.measure(probe, largest)
+
+    def ahead(self, probes: Sequence[Probe]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def budget_after(self, curves: Curves) -> MeasurementBudget:
         return MeasurementBudget(limit=self.limit, beforehand=curves.chunks_scored)

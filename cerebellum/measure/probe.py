@@ -7,7 +7,7 @@ cost is limited; whole plans are few, and get more chunks: what ships deserves m
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -119,6 +119,10 @@ class Session:
             return self._score(changes, self.few[:n], self.few[:n], label)
 
         return measure_response(probe, score, self.measure_reference(), self.method, most, largest)
+
+    def ahead(self, probes: Sequence[Probe]) -> AbstractContextManager[None]:
+        """Makes the shards of these probes beside the block, where a GPU measures."""
+        return self.workspace.shards_ahead([probe.part.at(probe.qtype) for probe in probes])
 
     def _time_left(self, budget: MeasurementBudget) -> Left | None:
         """Returns how long the curves still take at most, by what chunks and shards took so far."""

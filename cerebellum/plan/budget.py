@@ -337,7 +337,7 @@ def _measure_fine_types(curves: Curves, session: Session, target: Target) -> tup
     budget = session.budget_after(curves)
     new = [probe for probe in probes if (probe.part.groups, probe.qtype) not in known]
     found = []
-    with session.workspace.shards_ahead([probe.part.at(probe.qtype) for probe in new]):
+    with session.ahead(new):
         for probe in new:
             if budget.left >= curves.chunks:
                 found.append(session.measure(probe, curves.chunks, budget))
