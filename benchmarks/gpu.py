@@ -164,7 +164,7 @@ def main() -> None:
             result[name] = ours(asked, folder / name, goal)
             save(asked.name, result)
         if not asked.no_stock:
-            from cerebellum.workspace import SELECTION_TEXT
+            from cerebellum.settings import SELECTION_TEXT
 
             groups = result["threshold"]["groups"] if "threshold" in result else 7
             result["stock"] = theirs(asked, folder, asked.text or SELECTION_TEXT, groups)

@@ -8,6 +8,7 @@ stopped. What it says is turned into our form here: file, key, got, wanted, what
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,11 +95,19 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Returns the file's JSON; BadInput names the file where it cannot be read or is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror}); run the stage that makes it") from error
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not JSON ({error}); remove it and run its stage again") from error
+
+
+def _finite(number: str) -> float:
+    """Returns a number; ValueError where it is none that JSON has: NaN, Infinity, or out of the range of floats."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:20]} is no number")
+    return value
 
 
 def _decoded(wanted: type, value: Any) -> Any:

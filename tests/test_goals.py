@@ -9,6 +9,7 @@ import pytest
 from conftest import Cerebellum
 
 from cerebellum.codec import read_artifact
+from cerebellum.errors import BadInput
 from cerebellum.settings import Budget, Bytes, Gpu, Limit, Preset, Settings
 
 
@@ -112,3 +113,11 @@ def test_any_other_json_is_one_line(
     for command in ("build", "verify", "card"):
         ran = cerebellum(command, tmp_path)
         assert ran.code == 2 and "Traceback" not in ran.err and ran.complaint, (command, ran.err)
+
+
+@pytest.mark.parametrize("number", ["1e999", "NaN", "-Infinity"])
+def test_a_number_that_json_has_not_is_one_line(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text('{"format": 2, "source": "a.gguf", "seed": ' + number + "}")
+    with pytest.raises(BadInput, match=f"{path}: not JSON .{number} is no number"):
+        read_artifact(path, Settings, "make it again")

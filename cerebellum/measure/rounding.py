@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from cerebellum.base import Base
 from cerebellum.codec import Artifact, Record, read_artifact, write_artifact
@@ -114,7 +115,8 @@ def rounding_errors(
     need an importance matrix quantize ten times as slowly and come last.
     """
     names = [name for name in layout.groups if layout.legal(name, anchor)]
-    with ThreadPoolExecutor(max_workers=threads) as pool:
+    # Every task multiplies a little; BLAS would start as many threads again for each of them, and all would wait.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(max_workers=threads) as pool:
         read = _samples(pool, engine, source, matrix, layout, names, method)
         ladders = {name: _possible(read[name], layout.ladder(name, qtypes)) for name in names}
         wanted = [(name, qtype) for name in names for qtype in dict.fromkeys((None, anchor, *ladders[name]))]
