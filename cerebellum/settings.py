@@ -39,6 +39,10 @@ DEFAULT_ENCODER: EncoderName = GGML
 """What commands take where --encoder is not given."""
 
 
+SPLIT_ABOVE_BYTES = 50_000_000_000
+"""The Hub takes no larger file in one piece, and Ollama pulls no file that is split: split only where it must be."""
+
+
 class Bytes(Record, frozen=True, kw_only=True, tag="bytes", tag_field="by"):
     """A size given as bytes of the whole file."""
 
@@ -88,9 +92,9 @@ class Limit(Record, frozen=True, kw_only=True, tag="limit", tag_field="goal"):
         """The limit with its indifference, as verdicts want it."""
         return Threshold(limit_pct=self.max_increase_pct, indifference_pct=self.indifference_pct)
 
-    def with_size(self, size: Size) -> Budget:
+    def with_sizes(self, sizes: tuple[Size, ...]) -> Budget:
         """Returns the budget that takes this goal's place."""
-        return Budget(size=size)
+        return Budget(sizes=sizes)
 
     def with_limit(self, changed: dict[str, Any]) -> Limit:
         """Returns this limit with some of its fields changed."""
@@ -98,14 +102,15 @@ class Limit(Record, frozen=True, kw_only=True, tag="limit", tag_field="goal"):
 
 
 class Budget(Record, frozen=True, kw_only=True, tag="budget", tag_field="goal"):
-    """The best file of a size: bytes go where the measurement says that they matter.
+    """The best file of each of some sizes: bytes go where the measurement says that they matter.
 
-    ``types`` are measured for every role, and IQ types too with ``fine_types``; with ``zoom`` the layers of a
-    role are told apart. ``anchor`` is the type of all else while a part is measured. ``passes`` limits what
-    the measurement may cost, in passes over the selection text.
+    All ``sizes`` are planned from one set of curves, and each becomes a file of its own. ``types`` are measured
+    for every role, and IQ types too with ``fine_types``; with ``zoom`` the layers of a role are told apart.
+    ``anchor`` is the type of all else while a part is measured. ``passes`` limits what the measurement may cost,
+    in passes over the selection text.
     """
 
-    size: Bytes | Preset | Gpu
+    sizes: tuple[Bytes | Preset | Gpu, ...]
     types: tuple[str, ...] = K_LADDER
     fine_types: bool = True
     zoom: bool = True
@@ -122,12 +127,12 @@ class Budget(Record, frozen=True, kw_only=True, tag="budget", tag_field="goal"):
 
     @property
     def wholes(self) -> int:
-        """How many whole models the folder will hold: base, result and the IQ types of plans."""
-        return 2 + self.fine_types
+        """How many whole models the folder will hold: base, a result of each size and the IQ types of plans."""
+        return 1 + len(self.sizes) + self.fine_types
 
-    def with_size(self, size: Size) -> Budget:
-        """Returns this budget for another size."""
-        return msgspec.structs.replace(self, size=size)
+    def with_sizes(self, sizes: tuple[Size, ...]) -> Budget:
+        """Returns this budget for other sizes."""
+        return msgspec.structs.replace(self, sizes=sizes)
 
     def with_limit(self, changed: dict[str, Any]) -> Limit:
         """Returns the limit that takes this goal's place."""
@@ -150,7 +155,8 @@ class Settings(Artifact, frozen=True, kw_only=True):
     ``cpu_expert_layers``; both as they were worked out, so that a run goes on with the numbers it began with.
     ``keep_shards`` leaves on the disk what only measuring needed.
     ``encoder`` rounds weights and ``feedback`` lets ours make up for errors by other columns; a folder that
-    does not say was made with ggml's.
+    does not say was made with ggml's. A finished file of more than ``split_above_bytes`` is written as splits,
+    each no larger than that.
     """
 
     format: Literal[2] = 2
@@ -174,6 +180,7 @@ class Settings(Artifact, frozen=True, kw_only=True):
     encoder: EncoderName = GGML
     feedback: bool = True
     keep_shards: bool = False
+    split_above_bytes: int = SPLIT_ABOVE_BYTES
 
     @property
     def prediction_bytes(self) -> int:

@@ -26,7 +26,7 @@ from cerebellum.ledger import Ledger
 from cerebellum.progress import Reporter
 from cerebellum.settings import Settings
 from cerebellum.shards import Recipe, Shards, Variant
-from cerebellum.source import Source, open_source
+from cerebellum.source import Source, open_source, projectors_beside
 from cerebellum.texts import Corpus, load_corpus
 from cerebellum.units import size
 from cerebellum.verdicts import Changes
@@ -243,7 +243,12 @@ class Workspace:
     @cached_property
     def base_of_shapes(self) -> Base:
         """The base as far as shapes tell it: types and sizes, without an importance matrix being made."""
-        if self.settings.base_file is not None or "matrix" in self.__dict__:
+        return self.base if "matrix" in self.__dict__ else self.base_without_matrix
+
+    @cached_property
+    def base_without_matrix(self) -> Base:
+        """The base whose metadata names no importance matrix: the same before the run and after it."""
+        if self.settings.base_file is not None:
             return self.base
         return preset_base(self.engine, self.source, self.settings.base, None)
 
@@ -275,6 +280,11 @@ class Workspace:
     def _hash_with_progress(self) -> str:
         """Hashes the source here, where progress can be shown, before others ask for the hash."""
         return self.source_sha256
+
+    @cached_property
+    def projectors(self) -> tuple[Path, ...]:
+        """The vision and audio projectors beside the source that are of this model."""
+        return projectors_beside(self.source)
 
     @cached_property
     def source_variant(self) -> Variant:

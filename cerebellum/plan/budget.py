@@ -238,7 +238,7 @@ def unreachable(file_bytes: int, smallest: int) -> AnswerIsNo:
 
 
 def check_reachable(workspace: Workspace, goal: Budget) -> None:
-    """Raises AnswerIsNo before any work where shapes alone say that no file can be so small.
+    """Raises AnswerIsNo before any work where shapes alone say that no file can be as small as one of the sizes.
 
     No importance matrix is made for it: types depend on whether there is one, not on what it holds.
     """
@@ -247,9 +247,10 @@ def check_reachable(workspace: Workspace, goal: Budget) -> None:
         min(layout.group_bytes(name, qtype) for qtype in (None, *layout.ladder(name, goal.offered)))
         for name in layout.groups
     )
-    wanted = target_of(goal.size, workspace.engine, workspace.source, layout).file_bytes
-    if wanted < smallest:
-        raise unreachable(wanted, smallest)
+    for size in goal.sizes:
+        wanted = target_of(size, workspace.engine, workspace.source, layout).file_bytes
+        if wanted < smallest:
+            raise unreachable(wanted, smallest)
 
 
 # --- the stage

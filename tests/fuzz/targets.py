@@ -203,7 +203,7 @@ def read_ledger(path: Path) -> None:
 
 def _artifacts(folder: Path) -> list[Target]:
     values: dict[str, tuple[Any, Any]] = {
-        "settings": (Settings(source=Path("/m.gguf"), goal=Budget(size=Preset(name="Q3_K_M"))), Settings),
+        "settings": (Settings(source=Path("/m.gguf"), goal=Budget(sizes=(Preset(name="Q3_K_M"),))), Settings),
         "source": (run_folder.source(), type(run_folder.source())),
         "groups": (run_folder.groups(run_folder.plan()), Groups),
         "measurements": (run_folder.measurements(), Measurements),
