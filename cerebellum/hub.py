@@ -46,7 +46,17 @@ from cerebellum import files
 from cerebellum.codec import Record, read_json
 from cerebellum.errors import AnswerIsNo, BadInput
 from cerebellum.files import is_own_file, is_plain_name, sha256_file
-from cerebellum.folder import BENCH, CARD, EVIDENCE, LEDGER, MANIFEST, REPORT
+from cerebellum.folder import (
+    BENCH,
+    CARD,
+    EVIDENCE,
+    FURTHER_SIZES,
+    LEDGER,
+    MANIFEST,
+    OF_ONE_SIZE,
+    REPORT,
+    VERIFY,
+)
 from cerebellum.ledger import Ledger
 from cerebellum.source import SPLIT_NAME
 
@@ -194,6 +204,23 @@ class _Named(msgspec.Struct, frozen=True):
     sha256: str
 
 
+class _Result(_Named, frozen=True):
+    """Holds a finished file; of one that is split ``parts`` has every split, and the hash is over all of them."""
+
+    parts: tuple[_Named, ...] = ()
+
+    def files(self) -> tuple[_Named, ...]:
+        """Every file that belongs to it."""
+        return self.parts or (self,)
+
+
+class _Further(msgspec.Struct, frozen=True):
+    """Holds a size of the run beyond the first."""
+
+    label: str
+    result: _Result
+
+
 class _Encoder(msgspec.Struct, frozen=True):
     """Holds the second moments that an encoder fed errors back by, where it did."""
 
@@ -203,9 +230,16 @@ class _Encoder(msgspec.Struct, frozen=True):
 class _Manifest(msgspec.Struct, frozen=True):
     """Holds what of manifest.json an upload depends on; its other keys are of no concern here."""
 
-    result: _Named
+    result: _Result
     imatrix: _Named
     encoder: _Encoder = _Encoder()
+    further: tuple[_Further, ...] = ()
+    projectors: tuple[_Named, ...] = ()
+
+    def models(self) -> tuple[_Named, ...]:
+        """The finished files of all sizes with their splits, and the projectors that go with them."""
+        results = (self.result, *(size.result for size in self.further))
+        return (*(named for result in results for named in result.files()), *self.projectors)
 
     def inputs(self) -> tuple[_Named, ...]:
         """Files of the folder that the model is made from, beside the source."""
@@ -230,7 +264,8 @@ def _read(path: Path, wanted: type[_Json]) -> _Json:
 
 
 def uploads(folder: Path) -> list[Upload]:
-    """Returns what `push` uploads from a run folder, the model first and the charts and answers last.
+    """Returns what `push` uploads from a run folder: the models first, the charts, the answers and the evidence
+    of further sizes last.
 
     Raises AnswerIsNo where the file failed verification or is not the one that the evidence is about, and
     BadInput where an artifact is missing or damaged.
@@ -239,7 +274,9 @@ def uploads(folder: Path) -> list[Upload]:
     _check(folder, manifest)
     more = [*(folder / "charts").glob("*.png"), *(folder / "bench").glob("*.jsonl")]
     deeper = sorted(path.relative_to(folder).as_posix() for path in more)
-    names = [manifest.result.file, *(named.file for named in manifest.inputs()), *UPLOADED, *deeper]
+    deeper += [f"{FURTHER_SIZES}/{size.label}/{name}" for size in manifest.further for name in OF_ONE_SIZE]
+    named = [named.file for named in (*manifest.models(), *manifest.inputs())]
+    names = [*named, *UPLOADED, *deeper]
     found = [(name, folder / name) for name in names if os.path.lexists(folder / name)]
     for _, path in found:
         if not is_own_file(path, folder):
@@ -250,14 +287,16 @@ def uploads(folder: Path) -> list[Upload]:
 
 
 def _check(folder: Path, manifest: _Manifest) -> None:
-    """Makes sure that the card is about the files that go with it, and that the model passed."""
-    if not _read(folder / "verify.json", _Verified).ok:
-        raise AnswerIsNo(f"{folder}: its file failed verification; nothing was uploaded")
-    for named in (manifest.result, *manifest.inputs()):
-        if not is_plain_name(named.file):
-            raise BadInput(
-                f"{folder}: its manifest names {named.file!a}, which is no file of it; do not trust it"
-            )
+    """Makes sure that the card is about the files that go with it, and that every model passed."""
+    named_files = (*manifest.models(), *manifest.inputs())
+    for name in (*(named.file for named in named_files), *(size.label for size in manifest.further)):
+        if not is_plain_name(name):
+            raise BadInput(f"{folder}: its manifest names {name!a}, which is no file of it; do not trust it")
+    places = [folder / VERIFY, *(folder / FURTHER_SIZES / size.label / VERIFY for size in manifest.further)]
+    for place in places:
+        if not _read(place, _Verified).ok:
+            raise AnswerIsNo(f"{place}: says that its file failed verification; nothing was uploaded")
+    for named in named_files:
         path = folder / named.file
         if sha256_file(path) != named.sha256:
             raise AnswerIsNo(f"{path}: is not the file its manifest names; run the stages again")
@@ -290,7 +329,9 @@ def _commit(repo: str, files: list[Upload], private: bool) -> str:
     operations = [CommitOperationAdd(path_in_repo=f.name, path_or_fileobj=str(f.path)) for f in files]
     with _told(repo):
         api.create_repo(repo, private=private, exist_ok=True)
-        message = f"{files[0].name} with its evidence"
+        models = sum(f.name.endswith(".gguf") and "-Cerebellum-" in f.name for f in files)
+        more = f" and {models - 1} more files" if models > 1 else ""
+        message = f"{files[0].name}{more} with its evidence"
         done = api.create_commit(repo, operations, commit_message=message)
     return str(done.commit_url)
 

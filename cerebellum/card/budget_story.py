@@ -232,8 +232,10 @@ def _frontier(evidence: BudgetEvidence) -> Picture | None:
     base_kld = evidence.measured.base_kld
     dots = [_dot("base", unit.of(_base_bytes(evidence)), base_kld, verdict="")]
     for found in evidence.measured_plans:
-        label = "shipped" if found.shipped else ""
+        shipped = plan.file_label if evidence.others else "shipped"
+        label = shipped if found.shipped else ""
         dots.append(_dot(label, unit.of(found.n_bytes), base_kld + found.kld, verdict="measured"))
+    dots += [_dot(one.label, unit.of(one.n_bytes), one.kld, verdict="measured") for one in evidence.others]
     return picture(
         "frontier",
         "The best file of every size, and what was measured",

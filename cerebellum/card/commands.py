@@ -24,9 +24,9 @@ def run_commands(evidence: Evidence, repo: str | None) -> list[tuple[str, Markdo
     Where the Hub's repository is known the commands take the file from there, else from the folder.
     """
     source = evidence.run.source
-    file = one_line(evidence.run.manifest.result.file)
+    file = one_line(evidence.run.result.file)
     path = shlex.quote(f"./{file}")
-    label = evidence.plan.base
+    label = evidence.plan.file_label
     context = min(4096, source.context_length or 4096)
     chat = "" if source.metadata.get("chat_template") else " -p 'Once upon a time' -n 128"
     model = f"-hf {repo}:{label}" if repo else f"-m {path}"

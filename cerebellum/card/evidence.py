@@ -14,9 +14,9 @@ from cerebellum.bench.artifacts import BenchResults, PairRow, ScoreRow
 from cerebellum.card.merged import MergedRow, merged_rows, points_together
 from cerebellum.card.numbers import DIVERGENCE, PERPLEXITY, ByteUnit, Change, Scale
 from cerebellum.errors import BadInput
-from cerebellum.folder import GROUPS, PLAN, RunFolder
+from cerebellum.folder import GROUPS, MANIFEST, PLAN, RunFolder
 from cerebellum.groups import SourceFile
-from cerebellum.manifest import Manifest
+from cerebellum.manifest import Manifest, ResultNamed
 from cerebellum.measure.artifacts import Curves, MeasurementRow, Measurements
 from cerebellum.plan.artifacts import BudgetPlan, GpuMemory, LimitPlan, Plan, PlanRow, PointRow
 from cerebellum.verify import Report, Verified
@@ -124,7 +124,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """Holds what every finished run left, whatever its goal was.
+    """Holds what every finished run left, whatever its goal was; ``result`` is the finished file of this size.
 
     Both stories tell sizes, checks, benchmarks and provenance from it in the same words.
     """
@@ -132,6 +132,7 @@ class FinishedRun:
     source: SourceFile
     verified: Verified
     manifest: Manifest
+    result: ResultNamed
     benchmarks: tuple[Benchmark, ...]
     problems: tuple[Problem, ...]
 
@@ -197,6 +198,11 @@ class Evidence:
         """Returns the memory on the gpu that the plan was made for; None where it was made for no gpu."""
         return None
 
+    @property
+    def from_source(self) -> Change | None:
+        """Returns the KL divergence of what was shipped from the source, nats a token; None where it is not known."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class LimitEvidence(Evidence):
@@ -256,13 +262,24 @@ class LimitEvidence(Evidence):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shipped:
+    """Another size of the same run, as a dot beside this one: ``kld`` is from the source, nats a token."""
+
+    label: str
+    n_bytes: int
+    kld: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class BudgetEvidence(Evidence):
     """Holds a run for a budget: its rows are neighbouring layers merged, its damages KL divergences
-    from the source. They come from the plan's points, with what whole plans taught.
+    from the source. They come from the plan's points, with what whole plans taught. ``others`` are the
+    other sizes of the run.
     """
 
     plan: BudgetPlan
     measured: Curves
+    others: tuple[Shipped, ...] = ()
 
     @property
     def divergence(self) -> Change | None:
@@ -270,6 +287,15 @@ class BudgetEvidence(Evidence):
         nats a token; below zero it is nearer to the source than the base is.
         """
         return Change.of(self.plan.measured_kld, self.plan.kld_ci)
+
+    @property
+    def from_source(self) -> Change | None:
+        """Returns the KL divergence of what was shipped from the source itself, nats a token."""
+        found = self.divergence
+        if found is None:
+            return None
+        base = self.measured.base_kld
+        return Change(mean=base + found.mean, low=base + found.low, high=base + found.high)
 
     @property
     def measured_plans(self) -> tuple[MeasuredPlan, ...]:
@@ -308,13 +334,24 @@ def read_limit_evidence(folder: RunFolder, plan: LimitPlan) -> LimitEvidence:
 
 
 def read_budget_evidence(folder: RunFolder, plan: BudgetPlan) -> BudgetEvidence:
-    """Reads what a run for a budget left; BadInput names the artifact that is missing or is not ours."""
+    """Reads what a run for a budget left of one size; BadInput names the artifact that is missing or not ours."""
     return BudgetEvidence(
         run=_read_run(folder, plan),
         plan=plan,
         measured=folder.curves(),
         rows=tuple(_budget_row(found, points_together(plan, found.members)) for found in merged_rows(plan)),
+        others=tuple(_other_sizes(folder)),
     )
+
+
+def _other_sizes(folder: RunFolder) -> Iterator[Shipped]:
+    """Yields the other sizes of the run that were measured whole."""
+    base_kld = folder.curves().base_kld
+    for view in folder.results():
+        plan = view.plan()
+        if view.label != folder.label and isinstance(plan, BudgetPlan) and plan.measured_kld is not None:
+            kld = base_kld + plan.measured_kld
+            yield Shipped(label=plan.file_label, n_bytes=plan.file_bytes, kld=kld)
 
 
 def _read_run(folder: RunFolder, plan: Plan) -> FinishedRun:
@@ -324,13 +361,25 @@ def _read_run(folder: RunFolder, plan: Plan) -> FinishedRun:
     if strange is not None:
         raise BadInput(f"{folder / GROUPS}: has no group {strange!r} of {PLAN}; run `cerebellum plan` again")
     bench = folder.bench()
+    manifest = folder.manifest()
     return FinishedRun(
         source=folder.source(),
         verified=folder.verified(),
-        manifest=folder.manifest(),
+        manifest=manifest,
+        result=_result(folder, manifest),
         benchmarks=tuple(_benchmarks(bench)) if bench else (),
         problems=tuple(_problems(bench)) if bench else (),
     )
+
+
+def _result(folder: RunFolder, manifest: Manifest) -> ResultNamed:
+    """Returns the finished file of the size that the folder is looked at for."""
+    if folder.label is None:
+        return manifest.result
+    found = next((size.result for size in manifest.further if size.label == folder.label), None)
+    if found is None:
+        raise BadInput(f"{folder / MANIFEST}: has no file {folder.label!r}; run `cerebellum verify` again")
+    return found
 
 
 def _row(row: PlanRow, tried: str) -> GroupRow:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -45,8 +45,8 @@ _SOURCES = (
 """Where a GGUF says what it was made from: the repository of the very weights before its ancestors."""
 
 
-def front_matter(evidence: Evidence, repo: str | None) -> ModelCardData:
-    """Returns license, base model, tags and results.
+def front_matter(evidence: Evidence, repo: str | None, labels: Sequence[str]) -> ModelCardData:
+    """Returns license, base model, tags and results; ``labels`` are those of all files of the repository.
 
     What the metadata does not tell is left out and not guessed, for the Hub would index the guess.
     """
@@ -60,7 +60,7 @@ def front_matter(evidence: Evidence, repo: str | None) -> ModelCardData:
         library_name="gguf",
         pipeline_tag="text-generation",
         language=_languages(metadata.get("general.languages")),
-        tags=_tags(evidence),
+        tags=_tags(evidence, labels),
         quantized_by=repo.partition("/")[0] if repo else "Cerebellum",
         eval_results=list(_results(evidence)),
     )
@@ -121,13 +121,13 @@ def _license(metadata: Mapping[str, object]) -> dict[str, Any]:
     return found
 
 
-def _tags(evidence: Evidence) -> list[str]:
+def _tags(evidence: Evidence, labels: Sequence[str]) -> list[str]:
     """Returns what people filter models by on the Hub: the format, how it was made, its architecture,
-    the base, and what kind of model it is.
+    the base, the labels of its files, and what kind of model it is.
     """
     source = evidence.run.source
     tags = ["gguf", "quantized", "cerebellum", "mixed-precision", "imatrix", "llama.cpp"]
-    tags += [source.architecture, evidence.plan.base]
+    tags += dict.fromkeys((source.architecture, evidence.plan.base, *labels))
     tags += ["moe"] if source.experts else []
     tags += ["hybrid"] if source.recurrent_layers and source.attention_layers else []
     tags += ["conversational"] if source.metadata.get("chat_template") else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from cerebellum.card.evidence import read_budget_evidence, read_limit_evidence
 from cerebellum.card.frontmatter import checked, front_matter
 from cerebellum.card.limit_story import LimitStory
 from cerebellum.card.numbers import bounds, percent, with_interval
+from cerebellum.card.sizes import further_sizes, size_table
 from cerebellum.card.story import KLD, Story
 from cerebellum.files import atomic_write_bytes, atomic_write_text
 from cerebellum.folder import CARD, REPORT, RunFolder
@@ -44,19 +45,23 @@ def make_card(folder: Path, repo: str | None = None) -> tuple[Path, ...]:
 
     ``repo`` is the Hub repository the card is for, where it is known.
     """
-    story = read_story(folder)
-    pictures = story.drawings()
-    context = card_context(story, pictures, repo)
+    stories = read_stories(folder)
+    pictures = stories[0].drawings()
+    context = card_context(stories, pictures, repo)
     card = folder / CARD
     report = folder / REPORT
-    atomic_write_text(card, checked(render_card(story, context, repo), str(card)))
+    atomic_write_text(card, checked(render_card(stories, context, repo), str(card)))
     atomic_write_text(report, render_html("report.html.j2", context))
     return (card, report, *_write_charts(folder / CHARTS, pictures))
 
 
-def read_story(folder: Path) -> Story:
-    """Reads a finished run and returns the story of its goal: the one place in the stage that asks for it."""
-    artifacts = RunFolder(folder)
+def read_stories(folder: Path) -> tuple[Story, ...]:
+    """Reads a finished run and returns the story of each of its sizes, in the order in which they were asked for."""
+    return tuple(_read_story(view) for view in RunFolder(folder).results())
+
+
+def _read_story(artifacts: RunFolder) -> Story:
+    """Returns the story of the run's goal: the one place in the stage that asks for it."""
     match artifacts.plan():
         case LimitPlan() as plan:
             return LimitStory(read_limit_evidence(artifacts, plan))
@@ -77,30 +82,42 @@ def _write_charts(folder: Path, pictures: Mapping[str, Picture]) -> list[Path]:
     return paths
 
 
-def render_card(story: Story, context: Mapping[str, Any], repo: str | None) -> str:
+def render_card(stories: Sequence[Story], context: Mapping[str, Any], repo: str | None) -> str:
     """Returns front matter and body as the Hub wants them.
 
     The front matter is the Hub's own YAML, so that its indexer reads what we wrote.
     """
-    data = front_matter(story.evidence, repo).to_yaml(line_break="\n")
+    data = front_matter(stories[0].evidence, repo, _labels(stories)).to_yaml(line_break="\n")
     return f"---\n{data}\n---\n\n{render_markdown('card.md.j2', context)}"
 
 
-def card_context(story: Story, pictures: Mapping[str, Picture], repo: str | None) -> dict[str, object]:
+def _labels(stories: Sequence[Story]) -> list[str]:
+    return [story.evidence.plan.file_label for story in stories]
+
+
+def card_context(
+    stories: Sequence[Story], pictures: Mapping[str, Picture], repo: str | None
+) -> dict[str, object]:
     """Returns everything that both templates show.
 
     They choose and place, and compute nothing, so that card and report can never disagree about a
-    number.
+    number. Of several sizes the first is told at length.
     """
+    story = stories[0]
     evidence = story.evidence
     run = evidence.run
     return {
         "version": __version__,
         "label": evidence.plan.base,
+        "labels": ", ".join(_labels(stories)),
+        "first": evidence.plan.file_label,
+        "sizes": size_table(stories),
+        "further": further_sizes(stories),
         "source": run.source,
         "report": run.report,
         "verified": run.verified,
         "manifest": run.manifest,
+        "result": run.result,
         **_headline(story),
         **_groups(story),
         "words": story.wording(),
@@ -113,7 +130,7 @@ def card_context(story: Story, pictures: Mapping[str, Picture], repo: str | None
         "sliding_window": ignores_window(run.source.metadata),
         "commands": run_commands(evidence, repo),
         "method": _method(story),
-        "limits": limits(story),
+        "limits": limits(story, stories),
         "pictures": pictures,
         "provenance": provenance(run),
         "style": Markup(resources.files("cerebellum").joinpath("card/report.css").read_text("utf-8")),
@@ -126,7 +143,7 @@ def _headline(story: Story) -> dict[str, object]:
     reported = story.evidence.run.reported
     return {
         "lead": _lead(story),
-        "file_size": size(story.evidence.run.manifest.result.bytes),
+        "file_size": size(story.evidence.run.result.bytes),
         "base_tensors": size(plan.base_tensor_bytes),
         "tensors": size(plan.tensor_bytes),
         "saved_share": f"{100 * plan.bytes_saved / plan.base_tensor_bytes:.1f}%",
@@ -197,16 +214,16 @@ def _encoder(encoder: EncoderNamed) -> list[Sentence]:
     return [(fed, Code(encoder.moments.file), ").")]
 
 
-def limits(story: Story) -> list[Sentence]:
+def limits(story: Story, stories: Sequence[Story]) -> list[Sentence]:
     """Says what these numbers do not.
 
     Each line is there only if it is true of this run, so that readers have a reason to read them.
     """
     run = story.evidence.run
     lines: list[Sentence] = []
-    if not run.verified.ok:
-        failed = ", ".join(check.name for check in run.verified.checks if not check.ok)
-        lines.append((f"Verification failed: {failed}. Do not use this file.",))
+    for each in (one.evidence.run for one in stories if not one.evidence.run.verified.ok):
+        failed = ", ".join(check.name for check in each.verified.checks if not check.ok)
+        lines.append((f"Verification failed: {failed}. Do not use ", Code(each.result.file), "."))
     if run.report.same_as_selection:
         lines.append(("The text that selected is the text that reports: damage elsewhere may be larger.",))
     if run.source.requantized:

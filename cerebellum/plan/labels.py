@@ -58,14 +58,18 @@ def sized(budget: Budget, engine: Engine, source: Source, layout: Layout) -> tup
     labels = [preset for preset in presets if preset is not None]
     if len(labels) < len(sizes):
         wanted = dict.fromkeys((*USUAL_PRESETS, *labels))
-        n_bytes = {name: _preset_bytes(name, engine, source, layout) for name in wanted}
+        n_bytes = {name: found for name in wanted if (found := _preset_bytes(name, engine, source, layout))}
         labels = labels_by_size([target.file_bytes for target in targets], presets, n_bytes)
     found = zip(sizes, targets, labels, strict=True)
     return tuple(Sized(asked=size, target=target, label=label) for size, target, label in found)
 
 
-def _preset_bytes(name: str, engine: Engine, source: Source, layout: Layout) -> int:
-    base = preset_base(engine, source, name, None)
+def _preset_bytes(name: str, engine: Engine, source: Source, layout: Layout) -> int | None:
+    """Returns the bytes of a preset's own file; None where llama.cpp cannot make it of this model."""
+    try:
+        base = preset_base(engine, source, name, None)
+    except BadInput:
+        return None
     return Layout(tensors=layout.tensors, groups={}, base=base).file_bytes()
 
 
