@@ -24,7 +24,7 @@ from cerebellum.groups import Groups, SourceFile
 from cerebellum.manifest import Manifest
 from cerebellum.measure.artifacts import Curves, Measurements
 from cerebellum.plan.artifacts import AnyPlan
-from cerebellum.settings import Bytes, Gpu, Preset, Settings
+from cerebellum.settings import Bytes, Gpu, Preset, Published, Settings
 from cerebellum.verify import Verified
 
 A = TypeVar("A")
@@ -38,6 +38,7 @@ PLAN = "plan.json"
 VERIFY = "verify.json"
 BENCH = "bench.json"
 SIZES = "sizes.json"
+PUBLISHED = "published.json"
 MANIFEST = "manifest.json"
 LEDGER = "ledger.sqlite"
 CARD = "README.md"
@@ -151,6 +152,18 @@ class RunFolder:
         if not (self / BENCH).exists():
             return None
         return self._read(BENCH, BenchResults, "run `cerebellum bench` again")
+
+    def published(self) -> Published:
+        """What was said of the model for its card; nothing where nobody said anything."""
+        if not (self / PUBLISHED).exists():
+            return Published()
+        return self._read(PUBLISHED, Published, "run `cerebellum card` again with --base-model")
+
+    def publish(self, said: Published) -> None:
+        """Keeps what is said of the model, over what was said before."""
+        before = self.published()
+        if said.over(before) != before:
+            self.write(PUBLISHED, said.over(before))
 
     def write(self, name: str, artifact: Artifact) -> None:
         """Writes an artifact whole or not at all."""

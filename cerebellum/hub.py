@@ -54,11 +54,15 @@ from cerebellum.folder import (
     LEDGER,
     MANIFEST,
     OF_ONE_SIZE,
+    PUBLISHED,
     REPORT,
     VERIFY,
+    RunFolder,
 )
 from cerebellum.ledger import Ledger
+from cerebellum.settings import DATA
 from cerebellum.source import SPLIT_NAME
+from cerebellum.texts import read_text
 
 SCHEME = "hf:"
 _ADDRESS = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?/(?P<file>.+\.gguf)$", re.ASCII)
@@ -67,7 +71,7 @@ _COMMIT = re.compile(r"[0-9a-f]{7,64}")
 _PART_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _REPO = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
 
-UPLOADED = (CARD, REPORT, MANIFEST, *EVIDENCE, BENCH, LEDGER)
+UPLOADED = (CARD, REPORT, MANIFEST, *EVIDENCE, BENCH, LEDGER, PUBLISHED)
 """The artifacts that go up beside the model and its importance matrix, where they exist. Shards stay here,
 and so do the settings, because they know where things lie on this disk."""
 
@@ -235,6 +239,8 @@ class _Manifest(msgspec.Struct, frozen=True):
     encoder: _Encoder = _Encoder()
     further: tuple[_Further, ...] = ()
     projectors: tuple[_Named, ...] = ()
+    texts: dict[str, str] = {}
+    text_files: dict[str, str] = {}
 
     def models(self) -> tuple[_Named, ...]:
         """The finished files of all sizes with their splits, and the projectors that go with them."""
@@ -263,9 +269,9 @@ def _read(path: Path, wanted: type[_Json]) -> _Json:
         raise BadInput(f"{path}: not as Cerebellum writes it ({error}); run its stage again") from error
 
 
-def uploads(folder: Path) -> list[Upload]:
+def uploads(folder: Path, with_texts: bool = False) -> list[Upload]:
     """Returns what `push` uploads from a run folder: the models first, the charts, the answers and the evidence
-    of further sizes last.
+    of further sizes, and last the texts: those that come with Cerebellum, and with ``with_texts`` the run's own.
 
     Raises AnswerIsNo where the file failed verification or is not the one that the evidence is about, and
     BadInput where an artifact is missing or damaged.
@@ -283,7 +289,28 @@ def uploads(folder: Path) -> list[Upload]:
             raise BadInput(
                 f"{path}: is a link or no file; only the folder's own files are uploaded, so copy it there"
             )
+    taken = {name for name, _ in found}
+    found += [text for text in _texts(folder, manifest, with_texts) if text[0] not in taken]
     return [Upload(name=name, path=path, n_bytes=path.stat().st_size) for name, path in found]
+
+
+def _texts(folder: Path, manifest: _Manifest, with_texts: bool) -> list[tuple[str, Path]]:
+    """Returns the texts behind the numbers that may go out, by the names under which `reproduce` looks for them.
+
+    A text of the user's own may be nobody's business, so that it goes only where that was asked for, and only
+    if it is still the one that was used.
+    """
+    own = []
+    if with_texts:
+        settings = RunFolder(folder).settings()
+        own = [settings.select_text, settings.report_text, settings.imatrix_text or settings.select_text]
+    found: dict[str, Path] = {}
+    for part, name in manifest.text_files.items():
+        ours = [DATA / name] if is_plain_name(name) else []
+        for path in (*ours, *(path for path in own if path.name == name)):
+            if path.exists() and hashlib.sha256(read_text(path)).hexdigest() == manifest.texts.get(part):
+                found.setdefault(name, path)
+    return list(found.items())
 
 
 def _check(folder: Path, manifest: _Manifest) -> None:
@@ -302,7 +329,14 @@ def _check(folder: Path, manifest: _Manifest) -> None:
             raise AnswerIsNo(f"{path}: is not the file its manifest names; run the stages again")
 
 
-def push(folder: Path, repo: str, render: Callable[[], object], dry_run: bool, private: bool) -> Pushed:
+def push(
+    folder: Path,
+    repo: str,
+    render: Callable[[], object],
+    dry_run: bool,
+    private: bool,
+    with_texts: bool = False,
+) -> Pushed:
     """Makes the repository if there is none and uploads everything as one commit.
 
     ``render`` writes the card again, for this repository, before anything is read. With ``dry_run`` nothing
@@ -314,7 +348,7 @@ def push(folder: Path, repo: str, render: Callable[[], object], dry_run: bool, p
     if (folder / "ledger.sqlite").exists():
         with Ledger(folder / "ledger.sqlite") as ledger:
             ledger.settle()
-    found = uploads(folder)
+    found = uploads(folder, with_texts)
     return Pushed(
         repo=repo,
         dry_run=dry_run,

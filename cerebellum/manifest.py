@@ -24,6 +24,7 @@ from cerebellum.verdicts import NOTHING
 if TYPE_CHECKING:  # whoever only reads a manifest needs no engine
     from cerebellum.folder import RunFolder
     from cerebellum.plan.artifacts import AnyPlan
+    from cerebellum.texts import Corpus
     from cerebellum.workspace import Workspace
 
 _PACKAGES = ("gguf", "llama-cpp-python", "numpy", "scipy")
@@ -220,11 +221,8 @@ def manifest_of(workspace: Workspace, evidence: Evidence) -> Manifest:
         ),
         imatrix=evidence.matrix,
         base=evidence.base,
-        texts={"selection": workspace.selection.sha256, "report": workspace.report_corpus.sha256},
-        text_files={
-            "selection": workspace.selection.path.name,
-            "report": workspace.report_corpus.path.name,
-        },
+        texts={part: corpus.sha256 for part, corpus in _texts(workspace).items()},
+        text_files={part: corpus.path.name for part, corpus in _texts(workspace).items()},
         tensor_types=evidence.tensor_types,
         shards=evidence.shards,
         evidence=evidence.artifacts,
@@ -235,6 +233,14 @@ def manifest_of(workspace: Workspace, evidence: Evidence) -> Manifest:
         further=evidence.further,
         projectors=evidence.projectors,
     )
+
+
+def _texts(workspace: Workspace) -> dict[str, Corpus]:
+    """Returns the texts by what they were used for; a matrix that was given was made from a text nobody knows here."""
+    texts = {"selection": workspace.selection, "report": workspace.report_corpus}
+    if workspace.settings.imatrix is None:
+        texts["importance"] = workspace.importance_corpus
+    return texts
 
 
 def _named(settings: Settings) -> Settings:

@@ -33,7 +33,8 @@ from cerebellum.plan.stage import (
     replan_limit,
     sizes_of,
 )
-from cerebellum.settings import Budget, Goal, Limit, Settings
+from cerebellum.settings import Budget, Goal, Limit, Published, Settings
+from cerebellum.source import plain_metadata
 from cerebellum.units import size
 from cerebellum.verdicts import NOTHING
 from cerebellum.verify import Verified, check_file, report, verified
@@ -170,7 +171,8 @@ def drop_shards(workspace: Workspace) -> None:
     """
     if workspace.settings.keep_shards:
         return
-    freed = workspace.shards.remove_all_but([NOTHING, workspace.artifacts.plan().changes])
+    plans = [result.plan().changes for result in workspace.artifacts.results()]
+    freed = workspace.shards.remove_all_but([NOTHING, *plans])
     if freed:
         workspace.reporter.note(
             f"shards that nothing needs any more were removed: {size(freed)} (--keep-shards keeps them)"
@@ -200,6 +202,7 @@ def check(workspace: Workspace, way: Way) -> None:
     with timed("checking"):
         _check(workspace, way)
     workspace.save_settings()
+    workspace.artifacts.publish(workspace.settings.published)
 
 
 def _check(workspace: Workspace, way: Way) -> None:
@@ -212,6 +215,23 @@ def _check(workspace: Workspace, way: Way) -> None:
     if workspace.watched is not None:
         workspace.reporter.note(workspace.watched.said())
     rehearse(workspace)
+
+
+def tell_unknown_origin(workspace: Workspace) -> None:
+    """Says in a line what the card will lack, while it can still be given without a second thought."""
+    from cerebellum.card.origin import base_model
+
+    metadata = plain_metadata(workspace.source.files[0])
+    said = workspace.settings.published.over(workspace.artifacts.published())
+    lacking = []
+    if not (said.base_model or base_model(metadata)):
+        lacking.append("no base model, so that the Hub will draw no model tree (--base-model OWNER/NAME)")
+    if not (said.license or metadata.get("general.license")):
+        lacking.append("no license (--license ID)")
+    if lacking:
+        workspace.reporter.note(
+            f"the source names {' and '.join(lacking)}; `cerebellum card` takes it later too"
+        )
 
 
 def check_output(workspace: Workspace, labels: Sequence[str]) -> None:
@@ -308,7 +328,7 @@ def _verify_one(workspace: Workspace, result: RunFolder, measurer: Measurer) -> 
     plan = rested_plan(workspace, result)
     out = finished_file(workspace, plan)
     with timed("verifying"):
-        checks = check_file(out, plan, workspace.layout, workspace.shards)
+        checks = check_file(out, plan, workspace.source, workspace.layout, workspace.shards)
     found = report(
         measurer,
         workspace.source_variant,
@@ -339,8 +359,11 @@ def _bench_one(workspace: Workspace, result: RunFolder, request: BenchRequest) -
     return found
 
 
-def card_stage(folder: Path, repo: str | None = None) -> tuple[Path, ...]:
-    """Writes README.md, report.html and the charts from the folder's artifacts."""
+def card_stage(folder: Path, repo: str | None = None, said: Published | None = None) -> tuple[Path, ...]:
+    """Writes README.md, report.html and the charts from the folder's artifacts; keeps what is ``said`` of the model."""
     from cerebellum.card.stage import make_card  # matplotlib takes a second to load, and only this needs it
 
+    if said is not None:
+        RunFolder(folder).plan()  # a folder without a run is refused before anything is written
+        RunFolder(folder).publish(said)
     return make_card(folder, repo)

@@ -148,6 +148,27 @@ Goal = Limit | Budget
 """What a run is for. Whoever must know which matches on it; most only ask what both can tell."""
 
 
+class Published(Artifact, frozen=True, kw_only=True):
+    """published.json: what people say of a model for its card, where its own metadata lacks it or is wrong.
+
+    ``base_model`` is the Hub's id of what was quantized, ``license`` one of the Hub's identifiers. None leaves the
+    word to the metadata.
+    """
+
+    format: Literal[1] = 1
+    base_model: str | None = None
+    license: str | None = None
+    name: str | None = None
+
+    def over(self, before: Published) -> Published:
+        """Returns what was said before, but for what is said here."""
+        return Published(
+            base_model=self.base_model or before.base_model,
+            license=self.license or before.license,
+            name=self.name or before.name,
+        )
+
+
 class Settings(Artifact, frozen=True, kw_only=True):
     """Everything that was asked. A count of 0 chunks means all that there are.
 
@@ -181,6 +202,7 @@ class Settings(Artifact, frozen=True, kw_only=True):
     feedback: bool = True
     keep_shards: bool = False
     split_above_bytes: int = SPLIT_ABOVE_BYTES
+    published: Published = Published()
 
     @property
     def prediction_bytes(self) -> int:

@@ -36,7 +36,7 @@ Metadata = Mapping[str, Scalar | list[Scalar]]
 
 _MAX_TEXT = 2000  # characters of a text that are kept
 _MAX_ITEMS = 1024  # a longer list is left out: the vocabulary's scores and types
-_TEMPLATE_KEY = "tokenizer.chat_template"
+TEMPLATE_KEY = "tokenizer.chat_template"
 
 KNOWN_ARCHITECTURES = frozenset(MODEL_ARCH_NAMES.values()) - {MODEL_ARCH_NAMES[MODEL_ARCH.MMPROJ]}
 
@@ -159,6 +159,8 @@ def projectors_beside(source: Source) -> tuple[Path, ...]:
     model's; so may be one that does not say its width, and it is left out too.
     """
     width = source.arch_value("embedding_length")
+    if not isinstance(width, int):
+        return ()
     found = []
     for path in sorted(source.path.parent.glob("*mmproj*.gguf")):
         try:
@@ -277,7 +279,7 @@ def plain_metadata(file: GgufFile) -> Metadata:
             facts[key] = value
     tokens = file.value("tokenizer.ggml.tokens", [])
     facts["vocabulary"] = len(tokens) if isinstance(tokens, list | np.ndarray) else 0
-    facts["chat_template"] = _TEMPLATE_KEY in file.kv_records
+    facts["chat_template"] = TEMPLATE_KEY in file.kv_records
     return facts
 
 

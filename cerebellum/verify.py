@@ -6,6 +6,7 @@ shard that was measured, metadata copied, finite logits, and the perplexity of t
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from cerebellum.codec import Artifact, Record
 from cerebellum.gguf import row_bytes
 from cerebellum.plan.artifacts import Plan
-from cerebellum.source import Source, open_source
+from cerebellum.source import TEMPLATE_KEY, Source, open_source
 from cerebellum.stats.paired import Perplexity, perplexity, superpopulation_interval
 from cerebellum.verdicts import Changes
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:  # whoever only reads verify.json needs none of these
     from cerebellum.measure.measurer import Measurer
     from cerebellum.shards import Shards, Variant
 
+
+TEMPLATE_CHECK = "chat template"
+"""The check that says whether the chat template is the source's, with its hash."""
 
 _SAMPLE_SEED = 20
 _SAMPLED_TENSORS = 24
@@ -77,7 +81,7 @@ class Verified(Artifact, frozen=True, kw_only=True):
     report: Report
 
 
-def check_file(path: Path, plan: Plan, layout: Layout, shards: Shards) -> list[Check]:
+def check_file(path: Path, plan: Plan, source: Source, layout: Layout, shards: Shards) -> list[Check]:
     """Checks everything about the file, or all of its splits, that can be checked without running it."""
     file = open_source(path, allow_requantize=True)
     return [
@@ -85,6 +89,7 @@ def check_file(path: Path, plan: Plan, layout: Layout, shards: Shards) -> list[C
         _check_bytes(file, shards, plan.changes, layout),
         _check_sample(file, shards, layout),
         _check_metadata(file, layout.base),
+        *_check_template(file, source, layout.base),
     ]
 
 
@@ -156,6 +161,24 @@ def _check_metadata(file: Source, base: Base) -> Check:
     if not ok:
         detail = f"{len(wanted ^ found)} records differ from the base's"
     return Check(name="metadata", ok=ok, detail=detail)
+
+
+def _check_template(file: Source, source: Source, base: Base) -> list[Check]:
+    """Compares the chat template with the source's, byte by byte; a model that has none needs no check.
+
+    A base that was given may have another template, mended by its maker, and that one is then wanted.
+    """
+    given = base.file is not None
+    wanted = (base.file or source).kv_records.get(TEMPLATE_KEY)
+    found = file.kv_records.get(TEMPLATE_KEY)
+    if wanted is None and found is None:
+        return []
+    text = file.value(TEMPLATE_KEY)
+    digest = hashlib.sha256(str(text).encode()).hexdigest() if text is not None else "none"
+    whose = "the base file's" if given and wanted != source.kv_records.get(TEMPLATE_KEY) else "the source's"
+    ok = wanted == found
+    detail = f"copied unchanged, {whose}, sha256 {digest}" if ok else f"is not {whose}; sha256 {digest}"
+    return [Check(name=TEMPLATE_CHECK, ok=ok, detail=detail)]
 
 
 def report(

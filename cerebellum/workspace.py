@@ -191,7 +191,7 @@ class Workspace:
             if not set(given.entries) & set(self.source.tensors):
                 raise BadInput(f"{given.path}: has no entry for a tensor of this model; give its own matrix")
             return given
-        corpus = self._importance_corpus
+        corpus = self.importance_corpus
         return imatrix.compute_or_reuse(
             engine=self.engine,
             shards=[file.path for file in self.source.files],
@@ -202,8 +202,11 @@ class Workspace:
             reporter=self.reporter,
         )
 
-    @property
-    def _importance_corpus(self) -> Corpus:
+    @cached_property
+    def importance_corpus(self) -> Corpus:
+        """The text that the importance matrix and second moments are made from."""
+        if self.settings.imatrix_text in (None, self.settings.select_text):
+            return self.selection
         return self._corpus(self.settings.imatrix_text or self.settings.select_text)
 
     @cached_property
@@ -221,7 +224,7 @@ class Workspace:
         """The second moments in the folder, or those made now from the text and chunks of the importance matrix."""
         if self.watched is None or not self.watched.weights:
             return None
-        corpus = self._importance_corpus
+        corpus = self.importance_corpus
         return moments.compute_or_reuse(
             engine=self.engine,
             shards=[file.path for file in self.source.files],

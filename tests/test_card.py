@@ -39,9 +39,9 @@ from run_folder import (
 
 from cerebellum import card as card_package
 from cerebellum.bench.artifacts import Audit
-from cerebellum.card.frontmatter import base_model
 from cerebellum.card.merged import merged_rows, points_together
 from cerebellum.card.numbers import percent, spans
+from cerebellum.card.origin import base_model
 from cerebellum.card.stage import card_context, make_card, read_stories, render_card
 from cerebellum.codec import Artifact
 from cerebellum.errors import BadInput

@@ -81,7 +81,7 @@ def test_the_same_run_again_measures_nothing_and_ends_the_same(tmp_path: Path, g
     assert artifacts(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("goal", [Limit(), Budget(size=Preset(name="Q3_K_M"))], ids=["limit", "budget"])
+@pytest.mark.parametrize("goal", [Limit(), Budget(sizes=(Preset(name="Q3_K_M"),))], ids=["limit", "budget"])
 def test_what_only_measuring_needed_is_removed_and_never_made_again(tmp_path: Path, goal: Goal) -> None:
     run_all(workspace(tmp_path, goal))
     plan = open_run(tmp_path / "run").plan()

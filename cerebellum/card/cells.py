@@ -230,7 +230,7 @@ def provenance(run: FinishedRun) -> list[tuple[str, str, str]]:
     manifest = run.manifest
     texts = [
         (f"{part} text", manifest.text_files.get(part, ""), manifest.texts.get(part, ""))
-        for part in ("selection", "report")
+        for part in manifest.texts
     ]
     return [
         ("source", ", ".join(manifest.source.files), manifest.source.sha256),

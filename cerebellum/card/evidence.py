@@ -19,6 +19,7 @@ from cerebellum.groups import SourceFile
 from cerebellum.manifest import Manifest, ResultNamed
 from cerebellum.measure.artifacts import Curves, MeasurementRow, Measurements
 from cerebellum.plan.artifacts import BudgetPlan, GpuMemory, LimitPlan, Plan, PlanRow, PointRow
+from cerebellum.settings import Published
 from cerebellum.verify import Report, Verified
 
 
@@ -124,7 +125,8 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """Holds what every finished run left, whatever its goal was; ``result`` is the finished file of this size.
+    """Holds what every finished run left, whatever its goal was; ``result`` is the finished file of this size, and
+    ``published`` what people said of the model.
 
     Both stories tell sizes, checks, benchmarks and provenance from it in the same words.
     """
@@ -133,8 +135,14 @@ class FinishedRun:
     verified: Verified
     manifest: Manifest
     result: ResultNamed
+    published: Published
     benchmarks: tuple[Benchmark, ...]
     problems: tuple[Problem, ...]
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the model that people gave, or that of its metadata."""
+        return self.published.name or self.source.name
 
     @property
     def report(self) -> Report:
@@ -367,6 +375,7 @@ def _read_run(folder: RunFolder, plan: Plan) -> FinishedRun:
         verified=folder.verified(),
         manifest=manifest,
         result=_result(folder, manifest),
+        published=folder.published(),
         benchmarks=tuple(_benchmarks(bench)) if bench else (),
         problems=tuple(_problems(bench)) if bench else (),
     )

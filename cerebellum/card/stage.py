@@ -28,14 +28,14 @@ from cerebellum.card.sizes import further_sizes, size_table
 from cerebellum.card.story import KLD, Story
 from cerebellum.files import atomic_write_bytes, atomic_write_text
 from cerebellum.folder import CARD, REPORT, RunFolder
-from cerebellum.manifest import EncoderNamed
+from cerebellum.manifest import EncoderNamed, Manifest
 from cerebellum.memory.shape import GPUS_GIB, ignores_window
 from cerebellum.page.markdown import Code, Sentence
 from cerebellum.page.pictures import Picture
 from cerebellum.page.templates import render_html, render_markdown
 from cerebellum.plan.artifacts import BudgetPlan, LimitPlan
 from cerebellum.units import size
-from cerebellum.verify import Report
+from cerebellum.verify import TEMPLATE_CHECK, Report, Verified
 
 CHARTS = "charts"
 
@@ -113,7 +113,7 @@ def card_context(
         "first": evidence.plan.file_label,
         "sizes": size_table(stories),
         "further": further_sizes(stories),
-        "source": run.source,
+        "name": run.name,
         "report": run.report,
         "verified": run.verified,
         "manifest": run.manifest,
@@ -185,11 +185,49 @@ def _method(story: Story) -> list[Sentence]:
         ),
         *_encoder(story.evidence.run.manifest.encoder),
         story.method(),
+        *_texts(story.evidence.run.manifest),
+        *_template(story.evidence.run.verified),
+        *_left_as_they_were(story.evidence.run.manifest),
         (
             "What was shipped was measured whole, then read back from the finished file and measured on ",
             Code(report.text),
             f", {apart}: {_read(report)}.",
         ),
+    ]
+
+
+def _texts(manifest: Manifest) -> list[Sentence]:
+    """Names the texts behind the numbers, by which a stranger can ask for the same ones."""
+    names = manifest.text_files
+    importance = names.get("importance", "")
+    if not importance:
+        return []
+    return [
+        (
+            "The importance matrix was made from ",
+            Code(importance),
+            ", the types were chosen on ",
+            Code(names.get("selection", "")),
+            "; their hashes stand below.",
+        )
+    ]
+
+
+def _template(verified: Verified) -> list[Sentence]:
+    """Says that the chat template is what it was, with its hash; of a model without one nothing is said."""
+    found = next((check for check in verified.checks if check.name == TEMPLATE_CHECK), None)
+    return [(f"The chat template: {found.detail}.",)] if found else []
+
+
+def _left_as_they_were(manifest: Manifest) -> list[Sentence]:
+    """Names the projectors that lie beside the model; llama.cpp takes one with --mmproj."""
+    return [
+        (
+            "For images or sound: ",
+            Code(named.file),
+            ", copied as it was; llama-server takes it with --mmproj.",
+        )
+        for named in manifest.projectors
     ]
 
 

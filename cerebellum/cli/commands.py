@@ -29,9 +29,11 @@ from cerebellum.cli.options import (
     first_chunks_option,
     folder_option,
     json_option,
+    published_options,
     size_options,
     source_options,
     take_goal,
+    take_published,
     take_sizes,
     text_option,
     threads_option,
@@ -112,8 +114,12 @@ def run(
     as_json: bool, out: Path, bench: bool, bench_limit: int, data: Path | None, timings: bool, **asked: Any
 ) -> None:
     """The whole pipeline: SOURCE (a GGUF, or hf:owner/repo/file.gguf) to a smaller GGUF with its evidence."""
+    from cerebellum.run import tell_unknown_origin
+
     request = {"limit": bench_limit, "data": data, "seed": asked["seed"]} if bench else None
-    _run(_workspace(out, _settings(asked, out)), as_json, request, timings)
+    workspace = _workspace(out, _settings(asked, out))
+    tell_unknown_origin(workspace)
+    _run(workspace, as_json, request, timings)
 
 
 @cli.command()
@@ -329,12 +335,13 @@ def bench(
 @cli.command()
 @click.argument("folder", type=PathArgument)
 @click.option("--repo", help="The Hub repository it is for: owner/name.")
+@published_options
 @json_option
-def card(folder: Path, repo: str | None, as_json: bool) -> None:
+def card(folder: Path, repo: str | None, as_json: bool, **asked: Any) -> None:
     """The model card, report and charts of a finished run, from its artifacts alone."""
     from cerebellum.run import card_stage
 
-    written = [str(path) for path in card_stage(folder, repo)]
+    written = [str(path) for path in card_stage(folder, repo, take_published(asked))]
     _answer({"files": written}, as_json, *map(tables.shown, written))
 
 
@@ -343,13 +350,14 @@ def card(folder: Path, repo: str | None, as_json: bool) -> None:
 @click.argument("repo")
 @click.option("--dry-run", is_flag=True, help="Only say what would be uploaded.")
 @click.option("--private", is_flag=True, help="If the repository is made, make it private.")
+@click.option("--texts", is_flag=True, help="Publish the run's own texts too, not only those of Cerebellum.")
 @json_option
-def push(folder: Path, repo: str, dry_run: bool, private: bool, as_json: bool) -> None:
+def push(folder: Path, repo: str, dry_run: bool, private: bool, texts: bool, as_json: bool) -> None:
     """A finished run to the Hub: model, card, report, evidence, manifest; REPO is owner/name."""
     from cerebellum.hub import push as push_run
     from cerebellum.run import card_stage
 
-    found = push_run(folder, repo, lambda: card_stage(folder, repo), dry_run, private)
+    found = push_run(folder, repo, lambda: card_stage(folder, repo), dry_run, private, texts)
     _answer(
         found,
         as_json,
@@ -481,6 +489,7 @@ def _settings(asked: dict[str, Any], folder: Path) -> Settings:
     from cerebellum.hub import download, is_address  # huggingface_hub takes half a second to load
 
     goal = take_goal(asked)
+    asked["published"] = take_published(asked)
     address = str(asked["source"])
     if is_address(address):
         asked["source"] = download(address, ProgressReporter().note)

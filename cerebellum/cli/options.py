@@ -28,6 +28,7 @@ from cerebellum.settings import (
     Gpu,
     Limit,
     Preset,
+    Published,
 )
 from cerebellum.units import parse_size
 
@@ -203,6 +204,40 @@ class PresetName(click.ParamType[str]):
             self.fail(str(error), param, ctx)
 
 
+class BaseModel(click.ParamType[str]):
+    """What was quantized, as the Hub names it: owner/name, or its address there."""
+
+    name = "owner/name"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns owner/name; fails where the Hub would not take it."""
+        from cerebellum.card.origin import repo_id
+
+        found = repo_id(str(value).strip())
+        if found is None:
+            self.fail(f"{value!r} is no model on the Hub; give owner/name", param, ctx)
+        return found
+
+
+class License(click.ParamType[str]):
+    """A licence by the Hub's identifier."""
+
+    name = "license"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns the identifier; fails where the Hub knows no such."""
+        from cerebellum.card.licenses import LICENSES
+
+        found = str(value).strip().lower()
+        if found not in LICENSES:
+            self.fail(
+                f"{value!r} is no identifier that the Hub knows; give one such as apache-2.0, or other",
+                param,
+                ctx,
+            )
+        return found
+
+
 class GpuLayers(click.ParamType[Any]):
     """A number of layers, or ``auto``: as many as the graphics card holds."""
 
@@ -358,6 +393,11 @@ budget_options = options(
         help="With --budget or --fit: the type of all else while a group is measured; smaller saves memory.",
     ),
 )
+published_options = options(
+    click.option("--base-model", type=BaseModel(), help="For the card: the Hub's id of what is quantized."),
+    click.option("--license", type=License(), help="For the card: its license, by the Hub's identifier."),
+    click.option("--name", help="For the card: the model's name, instead of the metadata's."),
+)
 source_options = options(
     click.option(
         "--base",
@@ -392,6 +432,7 @@ source_options = options(
     ),
     click.option("--allow-requantize", is_flag=True, help="Accept a source that is quantized already."),
     click.option("--keep-shards", is_flag=True, help="Leave on the disk what only measuring needed."),
+    published_options,
 )
 bench_options = options(
     click.option("--bench", is_flag=True, help="Question benchmarks of base and result at the end."),
@@ -449,6 +490,11 @@ def take_goal(asked: dict[str, Any]) -> Goal:
     limit["max_increase_pct"] = limit.pop("max_increase")
     limit["indifference_pct"] = limit.pop("indifference")
     return Limit(**limit)
+
+
+def take_published(asked: dict[str, Any]) -> Published:
+    """Takes what is said of the model for its card out of what was asked."""
+    return Published(**{name: asked.pop(name) for name in ("base_model", "license", "name")})
 
 
 def _flag(name: str) -> str:

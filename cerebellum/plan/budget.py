@@ -266,7 +266,7 @@ def plan_budget(curves: Curves, session: Session, target: Target) -> BudgetPlan:
     objective = session.goal.objective
     fine = _measure_fine_types(curves, session, target)
     model = fit_damage(curves, layout, fine)
-    asking = budget_plan(model, session.measure_reference(), target.file_bytes, objective, session.seed)
+    asking = budget_plan(model, session.measure_reference(), target.model_bytes, objective, session.seed)
     decision = drive(asking, session.score_plan)
     plan = _plan_of(decision, layout, target, objective, curves.base_kld)
     rows = _frontier_rows(decision.points, layout, objective, curves)
@@ -289,7 +289,7 @@ def plan_points(
 ) -> BudgetPlan:
     """Returns the plan of least foretold damage; AnswerIsNo with the nearest reachable size where none fits."""
     allocation = Allocation(points, layout, objective)
-    best = allocation.best(target.file_bytes)
+    best = allocation.best(target.model_bytes)
     if best is None:
         raise unreachable(target.file_bytes, allocation.smallest())
     decision = Decision(chosen=best, proposals=(best,), points=points)
@@ -327,7 +327,7 @@ def _measure_fine_types(curves: Curves, session: Session, target: Target) -> tup
     """
     layout = session.layout
     points = fit_damage(curves, layout).points()
-    first = Allocation(points, layout, session.goal.objective).best(target.file_bytes)
+    first = Allocation(points, layout, session.goal.objective).best(target.model_bytes)
     wanted: dict[tuple[str, str], list[str]] = {}
     for point in first.points if first else ():
         if point.type in FINE_LADDER:

@@ -58,7 +58,8 @@ def sized(budget: Budget, engine: Engine, source: Source, layout: Layout) -> tup
     labels = [preset for preset in presets if preset is not None]
     if len(labels) < len(sizes):
         wanted = dict.fromkeys((*USUAL_PRESETS, *labels))
-        n_bytes = {name: found for name in wanted if (found := _preset_bytes(name, engine, source, layout))}
+        known = ((name, _preset_bytes(name, engine, source, layout)) for name in wanted)
+        n_bytes = {name: size for name, size in known if size is not None}
         labels = labels_by_size([target.file_bytes for target in targets], presets, n_bytes)
     found = zip(sizes, targets, labels, strict=True)
     return tuple(Sized(asked=size, target=target, label=label) for size, target, label in found)

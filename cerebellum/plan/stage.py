@@ -103,7 +103,9 @@ def _planned(
     sizes = sizes_of(workspace, budget)
     made = []
     for one in sizes:
-        target = target_of(one.asked, workspace.engine, workspace.source, workspace.layout, workspace.matrix)
+        target = target_of(
+            one.asked, workspace.engine, workspace.source, workspace.layout, workspace.matrix
+        ).split_above(workspace.settings.split_above_bytes)
         found = msgspec.structs.replace(plan(target), label=one.label)
         made.append(msgspec.structs.replace(found, imatrix_sha256=workspace.matrix.sha256))
     views = [RunFolder(workspace.folder, one.label if number else None) for number, one in enumerate(sizes)]
