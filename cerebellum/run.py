@@ -23,7 +23,7 @@ from cerebellum.measure.measurer import Measurer
 from cerebellum.measure.probe import open_session
 from cerebellum.measure.stage import measure_against_limit, measure_for_budget
 from cerebellum.plan.artifacts import AnyPlan, BudgetPlan, LimitPlan
-from cerebellum.plan.budget import check_reachable
+from cerebellum.plan.budget import check_allocated, check_reachable
 from cerebellum.plan.stage import (
     budget_header,
     limit_header,
@@ -108,6 +108,7 @@ class BudgetWay:
 
     def check(self, workspace: Workspace) -> None:
         """Raises AnswerIsNo where no file can be as small as one of the sizes, and tells of sizes that are one."""
+        check_allocated(workspace, self.budget)
         check_reachable(workspace, self.budget)
         left_out = len(self.budget.sizes) - len(sizes_of(workspace, self.budget))
         if left_out:

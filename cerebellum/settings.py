@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import msgspec
 
 from cerebellum.codec import Artifact, Record
+from cerebellum.gguf import SEARCHED
 from cerebellum.verdicts import Threshold
 
 DATA = Path(__file__).parent / "data"
@@ -19,8 +20,12 @@ REPORT_TEXT = DATA / "report.txt"
 K_LADDER = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 """The types that every role is measured at for a budget."""
 
-FINE_LADDER = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")
+FINE_LADDER = SEARCHED
 """Types that quantize ten times as slowly: measured only where a plan could want them."""
+
+Allocated = Literal["head", "embd"]
+ALLOCATED: tuple[Allocated, ...] = ("head", "embd")
+"""What the method calls sacred and a budget may yet be told to spend bytes on: output head and embeddings."""
 
 Objective = Literal["kld", "ppl"]
 KLD: Objective = "kld"
@@ -71,8 +76,9 @@ class Limit(Record, frozen=True, kw_only=True, tag="limit", tag_field="goal"):
     ``chunks`` 0 stops each group as soon as its verdict is sure; N gives every group the same N.
     ``max_chunks`` 0 means as many as the text has.
 
-    What stages ask of either goal: whether layers of a role are told apart, the disk that predictions may take
-    where nobody says (the first block of chunks here), and how many whole models the run folder will hold.
+    What stages ask of either goal: which sacred tensors may be changed, whether layers of a role are told apart,
+    the disk that predictions may take where nobody says (the first block of chunks here), and how many whole models
+    the run folder will hold.
     """
 
     demote: str = "Q2_K"
@@ -82,6 +88,7 @@ class Limit(Record, frozen=True, kw_only=True, tag="limit", tag_field="goal"):
     chunks: int = 0
     max_chunks: int = 0
 
+    allocate: ClassVar[tuple[Allocated, ...]] = ()
     layers_apart: ClassVar[bool] = False
     prediction_bytes: ClassVar[int] = 1 << 30
     wholes: ClassVar[int] = 2
@@ -107,7 +114,8 @@ class Budget(Record, frozen=True, kw_only=True, tag="budget", tag_field="goal"):
     All ``sizes`` are planned from one set of curves, and each becomes a file of its own. ``types`` are measured
     for every role, and IQ types too with ``fine_types``; with ``zoom`` the layers of a role are told apart.
     ``anchor`` is the type of all else while a part is measured. ``passes`` limits what the measurement may cost,
-    in passes over the selection text.
+    in passes over the selection text. What ``allocate`` names is measured and planned like any group; else it is
+    protected, as it is against a limit.
     """
 
     sizes: tuple[Bytes | Preset | Gpu, ...]
@@ -117,6 +125,7 @@ class Budget(Record, frozen=True, kw_only=True, tag="budget", tag_field="goal"):
     objective: Objective = KLD
     anchor: str = "Q8_0"
     passes: float = 2.0
+    allocate: tuple[Allocated, ...] = ()
 
     prediction_bytes: ClassVar[int] = 8 << 30
 

@@ -138,8 +138,9 @@ class Workspace:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The groups by role; for a budget cut into spans of layers, so that a plan can treat them apart."""
-        spans = _SPANS if self.settings.goal.layers_apart else 1
-        return make_groups(self.source, has_imatrix=True, spans=spans)
+        goal = self.settings.goal
+        spans = _SPANS if goal.layers_apart else 1
+        return make_groups(self.source, has_imatrix=True, spans=spans, allocate=goal.allocate)
 
     @cached_property
     def ledger(self) -> Ledger:

@@ -7,6 +7,7 @@ every run has is in ``FinishedRun``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from cerebellum.card.merged import MergedRow, merged_rows, points_together
 from cerebellum.card.numbers import DIVERGENCE, PERPLEXITY, ByteUnit, Change, Scale
 from cerebellum.errors import BadInput
 from cerebellum.folder import GROUPS, MANIFEST, PLAN, RunFolder
-from cerebellum.groups import SourceFile
+from cerebellum.groups import HEAD_ROLE, MTP_PREFIX, GroupRecord, SourceFile
 from cerebellum.manifest import Manifest, ResultNamed
 from cerebellum.measure.artifacts import Curves, MeasurementRow, Measurements
 from cerebellum.plan.artifacts import BudgetPlan, GpuMemory, LimitPlan, Plan, PlanRow, PointRow
@@ -136,6 +137,7 @@ class FinishedRun:
     manifest: Manifest
     result: ResultNamed
     published: Published
+    groups: tuple[GroupRecord, ...]
     benchmarks: tuple[Benchmark, ...]
     problems: tuple[Problem, ...]
 
@@ -185,6 +187,23 @@ class Evidence:
         One that was measured together with others is left out, for its figure is of all of them.
         """
         return tuple(row for row in self.rows if row.change is not None and not row.together_with)
+
+    @property
+    def has_head(self) -> bool:
+        """Says whether the model has an output head of its own, apart from its embeddings."""
+        return f"{HEAD_ROLE}.weight" in self.plan.tensor_types
+
+    @property
+    def mtp_types(self) -> str:
+        """Returns the types of the layers for multi-token prediction in the file: `Q3_K x 8, F32 x 4`; "" without."""
+        kept = [
+            name
+            for group in self.run.groups
+            if group.name.startswith(MTP_PREFIX)
+            for name in group.tensor_names
+        ]
+        counts = Counter(self.plan.tensor_types[name] for name in kept)
+        return ", ".join(f"{qtype} x {count}" for qtype, count in counts.most_common())
 
     @property
     def whole(self) -> Change | None:
@@ -376,6 +395,7 @@ def _read_run(folder: RunFolder, plan: Plan) -> FinishedRun:
         manifest=manifest,
         result=_result(folder, manifest),
         published=folder.published(),
+        groups=folder.groups().groups,
         benchmarks=tuple(_benchmarks(bench)) if bench else (),
         problems=tuple(_problems(bench)) if bench else (),
     )

@@ -20,7 +20,7 @@ from cerebellum.card.cells import (
     provenance,
 )
 from cerebellum.card.commands import run_commands
-from cerebellum.card.evidence import read_budget_evidence, read_limit_evidence
+from cerebellum.card.evidence import Evidence, read_budget_evidence, read_limit_evidence
 from cerebellum.card.frontmatter import checked, front_matter
 from cerebellum.card.limit_story import LimitStory
 from cerebellum.card.numbers import bounds, percent, with_interval
@@ -28,6 +28,7 @@ from cerebellum.card.sizes import further_sizes, size_table
 from cerebellum.card.story import KLD, Story
 from cerebellum.files import atomic_write_bytes, atomic_write_text
 from cerebellum.folder import CARD, REPORT, RunFolder
+from cerebellum.groups import EMBEDDING_ROLE, HEAD_ROLE
 from cerebellum.manifest import EncoderNamed, Manifest
 from cerebellum.memory.shape import GPUS_GIB, ignores_window
 from cerebellum.page.markdown import Code, Sentence
@@ -121,6 +122,7 @@ def card_context(
         **_headline(story),
         **_groups(story),
         "words": story.wording(),
+        "untouched": _untouched(evidence),
         "findings": story.findings(),
         "perplexities": perplexity_cells(evidence),
         "benchmarks": [benchmark_cells(bench) for bench in run.benchmarks],
@@ -162,6 +164,26 @@ def _groups(story: Story) -> dict[str, object]:
         "damages": (KLD,) if any(row.kld for row in rows) else (),
         "unit": story.evidence.unit.name,
     }
+
+
+def _untouched(evidence: Evidence) -> list[Sentence]:
+    """Says what was never touched: what the method protects, less what this run was told to plan, and MTP layers."""
+    planned = {row.role for row in evidence.plan.groups}
+    sacred = ["Routers", "norms"]
+    sacred += [] if EMBEDDING_ROLE in planned else ["embeddings"]
+    tied = EMBEDDING_ROLE in planned and not evidence.has_head
+    sacred += [] if HEAD_ROLE in planned or tied else ["the output head"]
+    lines: list[Sentence] = [(f"{', '.join(sacred)} and every one-dimensional tensor are never touched.",)]
+    if tied:
+        lines.append((Code(EMBEDDING_ROLE), " is the embeddings and the output head at once."))
+    if evidence.mtp_types:
+        lines.append(
+            (
+                "The layers for multi-token prediction are kept, and not measured, for no perplexity run reads them: "
+                f"{evidence.mtp_types}, as in the base.",
+            )
+        )
+    return lines
 
 
 def _lead(story: Story) -> Sentence:

@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from cerebellum.errors import BadInput
 from cerebellum.gguf import parse_preset, parse_weight_type, preset_label
 from cerebellum.settings import (
+    ALLOCATED,
     DEFAULT_ENCODER,
     ENCODERS,
     K_LADDER,
@@ -56,7 +57,7 @@ _LEAST_GPU = 1 << 20  # bytes: below it a unit was forgotten
 _DEFAULT_CONTEXT = 4096
 
 _LIMIT_OPTIONS = ("max_increase", "demote", "indifference", "alpha", "chunks", "max_chunks")
-_BUDGET_OPTIONS = ("types", "fine_types", "zoom", "objective", "anchor", "context")
+_BUDGET_OPTIONS = ("types", "fine_types", "zoom", "objective", "anchor", "context", "allocate")
 
 
 class Percent(click.ParamType[float]):
@@ -391,6 +392,12 @@ budget_options = options(
         default="Q8_0",
         show_default=True,
         help="With --budget or --fit: the type of all else while a group is measured; smaller saves memory.",
+    ),
+    click.option(
+        "--allocate",
+        type=Listed(click.Choice(ALLOCATED)),
+        default=(),
+        help="With --budget or --fit: plan the output head, the embeddings or both (head,embd) too.",
     ),
 )
 published_options = options(

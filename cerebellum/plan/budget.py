@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec.structs import replace as replace_fields
 
-from cerebellum.errors import AnswerIsNo
+from cerebellum.errors import AnswerIsNo, BadInput
+from cerebellum.groups import is_tied
 from cerebellum.layout import Layout
 from cerebellum.measure.artifacts import Bounds, Curves, Effect, Look, Response, finite_pair
 from cerebellum.measure.curves import Probe, Reference, Score
@@ -37,7 +38,7 @@ from cerebellum.plan.artifacts import BudgetPlan, CandidateRow, FrontierRow, Pla
 from cerebellum.plan.damage import DamageModel, WholePlan, base_point, fit_damage
 from cerebellum.plan.knapsack import Choice, Option, solve
 from cerebellum.plan.target import Target, target_of
-from cerebellum.settings import FINE_LADDER, KLD, PPL, Budget, Objective
+from cerebellum.settings import FINE_LADDER, KLD, PPL, Budget, Gpu, Objective
 from cerebellum.stats.estimate import Estimate
 from cerebellum.stats.paired import as_percent
 from cerebellum.verdicts import NOTHING, Changes, drive
@@ -235,6 +236,23 @@ def unreachable(file_bytes: int, smallest: int) -> AnswerIsNo:
         f"a budget of {file_bytes:,} bytes cannot be reached: the smallest file that these types allow "
         f"has {smallest:,} bytes; nothing was written"
     )
+
+
+def check_allocated(workspace: Workspace, goal: Budget) -> None:
+    """Raises BadInput where the embeddings are to be planned for a GPU that they do not lie on.
+
+    Bytes that they gave up would be spent on the GPU, where they were never.
+    """
+    fitted = any(isinstance(size, Gpu) for size in goal.sizes)
+    if fitted and "embd" in goal.allocate and not is_tied(workspace.source):
+        raise BadInput(
+            "--allocate embd and --fit: this model's embeddings stay in main memory and take nothing of a graphics "
+            "card; give --allocate head, or a --budget"
+        )
+    if goal.allocate and is_tied(workspace.source):
+        workspace.reporter.note(
+            "embeddings and output head are one tensor in this model: token_embd is planned for both"
+        )
 
 
 def check_reachable(workspace: Workspace, goal: Budget) -> None:
