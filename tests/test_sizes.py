@@ -15,6 +15,8 @@ from test_fake_run import damage, workspace
 from tiny import ledger_rows
 
 from cerebellum import open_run
+from cerebellum.card.sizes import others_shipped
+from cerebellum.card.stage import read_stories
 from cerebellum.engine.fake import FakeEngine
 from cerebellum.errors import AnswerIsNo, BadInput
 from cerebellum.gguf import read_gguf
@@ -310,6 +312,16 @@ def test_one_card_has_the_table_of_all_sizes(finished: Workspace) -> None:
     assert card.count("charts/frontier.png") == 1
     report = (finished.folder / "report.html").read_text()
     assert "All sizes" in report and "What changed in Q6_K" in report
+
+
+def test_the_frontier_marks_every_size(finished: Workspace) -> None:
+    stories = read_stories(finished.folder)
+    others = others_shipped(stories)
+    assert [one.label for one in others] == ["Q4_K_M", "Q6_K"]
+    assert [one.n_bytes for one in others] == [r.bytes for r in finished.artifacts.manifest().results[1:]]
+    assert all(one.kld < other.kld for one, other in zip(others[1:], others, strict=False))
+    drawn = stories[0].drawings(others)["frontier"].wide
+    assert all(label in drawn for label in ("Q3_K_M", "Q4_K_M", "Q6_K"))
 
 
 @pytest.mark.parametrize("label", ["../..", "", "a/b"])

@@ -289,24 +289,13 @@ class LimitEvidence(Evidence):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shipped:
-    """Another size of the same run, as a dot beside this one: ``kld`` is from the source, nats a token."""
-
-    label: str
-    n_bytes: int
-    kld: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class BudgetEvidence(Evidence):
     """Holds a run for a budget: its rows are neighbouring layers merged, its damages KL divergences
-    from the source. They come from the plan's points, with what whole plans taught. ``others`` are the
-    other sizes of the run.
+    from the source. They come from the plan's points, with what whole plans taught.
     """
 
     plan: BudgetPlan
     measured: Curves
-    others: tuple[Shipped, ...] = ()
 
     @property
     def divergence(self) -> Change | None:
@@ -367,18 +356,7 @@ def read_budget_evidence(folder: RunFolder, plan: BudgetPlan) -> BudgetEvidence:
         plan=plan,
         measured=folder.curves(),
         rows=tuple(_budget_row(found, points_together(plan, found.members)) for found in merged_rows(plan)),
-        others=tuple(_other_sizes(folder)),
     )
-
-
-def _other_sizes(folder: RunFolder) -> Iterator[Shipped]:
-    """Yields the other sizes of the run that were measured whole."""
-    base_kld = folder.curves().base_kld
-    for view in folder.results():
-        plan = view.plan()
-        if view.label != folder.label and isinstance(plan, BudgetPlan) and plan.measured_kld is not None:
-            kld = base_kld + plan.measured_kld
-            yield Shipped(label=plan.file_label, n_bytes=plan.file_bytes, kld=kld)
 
 
 def _read_run(folder: RunFolder, plan: Plan) -> FinishedRun:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cerebellum.card.cells import GroupCells, group_cells, memory_cells
 from cerebellum.card.numbers import Change, with_interval
-from cerebellum.card.story import Story
+from cerebellum.card.story import Shipped, Story
 from cerebellum.page.markdown import Sentence
 from cerebellum.units import size
 from cerebellum.verify import Check
@@ -74,6 +74,15 @@ def size_table(stories: Sequence[Story]) -> list[SizeCells]:
     if len(stories) < 2:
         return []
     return [size_cells(story) for story in sorted(stories, key=lambda one: one.evidence.run.result.bytes)]
+
+
+def others_shipped(stories: Sequence[Story]) -> list[Shipped]:
+    """Returns the sizes but the first whose divergence from the source was measured."""
+    return [
+        Shipped(label=one.plan.file_label, n_bytes=one.plan.file_bytes, kld=found.mean)
+        for one in (story.evidence for story in stories[1:])
+        if (found := one.from_source) is not None
+    ]
 
 
 def further_sizes(stories: Sequence[Story]) -> list[FurtherSize]:

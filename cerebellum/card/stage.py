@@ -24,7 +24,7 @@ from cerebellum.card.evidence import Evidence, read_budget_evidence, read_limit_
 from cerebellum.card.frontmatter import checked, front_matter
 from cerebellum.card.limit_story import LimitStory
 from cerebellum.card.numbers import bounds, percent, with_interval
-from cerebellum.card.sizes import further_sizes, size_table
+from cerebellum.card.sizes import further_sizes, others_shipped, size_table
 from cerebellum.card.story import KLD, Story
 from cerebellum.files import atomic_write_bytes, atomic_write_text
 from cerebellum.folder import CARD, REPORT, RunFolder
@@ -47,7 +47,7 @@ def make_card(folder: Path, repo: str | None = None) -> tuple[Path, ...]:
     ``repo`` is the Hub repository the card is for, where it is known.
     """
     stories = read_stories(folder)
-    pictures = stories[0].drawings()
+    pictures = stories[0].drawings(others_shipped(stories))
     context = card_context(stories, pictures, repo)
     card = folder / CARD
     report = folder / REPORT
@@ -110,10 +110,7 @@ def card_context(
     return {
         "version": __version__,
         "label": evidence.plan.base,
-        "labels": ", ".join(_labels(stories)),
-        "first": evidence.plan.file_label,
-        "sizes": size_table(stories),
-        "further": further_sizes(stories),
+        **_sizes(stories),
         "name": run.name,
         "report": run.report,
         "verified": run.verified,
@@ -136,6 +133,16 @@ def card_context(
         "pictures": pictures,
         "provenance": provenance(run),
         "style": Markup(resources.files("cerebellum").joinpath("card/report.css").read_text("utf-8")),
+    }
+
+
+def _sizes(stories: Sequence[Story]) -> dict[str, object]:
+    """Returns what there is to say of several sizes; of one there is nothing but its label."""
+    return {
+        "labels": ", ".join(_labels(stories)),
+        "first": stories[0].evidence.plan.file_label,
+        "sizes": size_table(stories),
+        "further": further_sizes(stories),
     }
 
 
