@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Cerebellum
@@ -21,6 +22,7 @@ from cerebellum.engine.fake import FakeEngine
 from cerebellum.errors import AnswerIsNo, BadInput
 from cerebellum.gguf import read_gguf
 from cerebellum.hub import uploads
+from cerebellum.ledger import Ledger
 from cerebellum.plan.labels import USUAL_PRESETS, labels_by_size
 from cerebellum.reproduce import Reproduction, reproduce
 from cerebellum.run import build_stage, run_all, verify_stage, way_of
@@ -171,33 +173,19 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("after", [40, 90, 125, 135])
 def test_a_killed_run_goes_on_and_measures_nothing_twice(
-    tmp_path: Path, finished: Workspace, after: int
+    tmp_path: Path, finished: Workspace, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     """It is killed after so many measured chunks; then it runs to the end, and ends as if nothing had been."""
+    record = Ledger.record
 
-    class Mortal(FakeEngine):
-        def left(self) -> int:
-            return after - sum(self.scored.values())
+    def mortal(ledger: Ledger, *arguments: Any) -> None:
+        if ledger.n_chunks() >= after:
+            raise Killed
+        record(ledger, *arguments)
 
-    engine = Mortal(damage=damage)
-    opened = workspace(tmp_path, THREE, engine)
-    record = opened.__class__.ledger.func  # type: ignore[attr-defined]
-
-    def ledger(one: Workspace) -> object:
-        found = record(one)
-        wrapped = found.record
-
-        def counted(*arguments: object) -> None:
-            if found.n_chunks() >= after:
-                raise Killed
-            wrapped(*arguments)
-
-        found.record = counted
-        return found
-
-    opened.__dict__["ledger"] = ledger(opened) if opened.folder.mkdir() is None else None
-    with pytest.raises(Killed):
-        run_all(opened)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Ledger, "record", mortal)
+        run_all(workspace(tmp_path, THREE))
     known = ledger_rows(tmp_path / "run")
     assert known
     again = workspace(tmp_path, THREE)
@@ -357,13 +345,27 @@ def test_a_large_result_is_split_as_llama_cpp_splits(tmp_path: Path, goal: Limit
         ]
         paths = [opened.folder / part.file for part in result.parts]
         assert max(path.stat().st_size for path in paths) <= 150_000
+        wanted = getattr(view.plan(), "budget_bytes", result.bytes)
+        assert sum(path.stat().st_size for path in paths) == result.bytes <= wanted
         assert hub_label(result.file) == view.plan().file_label
         found = open_source(paths[0], allow_requantize=True)
         assert {name: t.type.name for name, t in found.tensors.items()} == view.plan().tensor_types
         assert [f.value("split.no") for f in found.files] == list(range(n))
         assert found.files[0].value("split.tensors.count") == len(found.tensors)
     names = {upload.name for upload in uploads(opened.folder)}
-    assert {part.file for result in manifest.results for part in result.parts} <= names
+    parts = [part for result in manifest.results for part in result.parts]
+    assert {part.file for part in parts} <= names
+    request = Reproduction(
+        manifest=opened.folder / "manifest.json",
+        source=opened.settings.source,
+        out=tmp_path / "again",
+        base_file=None,
+        texts={},
+        threads=2,
+    )
+    assert reproduce(request, FakeEngine(), opened.reporter).bit_equal
+    for part in parts:
+        assert (tmp_path / "again" / part.file).read_bytes() == (opened.folder / part.file).read_bytes()
 
 
 def test_a_result_that_is_split_no_more_leaves_no_splits(tmp_path: Path) -> None:
