@@ -600,6 +600,7 @@ def _run(
         *_verified_shown([each.path.name for each in finished], verified),
         *(part for each in benched if each is not None for part in bench_tables(each)),
         *((manifest.timings.table(),) if with_timings and manifest.timings else ()),
+        *((tables.sizes_table([each.plan for each in finished], verified),) if len(finished) > 1 else ()),
         *(each.line() for each in finished),
         tables.card_line(workspace.folder),
         tables.run_instructions(first.path, first.plan.memory),
