@@ -1,4 +1,10 @@
-"""The run folder: every artifact's name, its reader, and the lock that keeps two runs apart."""
+"""The run folder: every artifact's name, its reader, and the lock that keeps two runs apart.
+
+A run for several sizes has one plan.json, verify.json and bench.json for each. Those of the size that was named
+first lie where those of a run for one size lie; every further size has its own in ``sizes/LABEL/``, under the same
+names, and sizes.json lists all of them. What the sizes have in common (source, groups, curves, ledger, shards,
+manifest, card) is there once.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
 from cerebellum.bench.artifacts import BenchResults
-from cerebellum.codec import Artifact, read_artifact, write_artifact
+from cerebellum.codec import Artifact, Record, read_artifact, write_artifact
 from cerebellum.errors import BadInput
-from cerebellum.files import remove_partials
+from cerebellum.files import is_plain_name, make_folder, remove_partials
 from cerebellum.groups import Groups, SourceFile
 from cerebellum.manifest import Manifest
 from cerebellum.measure.artifacts import Curves, Measurements
 from cerebellum.plan.artifacts import AnyPlan
-from cerebellum.settings import Settings
+from cerebellum.settings import Bytes, Gpu, Preset, Published, Settings
 from cerebellum.verify import Verified
 
 A = TypeVar("A")
@@ -31,26 +37,81 @@ CURVES = "curves.json"
 PLAN = "plan.json"
 VERIFY = "verify.json"
 BENCH = "bench.json"
+SIZES = "sizes.json"
+PUBLISHED = "published.json"
 MANIFEST = "manifest.json"
 LEDGER = "ledger.sqlite"
 CARD = "README.md"
 REPORT = "report.html"
 
-EVIDENCE = (SOURCE, GROUPS, MEASUREMENTS, CURVES, PLAN, VERIFY)
+EVIDENCE = (SOURCE, GROUPS, MEASUREMENTS, CURVES, SIZES, PLAN, VERIFY)
 """What the manifest names by its hash, where it is there."""
+
+OF_ONE_SIZE = (PLAN, VERIFY, BENCH)
+"""The artifacts that every size of a run has for itself."""
+
+FURTHER_SIZES = "sizes"
+"""The folder with a folder for each size but the first, named by its label."""
 
 _LOCK = ".lock"
 _FOLDERS = ("shards", "predictions", "charts", "bench")
 
 
+class SizeRow(Record, frozen=True, kw_only=True):
+    """One size of a run: what was asked for, the bytes that it comes to, its label, and where its artifacts lie.
+
+    ``label`` is the quantization label in the name of its file. ``plan``, ``verify`` and ``bench`` are paths
+    from the run folder; the last two are there once their stages have run.
+    """
+
+    label: str
+    asked: Bytes | Preset | Gpu
+    budget_bytes: int
+    plan: str
+    verify: str
+    bench: str
+
+
+class Sizes(Artifact, frozen=True, kw_only=True):
+    """sizes.json: the sizes of a run in the order in which they were asked for; a run for one size has none."""
+
+    format: Literal[1] = 1
+    sizes: tuple[SizeRow, ...]
+
+
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder of artifacts; each is written by one stage and read, checked field by field, by later ones."""
+    """A folder of artifacts; each is written by one stage and read, checked field by field, by later ones.
+
+    With ``label`` it is the same folder as a further size sees it: plan, verification and benchmarks are its own.
+    """
 
     path: Path
+    label: str | None = None
 
     def __truediv__(self, name: str) -> Path:
-        return self.path / name
+        return self.path / self.place(name)
+
+    def place(self, name: str) -> str:
+        """Returns where an artifact lies, as a path from the run folder."""
+        if self.label is None or name not in OF_ONE_SIZE:
+            return name
+        return f"{FURTHER_SIZES}/{self.label}/{name}"
+
+    def results(self) -> tuple[RunFolder, ...]:
+        """Returns this folder as each of its sizes sees it, in the order in which they were asked for.
+
+        A run for one size, or against a limit, has just itself. Raises BadInput where sizes.json is not ours.
+        """
+        if not (self / SIZES).exists():
+            return (self,)
+        rows = self._read(SIZES, Sizes, "run `cerebellum plan` again").sizes
+        strange = next((row.label for row in rows if not is_plain_name(row.label)), None)
+        if strange is not None or not rows:
+            raise BadInput(
+                f"{self / SIZES}: names {strange!r}, which is no label; run `cerebellum plan` again"
+            )
+        return (RunFolder(self.path), *(RunFolder(self.path, row.label) for row in rows[1:]))
 
     def settings(self) -> Settings:
         """What was asked; BadInput where this is no run folder."""
@@ -92,9 +153,24 @@ class RunFolder:
             return None
         return self._read(BENCH, BenchResults, "run `cerebellum bench` again")
 
+    def published(self) -> Published:
+        """What was said of the model for its card; nothing where nobody said anything."""
+        if not (self / PUBLISHED).exists():
+            return Published()
+        return self._read(PUBLISHED, Published, "run `cerebellum card` again with --base-model")
+
+    def publish(self, said: Published) -> None:
+        """Keeps what is said of the model, over what was said before."""
+        before = self.published()
+        if said.over(before) != before:
+            self.write(PUBLISHED, said.over(before))
+
     def write(self, name: str, artifact: Artifact) -> None:
         """Writes an artifact whole or not at all."""
-        write_artifact(self / name, artifact)
+        path = self / name
+        if path.parent != self.path:
+            make_folder(path.parent)
+        write_artifact(path, artifact)
 
     def _read(self, name: str, wanted: type[A], remedy: str) -> A:
         return read_artifact(self / name, wanted, remedy)
@@ -118,7 +194,8 @@ class RunFolder:
                 f"{self.path}: cannot be written ({error.strerror}); choose another folder with -o"
             ) from error
         try:
-            remove_partials([self.path, *(self / name for name in _FOLDERS)])
+            further = (self.path / FURTHER_SIZES).glob("*/")
+            remove_partials([self.path, *(self / name for name in _FOLDERS), *further])
             yield
         finally:
             lock.release()

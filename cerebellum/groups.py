@@ -16,6 +16,7 @@ import numpy as np
 
 from cerebellum.codec import Artifact, Record
 from cerebellum.gguf import TensorInfo, legal_types
+from cerebellum.settings import Allocated
 from cerebellum.source import Scalar, Source, plain_metadata
 
 BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*?)blk\.(?P<layer>\d+)\.(?P<rest>.+)$", re.ASCII)
@@ -95,6 +96,12 @@ GLM5_NEXT_NEVER_QUANTIZES = (
 ROUTED = re.compile(r"_(?:ch)?exps(?:\.\w+)?$")
 """Roles of routed experts: `_exps`, and GroveMoE's shared-between-neighbours `_chexps`, with biases
 and scales. The last dimension counts the experts."""
+
+HEAD_ROLE = "output"
+EMBEDDING_ROLE = "token_embd"
+
+MTP_PREFIX = "mtp:"
+"""Stands before the roles of layers for multi-token prediction: they are groups of their own."""
 
 ATTENTION_ROLES = frozenset({"attn_k", "attn_kv_a_mqa", "attn_kv_b", "attn_k_b"})
 RECURRENT_PREFIXES = ("ssm_", "time_mix_", "shortconv.")
@@ -222,21 +229,51 @@ def is_protected(name: str, shape: Sequence[int], architecture: str = "") -> boo
     )
 
 
-def make_groups(source: Source, has_imatrix: bool = True, spans: int = 1) -> tuple[Group, ...]:
+def make_groups(
+    source: Source, has_imatrix: bool = True, spans: int = 1, allocate: Sequence[Allocated] = ()
+) -> tuple[Group, ...]:
     """Returns the source's groups: first the demotable ones, then the protected ones.
 
     Each part is in the order in which the roles first appear in the file. With ``spans`` over 1, a role that
     may be demoted is cut into as many groups of neighbouring layers at most. Without an importance matrix,
-    the types that llama.cpp makes with one only are not legal.
+    the types that llama.cpp makes with one only are not legal. Embeddings and output head are protected but for
+    what ``allocate`` names. Layers for predicting further tokens (MTP) are groups of their own and protected: no
+    ordinary run reads them, so that any change of theirs would seem to do no damage.
     """
     by_role: dict[str, list[TensorInfo]] = {}
+    mtp = set(mtp_layers(source))
     for tensor in source.tensors.values():
-        by_role.setdefault(role_of(tensor.name), []).append(tensor)
+        prefix = MTP_PREFIX if layer_of(tensor.name) in mtp or ".nextn." in tensor.name else ""
+        by_role.setdefault(prefix + role_of(tensor.name), []).append(tensor)
+    free = allocated_roles(source, allocate)
     groups: list[Group] = []
     for role, tensors in by_role.items():
-        whole = _make_group(role, tensors, source.architecture, has_imatrix)
+        whole = _make_group(role, tensors, source.architecture, has_imatrix, role in free)
         groups += [whole] if whole.protected else _cut(whole, tensors, spans)
     return tuple(sorted(groups, key=lambda group: group.protected))
+
+
+def mtp_layers(source: Source) -> tuple[int, ...]:
+    """Returns the layers for multi-token prediction, counted from 0: the last ones, as many as the metadata says.
+
+    A layer with a tensor named ``nextn`` is one too, whatever the metadata says.
+    """
+    count = _count(source, "block_count")
+    n_mtp = min(_count(source, "nextn_predict_layers"), count)
+    named = {layer for name in source.tensors if ".nextn." in name and (layer := layer_of(name)) is not None}
+    return tuple(sorted(named.union(range(count - n_mtp, count))))
+
+
+def is_tied(source: Source) -> bool:
+    """Says whether the embeddings are the output head too, one tensor for both."""
+    return HEAD_ROLE not in map(role_of, source.tensors)
+
+
+def allocated_roles(source: Source, allocate: Sequence[Allocated]) -> frozenset[str]:
+    """Returns the roles that ``allocate`` frees; where embeddings and head are tied, either word means both."""
+    head = EMBEDDING_ROLE if is_tied(source) else HEAD_ROLE
+    roles: dict[Allocated, str] = {"head": head, "embd": EMBEDDING_ROLE}
+    return frozenset(roles[word] for word in allocate)
 
 
 def _cut(whole: Group, tensors: list[TensorInfo], spans: int) -> list[Group]:
@@ -265,10 +302,19 @@ def span_name(role: str, layers: Sequence[int]) -> str:
     return f"{role}.{layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else "")
 
 
-def _make_group(role: str, tensors: list[TensorInfo], architecture: str, has_imatrix: bool) -> Group:
-    """Makes the group of one role; one protected tensor protects its whole role."""
-    protected = any(is_protected(t.name, t.shape, architecture) for t in tensors)
-    legal = () if protected else legal_types([t.shape for t in tensors], has_imatrix)
+def _make_group(
+    role: str, tensors: list[TensorInfo], architecture: str, has_imatrix: bool, allocated: bool
+) -> Group:
+    """Makes the group of one role; one protected tensor protects its whole role.
+
+    What was ``allocated`` has no entry in an importance matrix, and so no type that needs one.
+    """
+    protected = role.startswith(MTP_PREFIX) or any(
+        is_protected(t.name, t.shape, architecture) for t in tensors
+    )
+    protected = protected and not allocated
+    shapes = [t.shape for t in tensors]
+    legal = () if protected else legal_types(shapes, has_imatrix and not allocated)
     layers = {layer for t in tensors if (layer := layer_of(t.name)) is not None}
     return Group(
         name=role,

@@ -46,9 +46,23 @@ from cerebellum import files
 from cerebellum.codec import Record, read_json
 from cerebellum.errors import AnswerIsNo, BadInput
 from cerebellum.files import is_own_file, is_plain_name, sha256_file
-from cerebellum.folder import BENCH, CARD, EVIDENCE, LEDGER, MANIFEST, REPORT
+from cerebellum.folder import (
+    BENCH,
+    CARD,
+    EVIDENCE,
+    FURTHER_SIZES,
+    LEDGER,
+    MANIFEST,
+    OF_ONE_SIZE,
+    PUBLISHED,
+    REPORT,
+    VERIFY,
+    RunFolder,
+)
 from cerebellum.ledger import Ledger
+from cerebellum.settings import DATA
 from cerebellum.source import SPLIT_NAME
+from cerebellum.texts import read_text
 
 SCHEME = "hf:"
 _ADDRESS = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?/(?P<file>.+\.gguf)$", re.ASCII)
@@ -57,7 +71,7 @@ _COMMIT = re.compile(r"[0-9a-f]{7,64}")
 _PART_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _REPO = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
 
-UPLOADED = (CARD, REPORT, MANIFEST, *EVIDENCE, BENCH, LEDGER)
+UPLOADED = (CARD, REPORT, MANIFEST, *EVIDENCE, BENCH, LEDGER, PUBLISHED)
 """The artifacts that go up beside the model and its importance matrix, where they exist. Shards stay here,
 and so do the settings, because they know where things lie on this disk."""
 
@@ -194,6 +208,23 @@ class _Named(msgspec.Struct, frozen=True):
     sha256: str
 
 
+class _Result(_Named, frozen=True):
+    """Holds a finished file; of one that is split ``parts`` has every split, and the hash is over all of them."""
+
+    parts: tuple[_Named, ...] = ()
+
+    def files(self) -> tuple[_Named, ...]:
+        """Every file that belongs to it."""
+        return self.parts or (self,)
+
+
+class _Further(msgspec.Struct, frozen=True):
+    """Holds a size of the run beyond the first."""
+
+    label: str
+    result: _Result
+
+
 class _Encoder(msgspec.Struct, frozen=True):
     """Holds the second moments that an encoder fed errors back by, where it did."""
 
@@ -203,9 +234,18 @@ class _Encoder(msgspec.Struct, frozen=True):
 class _Manifest(msgspec.Struct, frozen=True):
     """Holds what of manifest.json an upload depends on; its other keys are of no concern here."""
 
-    result: _Named
+    result: _Result
     imatrix: _Named
     encoder: _Encoder = _Encoder()
+    further: tuple[_Further, ...] = ()
+    projectors: tuple[_Named, ...] = ()
+    texts: dict[str, str] = {}
+    text_files: dict[str, str] = {}
+
+    def models(self) -> tuple[_Named, ...]:
+        """The finished files of all sizes with their splits, and the projectors that go with them."""
+        results = (self.result, *(size.result for size in self.further))
+        return (*(named for result in results for named in result.files()), *self.projectors)
 
     def inputs(self) -> tuple[_Named, ...]:
         """Files of the folder that the model is made from, beside the source."""
@@ -229,8 +269,9 @@ def _read(path: Path, wanted: type[_Json]) -> _Json:
         raise BadInput(f"{path}: not as Cerebellum writes it ({error}); run its stage again") from error
 
 
-def uploads(folder: Path) -> list[Upload]:
-    """Returns what `push` uploads from a run folder, the model first and the charts and answers last.
+def uploads(folder: Path, with_texts: bool = False) -> list[Upload]:
+    """Returns what `push` uploads from a run folder: the models first, the charts, the answers and the evidence
+    of further sizes, and last the texts: those that come with Cerebellum, and with ``with_texts`` the run's own.
 
     Raises AnswerIsNo where the file failed verification or is not the one that the evidence is about, and
     BadInput where an artifact is missing or damaged.
@@ -239,31 +280,63 @@ def uploads(folder: Path) -> list[Upload]:
     _check(folder, manifest)
     more = [*(folder / "charts").glob("*.png"), *(folder / "bench").glob("*.jsonl")]
     deeper = sorted(path.relative_to(folder).as_posix() for path in more)
-    names = [manifest.result.file, *(named.file for named in manifest.inputs()), *UPLOADED, *deeper]
+    deeper += [f"{FURTHER_SIZES}/{size.label}/{name}" for size in manifest.further for name in OF_ONE_SIZE]
+    named = [named.file for named in (*manifest.models(), *manifest.inputs())]
+    names = [*named, *UPLOADED, *deeper]
     found = [(name, folder / name) for name in names if os.path.lexists(folder / name)]
     for _, path in found:
         if not is_own_file(path, folder):
             raise BadInput(
                 f"{path}: is a link or no file; only the folder's own files are uploaded, so copy it there"
             )
+    taken = {name for name, _ in found}
+    found += [text for text in _texts(folder, manifest, with_texts) if text[0] not in taken]
     return [Upload(name=name, path=path, n_bytes=path.stat().st_size) for name, path in found]
 
 
+def _texts(folder: Path, manifest: _Manifest, with_texts: bool) -> list[tuple[str, Path]]:
+    """Returns the texts behind the numbers that may go out, by the names under which `reproduce` looks for them.
+
+    A text of the user's own may be nobody's business, so that it goes only where that was asked for, and only
+    if it is still the one that was used.
+    """
+    own = []
+    if with_texts:
+        settings = RunFolder(folder).settings()
+        own = [settings.select_text, settings.report_text, settings.imatrix_text or settings.select_text]
+    found: dict[str, Path] = {}
+    for part, name in manifest.text_files.items():
+        ours = [DATA / name] if is_plain_name(name) else []
+        for path in (*ours, *(path for path in own if path.name == name)):
+            if path.exists() and hashlib.sha256(read_text(path)).hexdigest() == manifest.texts.get(part):
+                found.setdefault(name, path)
+    return list(found.items())
+
+
 def _check(folder: Path, manifest: _Manifest) -> None:
-    """Makes sure that the card is about the files that go with it, and that the model passed."""
-    if not _read(folder / "verify.json", _Verified).ok:
-        raise AnswerIsNo(f"{folder}: its file failed verification; nothing was uploaded")
-    for named in (manifest.result, *manifest.inputs()):
-        if not is_plain_name(named.file):
-            raise BadInput(
-                f"{folder}: its manifest names {named.file!a}, which is no file of it; do not trust it"
-            )
+    """Makes sure that the card is about the files that go with it, and that every model passed."""
+    named_files = (*manifest.models(), *manifest.inputs())
+    for name in (*(named.file for named in named_files), *(size.label for size in manifest.further)):
+        if not is_plain_name(name):
+            raise BadInput(f"{folder}: its manifest names {name!a}, which is no file of it; do not trust it")
+    places = [folder / VERIFY, *(folder / FURTHER_SIZES / size.label / VERIFY for size in manifest.further)]
+    for place in places:
+        if not _read(place, _Verified).ok:
+            raise AnswerIsNo(f"{place}: says that its file failed verification; nothing was uploaded")
+    for named in named_files:
         path = folder / named.file
         if sha256_file(path) != named.sha256:
             raise AnswerIsNo(f"{path}: is not the file its manifest names; run the stages again")
 
 
-def push(folder: Path, repo: str, render: Callable[[], object], dry_run: bool, private: bool) -> Pushed:
+def push(
+    folder: Path,
+    repo: str,
+    render: Callable[[], object],
+    dry_run: bool,
+    private: bool,
+    with_texts: bool = False,
+) -> Pushed:
     """Makes the repository if there is none and uploads everything as one commit.
 
     ``render`` writes the card again, for this repository, before anything is read. With ``dry_run`` nothing
@@ -275,7 +348,7 @@ def push(folder: Path, repo: str, render: Callable[[], object], dry_run: bool, p
     if (folder / "ledger.sqlite").exists():
         with Ledger(folder / "ledger.sqlite") as ledger:
             ledger.settle()
-    found = uploads(folder)
+    found = uploads(folder, with_texts)
     return Pushed(
         repo=repo,
         dry_run=dry_run,
@@ -290,7 +363,9 @@ def _commit(repo: str, files: list[Upload], private: bool) -> str:
     operations = [CommitOperationAdd(path_in_repo=f.name, path_or_fileobj=str(f.path)) for f in files]
     with _told(repo):
         api.create_repo(repo, private=private, exist_ok=True)
-        message = f"{files[0].name} with its evidence"
+        models = sum(f.name.endswith(".gguf") and "-Cerebellum-" in f.name for f in files)
+        more = f" and {models - 1} more files" if models > 1 else ""
+        message = f"{files[0].name}{more} with its evidence"
         done = api.create_commit(repo, operations, commit_message=message)
     return str(done.commit_url)
 

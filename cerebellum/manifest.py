@@ -17,11 +17,14 @@ import msgspec
 from cerebellum import __version__
 from cerebellum.codec import Artifact, Record
 from cerebellum.engine.timetable import TimeTable
-from cerebellum.files import atomic_writer, sha256_file
+from cerebellum.files import atomic_writer, sha256_file, sha256_files
 from cerebellum.settings import GGML, OURS, EncoderName, Settings
 from cerebellum.verdicts import NOTHING
 
 if TYPE_CHECKING:  # whoever only reads a manifest needs no engine
+    from cerebellum.folder import RunFolder
+    from cerebellum.plan.artifacts import AnyPlan
+    from cerebellum.texts import Corpus
     from cerebellum.workspace import Workspace
 
 _PACKAGES = ("gguf", "llama-cpp-python", "numpy", "scipy")
@@ -52,9 +55,29 @@ class BaseNamed(Record, frozen=True, kw_only=True):
 
 
 class ResultNamed(NamedFile, frozen=True, kw_only=True):
-    """The finished file."""
+    """A finished file. Of one that is split, ``file`` is the first split, ``sha256`` is over all of them one after
+    the other, ``bytes`` counts all, and ``parts`` has each of them; else it is empty.
+    """
 
     bytes: int
+    parts: tuple[NamedFile, ...] = ()
+
+    @property
+    def files(self) -> tuple[NamedFile, ...]:
+        """Every file that belongs to it, with its own hash."""
+        return self.parts or (NamedFile(file=self.file, sha256=self.sha256),)
+
+
+class FurtherSize(Record, frozen=True, kw_only=True):
+    """A further size of the run: its label, the types of its tensors, its artifacts' hashes, its finished file.
+
+    ``evidence`` is by the artifact's path in the run folder.
+    """
+
+    label: str
+    tensor_types: dict[str, str]
+    evidence: dict[str, str]
+    result: ResultNamed
 
 
 class EncoderNamed(Record, frozen=True, kw_only=True):
@@ -70,6 +93,8 @@ class EncoderNamed(Record, frozen=True, kw_only=True):
 class Manifest(Artifact, frozen=True, kw_only=True):
     """manifest.json. Paths in ``settings`` are names only; ``shards`` and ``evidence`` are hashes by file name.
 
+    ``tensor_types`` and ``result`` are those of the size that was named first; ``further`` has the other sizes.
+    ``projectors`` are files for a model that sees or hears, copied beside the result as they were.
     Format 1 had hashes and settings, 2 tensor types, base and file names too, 3 has settings by goal; one
     without an ``encoder`` is of ggml's.
     """
@@ -92,6 +117,13 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     result: ResultNamed
     timings: TimeTable | None = None
     encoder: EncoderNamed = EncoderNamed()
+    further: tuple[FurtherSize, ...] = ()
+    projectors: tuple[NamedFile, ...] = ()
+
+    @property
+    def results(self) -> tuple[ResultNamed, ...]:
+        """The finished files of all sizes, in the order in which they were asked for."""
+        return (self.result, *(size.result for size in self.further))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,18 +140,21 @@ class Evidence:
     result: ResultNamed
     encoder: EncoderNamed
     timings: TimeTable | None = None
+    further: tuple[FurtherSize, ...] = ()
+    projectors: tuple[NamedFile, ...] = ()
 
 
 def make_manifest(workspace: Workspace, timings: TimeTable | None = None) -> Manifest:
     """Writes manifest.json of a finished run; a matrix from elsewhere is put beside it."""
-    from cerebellum.build import output_path
     from cerebellum.folder import EVIDENCE, MANIFEST
 
-    plan = workspace.artifacts.plan()
-    out = output_path(workspace.folder, workspace.source, workspace.base)
+    first, *further = workspace.artifacts.results()
+    plan = first.plan()
     matrix = _beside(workspace.matrix.path, workspace.folder)
     artifacts = [workspace.path(name) for name in EVIDENCE]
-    shards = workspace.shards.hashes(NOTHING) | workspace.shards.hashes(plan.changes)
+    shards = workspace.shards.hashes(NOTHING)
+    for view in (first, *further):
+        shards |= workspace.shards.hashes(view.plan().changes)
     evidence = Evidence(
         source_sha256=workspace.source_sha256,
         matrix=NamedFile(file=matrix.name, sha256=workspace.matrix.sha256),
@@ -128,13 +163,46 @@ def make_manifest(workspace: Workspace, timings: TimeTable | None = None) -> Man
         shards=dict(sorted(shards.items())),
         artifacts={path.name: sha256_file(path) for path in artifacts if path.exists()},
         ledger_digest=workspace.ledger.digest(),
-        result=ResultNamed(file=out.name, sha256=sha256_file(out), bytes=out.stat().st_size),
+        result=_result(workspace, plan),
         encoder=_encoder(workspace),
         timings=timings,
+        further=tuple(_further(workspace, view) for view in further),
+        projectors=_projectors(workspace),
     )
     manifest = manifest_of(workspace, evidence)
     workspace.artifacts.write(MANIFEST, manifest)
     return manifest
+
+
+def _further(workspace: Workspace, view: RunFolder) -> FurtherSize:
+    """Names a size that is not the first."""
+    from cerebellum.folder import PLAN, VERIFY
+
+    plan = view.plan()
+    places = [view.place(name) for name in (PLAN, VERIFY)]
+    return FurtherSize(
+        label=plan.file_label,
+        tensor_types=plan.tensor_types,
+        evidence={
+            place: sha256_file(workspace.path(place)) for place in places if workspace.path(place).exists()
+        },
+        result=_result(workspace, plan),
+    )
+
+
+def _result(workspace: Workspace, plan: AnyPlan) -> ResultNamed:
+    """Names the finished file of a plan, with the splits that it may have."""
+    from cerebellum.build import output_path, result_paths
+
+    out = output_path(workspace.folder, workspace.source, plan.file_label)
+    paths = result_paths(out) or (out,)
+    parts = tuple(NamedFile(file=path.name, sha256=sha256_file(path)) for path in paths)
+    return ResultNamed(
+        file=paths[0].name,
+        sha256=parts[0].sha256 if len(paths) == 1 else sha256_files(paths),
+        bytes=sum(path.stat().st_size for path in paths),
+        parts=parts if len(paths) > 1 else (),
+    )
 
 
 def manifest_of(workspace: Workspace, evidence: Evidence) -> Manifest:
@@ -153,11 +221,8 @@ def manifest_of(workspace: Workspace, evidence: Evidence) -> Manifest:
         ),
         imatrix=evidence.matrix,
         base=evidence.base,
-        texts={"selection": workspace.selection.sha256, "report": workspace.report_corpus.sha256},
-        text_files={
-            "selection": workspace.selection.path.name,
-            "report": workspace.report_corpus.path.name,
-        },
+        texts={part: corpus.sha256 for part, corpus in _texts(workspace).items()},
+        text_files={part: corpus.path.name for part, corpus in _texts(workspace).items()},
         tensor_types=evidence.tensor_types,
         shards=evidence.shards,
         evidence=evidence.artifacts,
@@ -165,7 +230,17 @@ def manifest_of(workspace: Workspace, evidence: Evidence) -> Manifest:
         result=evidence.result,
         timings=evidence.timings,
         encoder=evidence.encoder,
+        further=evidence.further,
+        projectors=evidence.projectors,
     )
+
+
+def _texts(workspace: Workspace) -> dict[str, Corpus]:
+    """Returns the texts by what they were used for; a matrix that was given was made from a text nobody knows here."""
+    texts = {"selection": workspace.selection, "report": workspace.report_corpus}
+    if workspace.settings.imatrix is None:
+        texts["importance"] = workspace.importance_corpus
+    return texts
 
 
 def _named(settings: Settings) -> Settings:
@@ -194,6 +269,12 @@ def _base(workspace: Workspace) -> BaseNamed:
         file=file.path.name if file else None,
         sha256=file.sha256() if file else None,
     )
+
+
+def _projectors(workspace: Workspace) -> tuple[NamedFile, ...]:
+    """Copies the projectors that lie beside the source and are of this model, and names them."""
+    copies = [_beside(path, workspace.folder) for path in workspace.projectors]
+    return tuple(NamedFile(file=path.name, sha256=sha256_file(path)) for path in copies)
 
 
 def _beside(path: Path, folder: Path) -> Path:

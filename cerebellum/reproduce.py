@@ -6,7 +6,7 @@ Nothing is measured and no model is run: source, importance matrix and tensor ty
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,20 +17,22 @@ from numpy.typing import NDArray
 
 from cerebellum import encode, imatrix
 from cerebellum.base import file_base, preset_base
+from cerebellum.build import write_model
 from cerebellum.codec import Record, read_artifact
 from cerebellum.encode import moments
 from cerebellum.encode.encoders import Encoder, OurEncoder
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
-from cerebellum.files import is_one_of, is_plain_name, make_folder, sha256_file
-from cerebellum.gguf import TensorSource, parse_type, write_gguf
+from cerebellum.files import is_one_of, is_plain_name, make_folder, sha256_file, sha256_files
+from cerebellum.folder import FURTHER_SIZES
+from cerebellum.gguf import TensorSource, parse_type
 from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
-from cerebellum.manifest import Manifest
+from cerebellum.manifest import Manifest, ResultNamed
 from cerebellum.progress import Reporter
 from cerebellum.settings import DATA, OURS
 from cerebellum.shards import Recipe, tensor_content
-from cerebellum.source import Source, open_source
+from cerebellum.source import SPLIT_NAME, Source, open_source
 from cerebellum.texts import read_text
 
 SAME = "same"
@@ -46,8 +48,20 @@ class Compared(Record, frozen=True, kw_only=True):
     detail: str
 
 
+class MadeAgain(Record, frozen=True, kw_only=True):
+    """A file that was made again, the first split of one that is split, and whether it is the same bit for bit."""
+
+    file: str
+    sha256: str
+    wanted_sha256: str
+    bit_equal: bool
+
+
 class Reproduced(Record, frozen=True, kw_only=True):
-    """The answer: ``ok`` when the file is the same bit for bit and nothing that was named has changed."""
+    """The answer: ``ok`` when every file is the same bit for bit and nothing that was named has changed.
+
+    ``file`` and its hashes are of the size that was named first; ``further`` has the other sizes of the run.
+    """
 
     ok: bool
     bit_equal: bool
@@ -56,6 +70,7 @@ class Reproduced(Record, frozen=True, kw_only=True):
     wanted_sha256: str
     changed: tuple[str, ...]
     compared: tuple[Compared, ...]
+    further: tuple[MadeAgain, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +97,27 @@ def reproduce(request: Reproduction, engine: Engine, reporter: Reporter) -> Repr
     ]
     beside = [*_texts(manifest, request), *_evidence(manifest, request.manifest.parent)]
     if any(row.status != SAME for row in needed):
-        return _answer(None, manifest, [*needed, *beside])
-    out = _out(request, manifest, source)
+        return _answer((), manifest, [*needed, *beside])
+    wanted = [(manifest.result, manifest.tensor_types)]
+    wanted += [(size.result, size.tensor_types) for size in manifest.further]
+    outs = [_out(request, result, source) for result, _ in wanted]
     recipe = _recipe(manifest, request, source, engine)
-    types = {name: parse_type(qtype) for name, qtype in manifest.tensor_types.items()}
-    _write(recipe, types, out, reporter)
-    return _answer(out, manifest, [*needed, *beside, _build(manifest, engine)])
+    made = []
+    for (result, tensor_types), out in zip(wanted, outs, strict=True):
+        types = {name: parse_type(qtype) for name, qtype in tensor_types.items()}
+        paths = _write(recipe, types, out, manifest.settings.split_above_bytes, reporter)
+        made.append(_made_again(paths, result))
+    return _answer(made, manifest, [*needed, *beside, _build(manifest, engine)])
+
+
+def _made_again(paths: Sequence[Path], wanted: ResultNamed) -> MadeAgain:
+    found = sha256_files(paths)
+    return MadeAgain(
+        file=str(paths[0]),
+        sha256=found,
+        wanted_sha256=wanted.sha256,
+        bit_equal=found == wanted.sha256 and len(paths) == len(wanted.files),
+    )
 
 
 def _source(manifest: Manifest, source: Source) -> Compared:
@@ -169,6 +199,12 @@ def _evidence(manifest: Manifest, folder: Path) -> Iterator[Compared]:
         path = _inside(folder, name)
         if path.exists():
             yield _file(name, path, wanted)
+    for size in manifest.further:
+        own = _inside(_inside(folder, FURTHER_SIZES), size.label)
+        for place, wanted in size.evidence.items():
+            path = _inside(own, place.rpartition("/")[2])
+            if path.exists():
+                yield _file(place, path, wanted)
     ledger = folder / "ledger.sqlite"
     if ledger.exists():
         with Ledger(ledger) as opened:
@@ -205,12 +241,12 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _out(request: Reproduction, manifest: Manifest, source: Source) -> Path:
-    """Where the new file goes: never over the one it is compared with."""
-    out = _inside(request.out, manifest.result.file)
-    if is_one_of(
-        out, [file.path for file in source.files] + ([request.base_file] if request.base_file else [])
-    ):
+def _out(request: Reproduction, wanted: ResultNamed, source: Source) -> Path:
+    """Where a new file goes, without the numbers of splits: never over the one it is compared with."""
+    split = SPLIT_NAME.match(wanted.file)
+    out = _inside(request.out, f"{split['stem']}.gguf" if split else wanted.file)
+    inputs = [file.path for file in source.files] + ([request.base_file] if request.base_file else [])
+    if any(is_one_of(_inside(request.out, named.file), inputs) for named in wanted.files):
         raise BadInput(
             f"{out}: is an input, and the manifest would have it replaced; choose another folder with -o"
         )
@@ -249,7 +285,13 @@ def _encoder(manifest: Manifest, folder: Path, engine: Engine) -> Encoder:
     return OurEncoder(engine=engine, moments=found)
 
 
-def _write(recipe: Recipe, types: Mapping[str, GGMLQuantizationType], out: Path, reporter: Reporter) -> None:
+def _write(
+    recipe: Recipe,
+    types: Mapping[str, GGMLQuantizationType],
+    out: Path,
+    split_above: int,
+    reporter: Reporter,
+) -> tuple[Path, ...]:
     base = recipe.layout.base
     with reporter.task("quantizing", len(types)) as tick:
 
@@ -261,19 +303,20 @@ def _write(recipe: Recipe, types: Mapping[str, GGMLQuantizationType], out: Path,
             TensorSource(name=name, shape=tensor.shape, type=types[name], chunks=partial(content, name))
             for name, tensor in recipe.source.tensors.items()
         ]
-        write_gguf(out, base.records, tensors, base.alignment)
+        return write_model(out, base, tensors, split_above)
 
 
-def _answer(out: Path | None, manifest: Manifest, rows: list[Compared]) -> Reproduced:
-    found = sha256_file(out) if out else None
-    bit_equal = found == manifest.result.sha256
+def _answer(made: Sequence[MadeAgain], manifest: Manifest, rows: list[Compared]) -> Reproduced:
+    first = made[0] if made else None
+    bit_equal = bool(made) and all(each.bit_equal for each in made)
     changed = tuple(row.name for row in rows if row.status == CHANGED)
     return Reproduced(
         ok=bit_equal and not changed,
         bit_equal=bit_equal,
-        file=str(out) if out else None,
-        sha256=found,
+        file=first.file if first else None,
+        sha256=first.sha256 if first else None,
         wanted_sha256=manifest.result.sha256,
         changed=changed,
         compared=tuple(rows),
+        further=tuple(made[1:]),
     )

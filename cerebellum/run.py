@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -9,20 +10,20 @@ from typing import Protocol
 from cerebellum.bench.artifacts import BenchResults
 from cerebellum.bench.scores import Examinee
 from cerebellum.bench.stage import BenchRequest, bench, examinee_from
-from cerebellum.build import build, output_path
+from cerebellum.build import build, output_path, result_paths
 from cerebellum.engine.protocols import Engine
 from cerebellum.engine.timetable import time_table
 from cerebellum.engine.timings import collecting, timed
 from cerebellum.errors import BadInput
 from cerebellum.files import is_one_of
-from cerebellum.folder import BENCH, PLAN, VERIFY
+from cerebellum.folder import BENCH, PLAN, VERIFY, RunFolder
 from cerebellum.manifest import Manifest, make_manifest
 from cerebellum.measure.artifacts import Curves, Measurements
 from cerebellum.measure.measurer import Measurer
 from cerebellum.measure.probe import open_session
 from cerebellum.measure.stage import measure_against_limit, measure_for_budget
 from cerebellum.plan.artifacts import AnyPlan, BudgetPlan, LimitPlan
-from cerebellum.plan.budget import check_reachable
+from cerebellum.plan.budget import check_allocated, check_reachable
 from cerebellum.plan.stage import (
     budget_header,
     limit_header,
@@ -30,8 +31,10 @@ from cerebellum.plan.stage import (
     plan_for_budget,
     replan_budget,
     replan_limit,
+    sizes_of,
 )
-from cerebellum.settings import Budget, Goal, Limit, Settings
+from cerebellum.settings import Budget, Goal, Limit, Published, Settings
+from cerebellum.source import plain_metadata
 from cerebellum.units import size
 from cerebellum.verdicts import NOTHING
 from cerebellum.verify import Verified, check_file, report, verified
@@ -45,6 +48,10 @@ class Way(Protocol):
         """Raises before any work where the goal cannot be reached."""
         ...
 
+    def labels(self, workspace: Workspace) -> tuple[str, ...]:
+        """Names the files that the run will make, by their labels; shapes alone are looked at."""
+        ...
+
     def measure(self, workspace: Workspace) -> Measurements | Curves:
         """Measures, and writes measurements.json or curves.json."""
         ...
@@ -53,11 +60,11 @@ class Way(Protocol):
         """Measures and plans in one go, and writes plan.json too."""
         ...
 
-    def replan(self, workspace: Workspace, measurements: Path | None) -> AnyPlan:
-        """Plans from what the folder holds; loads no model."""
+    def replan(self, workspace: Workspace, measurements: Path | None) -> tuple[AnyPlan, ...]:
+        """Plans each size from what the folder holds; loads no model."""
         ...
 
-    def plan_header(self, settings: Settings, engine: Engine, measurements: Path) -> AnyPlan:
+    def plan_header(self, settings: Settings, engine: Engine, measurements: Path) -> tuple[AnyPlan, ...]:
         """Plans for a GGUF of which only the header is looked at, from measurements made elsewhere."""
         ...
 
@@ -71,6 +78,10 @@ class LimitWay:
     def check(self, workspace: Workspace) -> None:
         """Finds nothing to refuse: a limit that no group keeps leaves the base as it is."""
 
+    def labels(self, workspace: Workspace) -> tuple[str, ...]:
+        """Names the one file after its base."""
+        return (workspace.base_of_shapes.label,)
+
     def measure(self, workspace: Workspace) -> Measurements:
         """Measures every group alone."""
         return measure_against_limit(workspace, self.limit)
@@ -80,13 +91,13 @@ class LimitWay:
         self.measure(workspace)
         plan_against_limit(workspace, self.limit)
 
-    def replan(self, workspace: Workspace, measurements: Path | None) -> LimitPlan:
+    def replan(self, workspace: Workspace, measurements: Path | None) -> tuple[LimitPlan, ...]:
         """Plans from measurements alone."""
-        return replan_limit(workspace, self.limit, measurements)
+        return (replan_limit(workspace, self.limit, measurements),)
 
-    def plan_header(self, settings: Settings, engine: Engine, measurements: Path) -> LimitPlan:
+    def plan_header(self, settings: Settings, engine: Engine, measurements: Path) -> tuple[LimitPlan, ...]:
         """Plans from shapes and recorded measurements."""
-        return limit_header(settings, self.limit, engine, measurements)
+        return (limit_header(settings, self.limit, engine, measurements),)
 
 
 @dataclass(frozen=True)
@@ -96,8 +107,18 @@ class BudgetWay:
     budget: Budget
 
     def check(self, workspace: Workspace) -> None:
-        """Raises AnswerIsNo where no file can be as small as the budget."""
+        """Raises AnswerIsNo where no file can be as small as one of the sizes, and tells of sizes that are one."""
+        check_allocated(workspace, self.budget)
         check_reachable(workspace, self.budget)
+        left_out = len(self.budget.sizes) - len(sizes_of(workspace, self.budget))
+        if left_out:
+            workspace.reporter.note(
+                f"{left_out + 1} sizes have room for the largest file that these types allow: one file is made for them"
+            )
+
+    def labels(self, workspace: Workspace) -> tuple[str, ...]:
+        """Names a file for each size, after the preset that was given or the nearest one."""
+        return tuple(one.label for one in sizes_of(workspace, self.budget))
 
     def measure(self, workspace: Workspace) -> Curves:
         """Measures every role at every type, and layers apart."""
@@ -109,11 +130,11 @@ class BudgetWay:
         with open_session(workspace, self.budget) as session:
             plan_for_budget(workspace, self.budget, measure_for_budget(workspace, session), session)
 
-    def replan(self, workspace: Workspace, measurements: Path | None) -> BudgetPlan:
+    def replan(self, workspace: Workspace, measurements: Path | None) -> tuple[BudgetPlan, ...]:
         """Plans from curves alone."""
         return replan_budget(workspace, self.budget, measurements)
 
-    def plan_header(self, settings: Settings, engine: Engine, measurements: Path) -> BudgetPlan:
+    def plan_header(self, settings: Settings, engine: Engine, measurements: Path) -> tuple[BudgetPlan, ...]:
         """Plans from shapes, recorded measurements and a stated model."""
         return budget_header(settings, self.budget, engine, measurements)
 
@@ -151,7 +172,8 @@ def drop_shards(workspace: Workspace) -> None:
     """
     if workspace.settings.keep_shards:
         return
-    freed = workspace.shards.remove_all_but([NOTHING, workspace.artifacts.plan().changes])
+    plans = [result.plan().changes for result in workspace.artifacts.results()]
+    freed = workspace.shards.remove_all_but([NOTHING, *plans])
     if freed:
         workspace.reporter.note(
             f"shards that nothing needs any more were removed: {size(freed)} (--keep-shards keeps them)"
@@ -181,6 +203,7 @@ def check(workspace: Workspace, way: Way) -> None:
     with timed("checking"):
         _check(workspace, way)
     workspace.save_settings()
+    workspace.artifacts.publish(workspace.settings.published)
 
 
 def _check(workspace: Workspace, way: Way) -> None:
@@ -188,16 +211,32 @@ def _check(workspace: Workspace, way: Way) -> None:
     workspace.admit_models()
     workspace.check_texts()
     way.check(workspace)
-    check_output(workspace)
+    check_output(workspace, way.labels(workspace))
     workspace.tell_memory()
     if workspace.watched is not None:
         workspace.reporter.note(workspace.watched.said())
     rehearse(workspace)
 
 
-def check_output(workspace: Workspace) -> None:
-    """Raises BadInput where the finished file would replace something that this folder's run did not make."""
-    out = output_path(workspace.folder, workspace.source, workspace.base_of_shapes)
+def tell_unknown_origin(workspace: Workspace) -> None:
+    """Says in a line what the card will lack, while it can still be given without a second thought."""
+    from cerebellum.card.origin import base_model
+
+    metadata = plain_metadata(workspace.source.files[0])
+    said = workspace.settings.published.over(workspace.artifacts.published())
+    lacking = []
+    if not (said.base_model or base_model(metadata)):
+        lacking.append("no base model, so that the Hub will draw no model tree (--base-model OWNER/NAME)")
+    if not (said.license or metadata.get("general.license")):
+        lacking.append("no license (--license ID)")
+    if lacking:
+        workspace.reporter.note(
+            f"the source names {' and '.join(lacking)}; `cerebellum card` takes it later too"
+        )
+
+
+def check_output(workspace: Workspace, labels: Sequence[str]) -> None:
+    """Raises BadInput where a finished file would replace something that this folder's run did not make."""
     settings = workspace.settings
     given = (
         settings.base_file,
@@ -207,12 +246,15 @@ def check_output(workspace: Workspace) -> None:
         settings.report_text,
     )
     inputs = [*(file.path for file in workspace.source.files), *(path for path in given if path is not None)]
-    if is_one_of(out, inputs):
-        raise BadInput(f"{out}: is an input of this run, and the result would replace it; give another -o")
-    if out.exists() and not workspace.path(PLAN).exists():
-        raise BadInput(
-            f"{out}: is there already and no run of this folder made it; move it, or give another -o"
-        )
+    for out in (output_path(workspace.folder, workspace.source, label) for label in labels):
+        if is_one_of(out, inputs):
+            raise BadInput(
+                f"{out}: is an input of this run, and the result would replace it; give another -o"
+            )
+        if result_paths(out) and not workspace.path(PLAN).exists():
+            raise BadInput(
+                f"{out}: is there already and no run of this folder made it; move it, or give another -o"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,74 +277,94 @@ def measure_stage(workspace: Workspace) -> Measuring:
         return Measuring(found=found, measured=workspace.ledger.n_chunks() - before, reused=before)
 
 
-def rested_plan(workspace: Workspace) -> AnyPlan:
-    """Returns plan.json; BadInput where the importance matrix is not the one that the plan rests on."""
-    plan = workspace.artifacts.plan()
+def rested_plan(workspace: Workspace, result: RunFolder) -> AnyPlan:
+    """Returns a size's plan.json; BadInput where the importance matrix is not the one that the plan rests on."""
+    plan = result.plan()
     if plan.imatrix_sha256 is not None and plan.imatrix_sha256 != workspace.matrix.sha256:
         raise BadInput(
-            f"{workspace.matrix.path}: is not the importance matrix that {workspace.path(PLAN)} rests on; put "
+            f"{workspace.matrix.path}: is not the importance matrix that {result / PLAN} rests on; put "
             "the one back that it was measured with, or remove it and run `cerebellum run` again"
         )
     return plan
 
 
-def build_stage(workspace: Workspace) -> Path:
-    """Writes the GGUF that plan.json describes."""
-    plan = rested_plan(workspace)
-    out = output_path(workspace.folder, workspace.source, workspace.base)
+def build_stage(workspace: Workspace) -> tuple[Path, ...]:
+    """Writes the GGUF that each size's plan.json describes, and returns them; of a split one the first file."""
+    return tuple(_build_one(workspace, result) for result in workspace.artifacts.results())
+
+
+def _build_one(workspace: Workspace, result: RunFolder) -> Path:
+    plan = rested_plan(workspace, result)
     variant = workspace.shards.variant(plan.changes)
     if plan.changes and plan.measured_delta_pct is not None and not workspace.ledger.knows(variant.digest):
         raise BadInput(
-            f"{workspace.path(PLAN)}: says that its combination was measured, and the ledger knows nothing of "
+            f"{result / PLAN}: says that its combination was measured, and the ledger knows nothing of "
             "these bytes: source, base or llama.cpp changed since; run `cerebellum run` again"
         )
+    out = output_path(workspace.folder, workspace.source, plan.file_label)
+    above = workspace.settings.split_above_bytes
     with timed("building"):
-        build(workspace.source, workspace.base, workspace.shards, plan.changes, out)
-    return out
+        return build(workspace.source, workspace.base, workspace.shards, plan.changes, out, above)[0]
 
 
-def verify_stage(workspace: Workspace) -> Verified:
-    """Reads the finished file again, measures it on the report text and writes verify.json."""
-    plan = rested_plan(workspace)
-    out = output_path(workspace.folder, workspace.source, workspace.base)
-    if not out.exists():
+def finished_file(workspace: Workspace, plan: AnyPlan) -> Path:
+    """Returns the file that was built for a plan, or the first of its splits; BadInput where there is none."""
+    out = output_path(workspace.folder, workspace.source, plan.file_label)
+    found = result_paths(out)
+    if not found:
         raise BadInput(f"{out}: not there; run `cerebellum build {workspace.folder}` first")
-    with timed("verifying"):
-        checks = check_file(out, plan, workspace.layout, workspace.shards)
-    corpus = workspace.report_corpus
-    measurer = Measurer(workspace.engine, workspace.ledger, corpus, workspace.reporter)
+    return found[0]
+
+
+def verify_stage(workspace: Workspace) -> tuple[Verified, ...]:
+    """Reads each finished file again, measures it on the report text and writes its verify.json."""
+    measurer = Measurer(workspace.engine, workspace.ledger, workspace.report_corpus, workspace.reporter)
     try:
-        found = report(
-            measurer,
-            workspace.source_variant,
-            workspace.shards.variant(NOTHING),
-            out,
-            workspace.settings.report_chunks or corpus.n_chunks,
-            workspace.selection.sha256,
-        )
+        return tuple(_verify_one(workspace, result, measurer) for result in workspace.artifacts.results())
     finally:
         measurer.close()
-    result = verified(checks, found)
-    workspace.artifacts.write(VERIFY, result)
-    return result
 
 
-def bench_stage(workspace: Workspace, request: BenchRequest) -> BenchResults:
-    """Asks the finished file and its base the same questions and writes bench.json."""
+def _verify_one(workspace: Workspace, result: RunFolder, measurer: Measurer) -> Verified:
+    plan = rested_plan(workspace, result)
+    out = finished_file(workspace, plan)
+    with timed("verifying"):
+        checks = check_file(out, plan, workspace.source, workspace.layout, workspace.shards)
+    found = report(
+        measurer,
+        workspace.source_variant,
+        workspace.shards.variant(NOTHING),
+        out,
+        workspace.settings.report_chunks or workspace.report_corpus.n_chunks,
+        workspace.selection.sha256,
+    )
+    proved = verified(checks, found)
+    result.write(VERIFY, proved)
+    return proved
 
-    result = examinee_from(output_path(workspace.folder, workspace.source, workspace.base))
+
+def bench_stage(workspace: Workspace, request: BenchRequest) -> tuple[BenchResults, ...]:
+    """Asks each finished file and the base the same questions, nothing twice, and writes its bench.json."""
+    return tuple(_bench_one(workspace, result, request) for result in workspace.artifacts.results())
+
+
+def _bench_one(workspace: Workspace, result: RunFolder, request: BenchRequest) -> BenchResults:
+    finished = examinee_from(finished_file(workspace, result.plan()))
     variant = workspace.shards.variant(NOTHING)
     variant.ready()
     base = Examinee(name=workspace.base.label, paths=tuple(variant.paths), sha256=variant.digest)
     found = bench(
-        (result, base), request, workspace.engine.asker, workspace.path("bench"), workspace.reporter
+        (finished, base), request, workspace.engine.asker, workspace.path("bench"), workspace.reporter
     )
-    workspace.artifacts.write(BENCH, found)
+    result.write(BENCH, found)
     return found
 
 
-def card_stage(folder: Path, repo: str | None = None) -> tuple[Path, ...]:
-    """Writes README.md, report.html and the charts from the folder's artifacts."""
+def card_stage(folder: Path, repo: str | None = None, said: Published | None = None) -> tuple[Path, ...]:
+    """Writes README.md, report.html and the charts from the folder's artifacts; keeps what is ``said`` of the model."""
     from cerebellum.card.stage import make_card  # matplotlib takes a second to load, and only this needs it
 
+    if said is not None:
+        RunFolder(folder).plan()  # a folder without a run is refused before anything is written
+        RunFolder(folder).publish(said)
     return make_card(folder, repo)

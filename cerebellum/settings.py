@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import msgspec
 
 from cerebellum.codec import Artifact, Record
+from cerebellum.gguf import SEARCHED
 from cerebellum.verdicts import Threshold
 
 DATA = Path(__file__).parent / "data"
@@ -19,8 +20,12 @@ REPORT_TEXT = DATA / "report.txt"
 K_LADDER = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 """The types that every role is measured at for a budget."""
 
-FINE_LADDER = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")
+FINE_LADDER = SEARCHED
 """Types that quantize ten times as slowly: measured only where a plan could want them."""
+
+Allocated = Literal["head", "embd"]
+ALLOCATED: tuple[Allocated, ...] = ("head", "embd")
+"""What the method calls sacred and a budget may yet be told to spend bytes on: output head and embeddings."""
 
 Objective = Literal["kld", "ppl"]
 KLD: Objective = "kld"
@@ -37,6 +42,10 @@ ENCODERS = (OURS, GGML)
 
 DEFAULT_ENCODER: EncoderName = GGML
 """What commands take where --encoder is not given."""
+
+
+SPLIT_ABOVE_BYTES = 50_000_000_000
+"""The Hub takes no larger file in one piece, and Ollama pulls no file that is split: split only where it must be."""
 
 
 class Bytes(Record, frozen=True, kw_only=True, tag="bytes", tag_field="by"):
@@ -67,8 +76,9 @@ class Limit(Record, frozen=True, kw_only=True, tag="limit", tag_field="goal"):
     ``chunks`` 0 stops each group as soon as its verdict is sure; N gives every group the same N.
     ``max_chunks`` 0 means as many as the text has.
 
-    What stages ask of either goal: whether layers of a role are told apart, the disk that predictions may take
-    where nobody says (the first block of chunks here), and how many whole models the run folder will hold.
+    What stages ask of either goal: which sacred tensors may be changed, whether layers of a role are told apart,
+    the disk that predictions may take where nobody says (the first block of chunks here), and how many whole models
+    the run folder will hold.
     """
 
     demote: str = "Q2_K"
@@ -78,6 +88,7 @@ class Limit(Record, frozen=True, kw_only=True, tag="limit", tag_field="goal"):
     chunks: int = 0
     max_chunks: int = 0
 
+    allocate: ClassVar[tuple[Allocated, ...]] = ()
     layers_apart: ClassVar[bool] = False
     prediction_bytes: ClassVar[int] = 1 << 30
     wholes: ClassVar[int] = 2
@@ -88,9 +99,9 @@ class Limit(Record, frozen=True, kw_only=True, tag="limit", tag_field="goal"):
         """The limit with its indifference, as verdicts want it."""
         return Threshold(limit_pct=self.max_increase_pct, indifference_pct=self.indifference_pct)
 
-    def with_size(self, size: Size) -> Budget:
+    def with_sizes(self, sizes: tuple[Size, ...]) -> Budget:
         """Returns the budget that takes this goal's place."""
-        return Budget(size=size)
+        return Budget(sizes=sizes)
 
     def with_limit(self, changed: dict[str, Any]) -> Limit:
         """Returns this limit with some of its fields changed."""
@@ -98,20 +109,23 @@ class Limit(Record, frozen=True, kw_only=True, tag="limit", tag_field="goal"):
 
 
 class Budget(Record, frozen=True, kw_only=True, tag="budget", tag_field="goal"):
-    """The best file of a size: bytes go where the measurement says that they matter.
+    """The best file of each of some sizes: bytes go where the measurement says that they matter.
 
-    ``types`` are measured for every role, and IQ types too with ``fine_types``; with ``zoom`` the layers of a
-    role are told apart. ``anchor`` is the type of all else while a part is measured. ``passes`` limits what
-    the measurement may cost, in passes over the selection text.
+    All ``sizes`` are planned from one set of curves, and each becomes a file of its own. ``types`` are measured
+    for every role, and IQ types too with ``fine_types``; with ``zoom`` the layers of a role are told apart.
+    ``anchor`` is the type of all else while a part is measured. ``passes`` limits what the measurement may cost,
+    in passes over the selection text. What ``allocate`` names is measured and planned like any group; else it is
+    protected, as it is against a limit.
     """
 
-    size: Bytes | Preset | Gpu
+    sizes: tuple[Bytes | Preset | Gpu, ...]
     types: tuple[str, ...] = K_LADDER
     fine_types: bool = True
     zoom: bool = True
     objective: Objective = KLD
     anchor: str = "Q8_0"
     passes: float = 2.0
+    allocate: tuple[Allocated, ...] = ()
 
     prediction_bytes: ClassVar[int] = 8 << 30
 
@@ -122,12 +136,12 @@ class Budget(Record, frozen=True, kw_only=True, tag="budget", tag_field="goal"):
 
     @property
     def wholes(self) -> int:
-        """How many whole models the folder will hold: base, result and the IQ types of plans."""
-        return 2 + self.fine_types
+        """How many whole models the folder will hold: base, a result of each size and the IQ types of plans."""
+        return 1 + len(self.sizes) + self.fine_types
 
-    def with_size(self, size: Size) -> Budget:
-        """Returns this budget for another size."""
-        return msgspec.structs.replace(self, size=size)
+    def with_sizes(self, sizes: tuple[Size, ...]) -> Budget:
+        """Returns this budget for other sizes."""
+        return msgspec.structs.replace(self, sizes=sizes)
 
     def with_limit(self, changed: dict[str, Any]) -> Limit:
         """Returns the limit that takes this goal's place."""
@@ -143,6 +157,27 @@ Goal = Limit | Budget
 """What a run is for. Whoever must know which matches on it; most only ask what both can tell."""
 
 
+class Published(Artifact, frozen=True, kw_only=True):
+    """published.json: what people say of a model for its card, where its own metadata lacks it or is wrong.
+
+    ``base_model`` is the Hub's id of what was quantized, ``license`` one of the Hub's identifiers. None leaves the
+    word to the metadata.
+    """
+
+    format: Literal[1] = 1
+    base_model: str | None = None
+    license: str | None = None
+    name: str | None = None
+
+    def over(self, before: Published) -> Published:
+        """Returns what was said before, but for what is said here."""
+        return Published(
+            base_model=self.base_model or before.base_model,
+            license=self.license or before.license,
+            name=self.name or before.name,
+        )
+
+
 class Settings(Artifact, frozen=True, kw_only=True):
     """Everything that was asked. A count of 0 chunks means all that there are.
 
@@ -150,7 +185,8 @@ class Settings(Artifact, frozen=True, kw_only=True):
     ``cpu_expert_layers``; both as they were worked out, so that a run goes on with the numbers it began with.
     ``keep_shards`` leaves on the disk what only measuring needed.
     ``encoder`` rounds weights and ``feedback`` lets ours make up for errors by other columns; a folder that
-    does not say was made with ggml's.
+    does not say was made with ggml's. A finished file of more than ``split_above_bytes`` is written as splits,
+    each no larger than that.
     """
 
     format: Literal[2] = 2
@@ -174,6 +210,8 @@ class Settings(Artifact, frozen=True, kw_only=True):
     encoder: EncoderName = GGML
     feedback: bool = True
     keep_shards: bool = False
+    split_above_bytes: int = SPLIT_ABOVE_BYTES
+    published: Published = Published()
 
     @property
     def prediction_bytes(self) -> int:

@@ -36,7 +36,7 @@ Metadata = Mapping[str, Scalar | list[Scalar]]
 
 _MAX_TEXT = 2000  # characters of a text that are kept
 _MAX_ITEMS = 1024  # a longer list is left out: the vocabulary's scores and types
-_TEMPLATE_KEY = "tokenizer.chat_template"
+TEMPLATE_KEY = "tokenizer.chat_template"
 
 KNOWN_ARCHITECTURES = frozenset(MODEL_ARCH_NAMES.values()) - {MODEL_ARCH_NAMES[MODEL_ARCH.MMPROJ]}
 
@@ -149,6 +149,30 @@ def open_source(path: str | os.PathLike[str], allow_requantize: bool = False) ->
     return source
 
 
+_PROJECTED = ("clip.vision.projection_dim", "clip.audio.projection_dim")
+
+
+def projectors_beside(source: Source) -> tuple[Path, ...]:
+    """Returns the files ``mmproj*.gguf`` in the source's folder that project into this model's embeddings.
+
+    A folder may hold several models. A projector whose width is another than the model's embeddings is another
+    model's; so may be one that does not say its width, and it is left out too.
+    """
+    width = source.arch_value("embedding_length")
+    if not isinstance(width, int):
+        return ()
+    found = []
+    for path in sorted(source.path.parent.glob("*mmproj*.gguf")):
+        try:
+            file = read_gguf(path)
+        except BadInput:
+            continue
+        is_projector = {file.value("general.type"), file.value("general.architecture")} & {"mmproj", "clip"}
+        if is_projector and width in [file.value(key) for key in _PROJECTED]:
+            found.append(path)
+    return tuple(found)
+
+
 def _architecture(file: GgufFile) -> str:
     """Returns the model's architecture and refuses what is no language model."""
     stated = _text(file, "general.type")
@@ -190,13 +214,16 @@ def _all_splits(first: GgufFile) -> tuple[GgufFile, ...]:
             f"{first.path}: is one of {count} split files and its name does not end in "
             f"-00001-of-{count:05d}.gguf; rename the files to llama.cpp's pattern"
         )
-    paths = [
-        first.path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
-        for number in range(1, count + 1)
-    ]
+    paths = split_paths(first.path.with_name(match["stem"]), count)
     if first.path.name != paths[0].name:
         raise BadInput(f"{first.path}: is not the first of its {count} files; give {paths[0]}")
     return (first, *(_read_split(path, number, count) for number, path in enumerate(paths[1:], 1)))
+
+
+def split_paths(stem: Path, count: int) -> tuple[Path, ...]:
+    """Returns the names that llama.cpp gives to the ``count`` splits of a model, ``stem`` being without `.gguf`."""
+    numbers = range(1, count + 1)
+    return tuple(stem.with_name(f"{stem.name}-{number:05d}-of-{count:05d}.gguf") for number in numbers)
 
 
 def _read_split(path: Path, number: int, count: int) -> GgufFile:
@@ -252,7 +279,7 @@ def plain_metadata(file: GgufFile) -> Metadata:
             facts[key] = value
     tokens = file.value("tokenizer.ggml.tokens", [])
     facts["vocabulary"] = len(tokens) if isinstance(tokens, list | np.ndarray) else 0
-    facts["chat_template"] = _TEMPLATE_KEY in file.kv_records
+    facts["chat_template"] = TEMPLATE_KEY in file.kv_records
     return facts
 
 

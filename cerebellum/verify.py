@@ -6,6 +6,7 @@ shard that was measured, metadata copied, finite logits, and the perplexity of t
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from cerebellum.codec import Artifact, Record
-from cerebellum.gguf import GgufFile, read_gguf, row_bytes
+from cerebellum.gguf import row_bytes
 from cerebellum.plan.artifacts import Plan
+from cerebellum.source import TEMPLATE_KEY, Source, open_source
 from cerebellum.stats.paired import Perplexity, perplexity, superpopulation_interval
 from cerebellum.verdicts import Changes
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:  # whoever only reads verify.json needs none of these
     from cerebellum.measure.measurer import Measurer
     from cerebellum.shards import Shards, Variant
 
+
+TEMPLATE_CHECK = "chat template"
+"""The check that says whether the chat template is the source's, with its hash."""
 
 _SAMPLE_SEED = 20
 _SAMPLED_TENSORS = 24
@@ -76,19 +81,20 @@ class Verified(Artifact, frozen=True, kw_only=True):
     report: Report
 
 
-def check_file(path: Path, plan: Plan, layout: Layout, shards: Shards) -> list[Check]:
-    """Checks everything about the file that can be checked without running it."""
-    file = read_gguf(path)
+def check_file(path: Path, plan: Plan, source: Source, layout: Layout, shards: Shards) -> list[Check]:
+    """Checks everything about the file, or all of its splits, that can be checked without running it."""
+    file = open_source(path, allow_requantize=True)
     return [
         _check_types(file, plan.tensor_types),
         _check_bytes(file, shards, plan.changes, layout),
         _check_sample(file, shards, layout),
         _check_metadata(file, layout.base),
+        *_check_template(file, source, layout.base),
     ]
 
 
-def _check_types(file: GgufFile, planned: Mapping[str, str]) -> Check:
-    found = {tensor.name: tensor.type.name for tensor in file.tensors}
+def _check_types(file: Source, planned: Mapping[str, str]) -> Check:
+    found = {name: tensor.type.name for name, tensor in file.tensors.items()}
     wrong = sorted(n for n in planned.keys() | found.keys() if planned.get(n) != found.get(n))
     detail = f"{len(found)} tensors"
     if wrong:
@@ -97,7 +103,7 @@ def _check_types(file: GgufFile, planned: Mapping[str, str]) -> Check:
     return Check(name="types as planned", ok=not wrong, detail=detail)
 
 
-def _check_bytes(file: GgufFile, shards: Shards, changes: Changes, layout: Layout) -> Check:
+def _check_bytes(file: Source, shards: Shards, changes: Changes, layout: Layout) -> Check:
     """Compares the bytes of each tensor with the shard that it must come from: base or changed."""
     from cerebellum.shards import shard_tensors
 
@@ -106,9 +112,9 @@ def _check_bytes(file: GgufFile, shards: Shards, changes: Changes, layout: Layou
         expected.update(shard_tensors(path))
     touched = {name for group in changes for name in layout.groups[group].tensors}
     wrong = [
-        tensor.name
-        for tensor in file.tensors
-        if tensor.name not in expected or not np.array_equal(file.data(tensor), expected[tensor.name])
+        name
+        for name in file.tensors
+        if name not in expected or not np.array_equal(file.read(name), expected[name])
     ]
     untouched = len(file.tensors) - len(touched)
     detail = f"{untouched} bit-equal to the base, {len(touched)} to the measured demotion"
@@ -117,13 +123,13 @@ def _check_bytes(file: GgufFile, shards: Shards, changes: Changes, layout: Layou
     return Check(name="tensor bytes", ok=not wrong, detail=detail)
 
 
-def _check_sample(file: GgufFile, shards: Shards, layout: Layout) -> Check:
+def _check_sample(file: Source, shards: Shards, layout: Layout) -> Check:
     """Quantizes a seeded sample of rows again, from the source, and compares them with the file's.
 
     No shard has a part in this reference, so damage that the shards share with the file is seen here.
     """
     rng = np.random.default_rng(_SAMPLE_SEED)
-    named = {tensor.name: tensor for tensor in file.tensors}
+    named = file.tensors
     grouped = [name for group in layout.groups.values() for name in group.tensors if name in named]
     chosen = rng.choice(grouped, min(_SAMPLED_TENSORS, len(grouped)), replace=False) if grouped else ()
     wrong = []
@@ -133,7 +139,7 @@ def _check_sample(file: GgufFile, shards: Shards, layout: Layout) -> Check:
         first = int(rng.integers(math.prod(tensor.shape[1:]) // _SAMPLED_ROWS or 1)) * _SAMPLED_ROWS
         last = min(first + _SAMPLED_ROWS, (first // tensor.shape[1] + 1) * tensor.shape[1])
         size = row_bytes(tensor.type, tensor.shape[0])
-        found = file.data(tensor)[first * size : last * size]
+        found = file.read(name)[first * size : last * size]
         n_rows += last - first
         if not np.array_equal(found, shards.rows(name, tensor.type, range(first, last))):
             wrong.append(name)
@@ -143,16 +149,36 @@ def _check_sample(file: GgufFile, shards: Shards, layout: Layout) -> Check:
     return Check(name="sample made again", ok=not wrong, detail=detail)
 
 
-def _check_metadata(file: GgufFile, base: Base) -> Check:
+def _check_metadata(file: Source, base: Base) -> Check:
     wanted = set(base.records)
-    found = set(file.kv_records.values())
+    found = {record for key, record in file.kv_records.items() if not key.startswith("split.")}
     file_type = file.value("general.file_type")
     version = file.value("general.quantization_version")
     ok = wanted == found and version is not None
     detail = f"{len(found)} keys copied as bytes, file type {file_type}, quantization version {version}"
+    if len(file.files) > 1:
+        detail += f", {len(file.files)} splits"
     if not ok:
         detail = f"{len(wanted ^ found)} records differ from the base's"
     return Check(name="metadata", ok=ok, detail=detail)
+
+
+def _check_template(file: Source, source: Source, base: Base) -> list[Check]:
+    """Compares the chat template with the source's, byte by byte; a model that has none needs no check.
+
+    A base that was given may have another template, mended by its maker, and that one is then wanted.
+    """
+    given = base.file is not None
+    wanted = (base.file or source).kv_records.get(TEMPLATE_KEY)
+    found = file.kv_records.get(TEMPLATE_KEY)
+    if wanted is None and found is None:
+        return []
+    text = file.value(TEMPLATE_KEY)
+    digest = hashlib.sha256(str(text).encode()).hexdigest() if text is not None else "none"
+    whose = "the base file's" if given and wanted != source.kv_records.get(TEMPLATE_KEY) else "the source's"
+    ok = wanted == found
+    detail = f"copied unchanged, {whose}, sha256 {digest}" if ok else f"is not {whose}; sha256 {digest}"
+    return [Check(name=TEMPLATE_CHECK, ok=ok, detail=detail)]
 
 
 def report(

@@ -26,7 +26,7 @@ from cerebellum.ledger import Ledger
 from cerebellum.progress import Reporter
 from cerebellum.settings import Settings
 from cerebellum.shards import Recipe, Shards, Variant
-from cerebellum.source import Source, open_source
+from cerebellum.source import Source, open_source, projectors_beside
 from cerebellum.texts import Corpus, load_corpus
 from cerebellum.units import size
 from cerebellum.verdicts import Changes
@@ -138,8 +138,9 @@ class Workspace:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The groups by role; for a budget cut into spans of layers, so that a plan can treat them apart."""
-        spans = _SPANS if self.settings.goal.layers_apart else 1
-        return make_groups(self.source, has_imatrix=True, spans=spans)
+        goal = self.settings.goal
+        spans = _SPANS if goal.layers_apart else 1
+        return make_groups(self.source, has_imatrix=True, spans=spans, allocate=goal.allocate)
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -191,7 +192,7 @@ class Workspace:
             if not set(given.entries) & set(self.source.tensors):
                 raise BadInput(f"{given.path}: has no entry for a tensor of this model; give its own matrix")
             return given
-        corpus = self._importance_corpus
+        corpus = self.importance_corpus
         return imatrix.compute_or_reuse(
             engine=self.engine,
             shards=[file.path for file in self.source.files],
@@ -202,8 +203,11 @@ class Workspace:
             reporter=self.reporter,
         )
 
-    @property
-    def _importance_corpus(self) -> Corpus:
+    @cached_property
+    def importance_corpus(self) -> Corpus:
+        """The text that the importance matrix and second moments are made from."""
+        if self.settings.imatrix_text in (None, self.settings.select_text):
+            return self.selection
         return self._corpus(self.settings.imatrix_text or self.settings.select_text)
 
     @cached_property
@@ -221,7 +225,7 @@ class Workspace:
         """The second moments in the folder, or those made now from the text and chunks of the importance matrix."""
         if self.watched is None or not self.watched.weights:
             return None
-        corpus = self._importance_corpus
+        corpus = self.importance_corpus
         return moments.compute_or_reuse(
             engine=self.engine,
             shards=[file.path for file in self.source.files],
@@ -243,7 +247,12 @@ class Workspace:
     @cached_property
     def base_of_shapes(self) -> Base:
         """The base as far as shapes tell it: types and sizes, without an importance matrix being made."""
-        if self.settings.base_file is not None or "matrix" in self.__dict__:
+        return self.base if "matrix" in self.__dict__ else self.base_without_matrix
+
+    @cached_property
+    def base_without_matrix(self) -> Base:
+        """The base whose metadata names no importance matrix: the same before the run and after it."""
+        if self.settings.base_file is not None:
             return self.base
         return preset_base(self.engine, self.source, self.settings.base, None)
 
@@ -275,6 +284,11 @@ class Workspace:
     def _hash_with_progress(self) -> str:
         """Hashes the source here, where progress can be shown, before others ask for the hash."""
         return self.source_sha256
+
+    @cached_property
+    def projectors(self) -> tuple[Path, ...]:
+        """The vision and audio projectors beside the source that are of this model."""
+        return projectors_beside(self.source)
 
     @cached_property
     def source_variant(self) -> Variant:

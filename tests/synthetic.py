@@ -168,7 +168,7 @@ class TrueSession:
 
     @classmethod
     def of(cls, truth: Truth, factors: Mapping[str, float] | None = None) -> TrueSession:
-        return cls(truth=truth, goal=Budget(size=Bytes(n_bytes=0)), factors=factors, probed=[])
+        return cls(truth=truth, goal=Budget(sizes=(Bytes(n_bytes=0),)), factors=factors, probed=[])
 
     @property
     def layout(self) -> Layout:

@@ -39,10 +39,10 @@ from run_folder import (
 
 from cerebellum import card as card_package
 from cerebellum.bench.artifacts import Audit
-from cerebellum.card.frontmatter import base_model
 from cerebellum.card.merged import merged_rows, points_together
 from cerebellum.card.numbers import percent, spans
-from cerebellum.card.stage import card_context, make_card, read_story, render_card
+from cerebellum.card.origin import base_model
+from cerebellum.card.stage import card_context, make_card, read_stories, render_card
 from cerebellum.codec import Artifact
 from cerebellum.errors import BadInput
 from cerebellum.measure.artifacts import Measurements
@@ -57,18 +57,18 @@ GOLD = Path(__file__).parent.parent / "docs" / "demo"
 
 def card_of(folder: Path, repo: str | None = None, **changed: Artifact | None) -> str:
     """The card without its charts, which take longer to draw than everything else."""
-    story = read_story(write_run_folder(folder, **changed))
-    return render_card(story, card_context(story, {}, repo), repo)
+    stories = read_stories(write_run_folder(folder, **changed))
+    return render_card(stories, card_context(stories, {}, repo), repo)
 
 
 def report_of(folder: Path, **changed: Artifact | None) -> str:
-    story = read_story(write_run_folder(folder, **changed))
-    return render_html("report.html.j2", card_context(story, {}, None))
+    stories = read_stories(write_run_folder(folder, **changed))
+    return render_html("report.html.j2", card_context(stories, {}, None))
 
 
 def said(folder: Path, **changed: Artifact | None) -> list[str]:
     """The findings as plain text."""
-    lines = read_story(write_run_folder(folder, **changed)).findings()
+    lines = read_stories(write_run_folder(folder, **changed))[0].findings()
     return ["".join(part.text if isinstance(part, Code) else part for part in line) for line in lines]
 
 
@@ -385,7 +385,7 @@ def test_the_card_of_a_budget(tmp_path: Path) -> None:
 
 
 def test_the_charts_of_a_budget(tmp_path: Path) -> None:
-    found = read_story(write_run_folder(tmp_path, **by_budget())).drawings()
+    found = read_stories(write_run_folder(tmp_path, **by_budget()))[0].drawings()
     assert set(found) == {"sensitivity", "curves", "frontier", "predicted"}
     assert len(re.findall(r'id="curves-w-curve-\d+"', found["curves"].wide)) == 9
     assert "shipped" in found["frontier"].wide
@@ -439,7 +439,7 @@ def test_merged_layers_are_one_row_of_the_card(tmp_path: Path) -> None:
 
 
 def test_a_role_in_layers_has_a_map_of_them(tmp_path: Path) -> None:
-    found = read_story(write_run_folder(tmp_path, **by_budget() | {"plan": layered()})).drawings()
+    found = read_stories(write_run_folder(tmp_path, **by_budget() | {"plan": layered()}))[0].drawings()
     assert len(re.findall(r'id="layers-w-cell-\d+-\d+"', found["layers"].wide)) == 4
 
 
@@ -457,7 +457,7 @@ def test_groups_whose_bases_differ_meet_at_the_base_type_of_one() -> None:
 
 def test_no_solver_is_asked_for_the_frontier(tmp_path: Path) -> None:
     """The line is plan.json's; without one there is no chart."""
-    assert "frontier" not in read_story(write_run_folder(tmp_path, **by_budget(frontier=()))).drawings()
+    assert "frontier" not in read_stories(write_run_folder(tmp_path, **by_budget(frontier=())))[0].drawings()
 
 
 def test_importing_the_card_loads_no_engine_and_no_scipy() -> None:

@@ -182,7 +182,7 @@ def test_the_diagonal_is_the_importance_matrix(
 
 
 @ours_is_here
-@pytest.mark.parametrize("goal", [Limit(max_increase_pct=1.0), Budget(size=Preset(name="Q3_K_M"))])
+@pytest.mark.parametrize("goal", [Limit(max_increase_pct=1.0), Budget(sizes=(Preset(name="Q3_K_M"),))])
 def test_a_whole_run_with_our_encoder_comes_out_twice(tmp_path: Path, goal: Goal) -> None:
     results = []
     for place in ("a", "b"):

@@ -43,7 +43,7 @@ def workspace(folder: Path, goal: Goal, engine: FakeEngine | None = None) -> Wor
 
 
 @pytest.mark.parametrize(
-    "goal", [Limit(max_increase_pct=1.0), Budget(size=Preset(name="Q3_K_M"))], ids=["limit", "budget"]
+    "goal", [Limit(max_increase_pct=1.0), Budget(sizes=(Preset(name="Q3_K_M"),))], ids=["limit", "budget"]
 )
 def test_a_whole_run_works_on_the_fake(tmp_path: Path, goal: Goal) -> None:
     opened = workspace(tmp_path, goal)
@@ -64,14 +64,14 @@ def test_by_limit_the_sensitive_group_is_kept(tmp_path: Path) -> None:
 
 
 def test_by_budget_the_sensitive_role_gets_more_bits(tmp_path: Path) -> None:
-    run_all(workspace(tmp_path, Budget(size=Preset(name="Q3_K_M"))))
+    run_all(workspace(tmp_path, Budget(sizes=(Preset(name="Q3_K_M"),))))
     plan = open_run(tmp_path / "run").plan()
     types = {row.role: row.chosen_type for row in plan.groups}
     assert types["ssm_in"] not in ("base", "Q2_K", "IQ2_XXS"), types
     assert plan.file_bytes <= plan.budget_bytes  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("goal", [Limit(), Budget(size=Preset(name="Q3_K_M"))], ids=["limit", "budget"])
+@pytest.mark.parametrize("goal", [Limit(), Budget(sizes=(Preset(name="Q3_K_M"),))], ids=["limit", "budget"])
 def test_the_same_run_again_measures_nothing_and_ends_the_same(tmp_path: Path, goal: Goal) -> None:
     run_all(workspace(tmp_path, goal))
     rows = ledger_rows(tmp_path / "run")
@@ -81,7 +81,7 @@ def test_the_same_run_again_measures_nothing_and_ends_the_same(tmp_path: Path, g
     assert artifacts(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("goal", [Limit(), Budget(size=Preset(name="Q3_K_M"))], ids=["limit", "budget"])
+@pytest.mark.parametrize("goal", [Limit(), Budget(sizes=(Preset(name="Q3_K_M"),))], ids=["limit", "budget"])
 def test_what_only_measuring_needed_is_removed_and_never_made_again(tmp_path: Path, goal: Goal) -> None:
     run_all(workspace(tmp_path, goal))
     plan = open_run(tmp_path / "run").plan()
@@ -127,7 +127,7 @@ def test_no_llama_cpp_is_loaded(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from test_fake_run import workspace, run_all, Limit, Budget, Preset\n"
         f"run_all(workspace(Path({str(tmp_path)!r}) / 'a', Limit(max_increase_pct=1.0)))\n"
-        f"run_all(workspace(Path({str(tmp_path)!r}) / 'b', Budget(size=Preset(name='Q3_K_M'))))\n"
+        f"run_all(workspace(Path({str(tmp_path)!r}) / 'b', Budget(sizes=(Preset(name='Q3_K_M'),))))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ from cerebellum.workspace import Workspace
 CTX, CHUNKS = 32, 5
 GOALS: dict[str, Goal] = {
     "limit": Limit(max_increase_pct=50.0, chunks=2),
-    "budget": Budget(size=Preset(name="Q3_K_M"), types=("Q2_K", "Q4_K"), fine_types=False, zoom=False),
+    "budget": Budget(sizes=(Preset(name="Q3_K_M"),), types=("Q2_K", "Q4_K"), fine_types=False, zoom=False),
 }
 OTHERS = ("importance matrix", "hashing the source", "rounding errors")
 

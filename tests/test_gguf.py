@@ -94,7 +94,7 @@ def test_the_ladder_rises() -> None:
         for n_per_row in (256, 32):
             bits = [bits_per_weight(t) for t in legal_types([(n_per_row,)], has_imatrix)]
             assert bits == sorted(bits)
-    assert len(set(LADDER)) == len(LADDER) == 17
+    assert len(set(LADDER)) == len(LADDER) == 20
 
 
 # ---- metadata ----

@@ -70,9 +70,9 @@ def written(tmp_path: Path, goal: Limit | Budget) -> Path:
     "goal",
     [
         Limit(max_increase_pct=5.0, chunks=3),
-        Budget(size=Bytes(n_bytes=7), types=("Q2_K", "Q4_K")),
-        Budget(size=Preset(name="Q3_K_M"), zoom=False),
-        Budget(size=Gpu(n_bytes=24 << 30, context=32768)),
+        Budget(sizes=(Bytes(n_bytes=7),), types=("Q2_K", "Q4_K")),
+        Budget(sizes=(Preset(name="Q3_K_M"),), zoom=False),
+        Budget(sizes=(Gpu(n_bytes=24 << 30, context=32768),)),
     ],
 )
 def test_settings_come_back_as_they_were_written(tmp_path: Path, goal: Limit | Budget) -> None:

@@ -64,7 +64,7 @@ def test_a_flipped_bit_in_the_finished_file_fails_verification_twice(run: Worksp
     flip(path, last_tensor(path))
     again = reopened(run)
     with again.locked():
-        found = verify_stage(again)
+        (found,) = verify_stage(again)
     assert not found.ok
     assert next(check.name for check in found.checks if not check.ok) == "tensor bytes"
 
@@ -83,7 +83,7 @@ def test_the_sample_knows_damage_that_shard_and_file_share(run: Workspace) -> No
             path.write_bytes(content)
     again = reopened(run)
     with again.locked():
-        found = verify_stage(again)
+        (found,) = verify_stage(again)
     failed = {check.name: check.detail for check in found.checks if not check.ok}
     assert "sample made again" in failed and "exps" in failed["sample made again"]
 

@@ -23,7 +23,7 @@ from run_folder import (
     write_run_folder,
 )
 
-from cerebellum.card.stage import make_card, read_story
+from cerebellum.card.stage import make_card, read_stories
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MARKS = {
@@ -198,7 +198,7 @@ def test_ids_are_unique(report: Path) -> None:
 
 
 def test_charts_are_drawn_the_same_twice(tmp_path: Path) -> None:
-    story = read_story(write_run_folder(tmp_path))
+    story = read_stories(write_run_folder(tmp_path))[0]
     first, second = story.drawings(), story.drawings()
     assert {name: (p.wide, p.png) for name, p in first.items()} == {
         name: (p.wide, p.png) for name, p in second.items()
@@ -208,7 +208,7 @@ def test_charts_are_drawn_the_same_twice(tmp_path: Path) -> None:
 def test_a_chart_without_data_is_not_there(tmp_path: Path) -> None:
     one = plan(predicted_delta_pct=None, groups=plan().groups[:1])
     alone = measurements(measurements=())
-    found = read_story(write_run_folder(tmp_path, plan=one, measurements=alone)).drawings()
+    found = read_stories(write_run_folder(tmp_path, plan=one, measurements=alone))[0].drawings()
     assert set(found) == {"sensitivity"}
 
 
@@ -217,7 +217,7 @@ def test_a_heat_map_where_a_role_was_measured_in_spans(tmp_path: Path) -> None:
     for place, layers in enumerate((range(20), range(20, 40))):
         name = f"ffn_down[{layers[0]}-{layers[-1]}]"
         rows = changed_at(rows, place, name=name, role="ffn_down", layers=tuple(layers))
-    found = read_story(write_run_folder(tmp_path, plan=plan(groups=rows))).drawings()
+    found = read_stories(write_run_folder(tmp_path, plan=plan(groups=rows)))[0].drawings()
     assert len(re.findall(r'id="layers-w-cell-\d+-\d+"', found["layers"].wide)) == 40
 
 

@@ -11,7 +11,7 @@ from cerebellum.card.evidence import BudgetEvidence, GroupRow
 from cerebellum.card.findings import additivity, benchmarks, listed, outcome
 from cerebellum.card.merged import points_together
 from cerebellum.card.numbers import Change, nats
-from cerebellum.card.story import KLD, Wording
+from cerebellum.card.story import KLD, Shipped, Wording
 from cerebellum.page.charts import Cell, Curve, Step, curves_chart, frontier_chart
 from cerebellum.page.charts import Point as Dot
 from cerebellum.page.markdown import Code, Sentence
@@ -89,7 +89,7 @@ class BudgetStory:
             )
         )
 
-    def drawings(self) -> dict[str, Picture]:
+    def drawings(self, others: Sequence[Shipped] = ()) -> dict[str, Picture]:
         """Draws each group at its type, layers where a role was told apart, every role at every
         type, and the best file of every size.
         """
@@ -100,7 +100,7 @@ class BudgetStory:
                 sensitivity(evidence, lambda row: f"{row.name} {row.tried_type}", limit=None),
                 layers(list(_cells(evidence)), title, "{:+.4f} nats".format),
                 _curves(evidence),
-                _frontier(evidence),
+                _frontier(evidence, others),
                 predicted(evidence, limit=None),
             ]
         )
@@ -220,7 +220,7 @@ def _steps(points: Sequence[PointRow], chosen: set[str | None], evidence: Budget
             )
 
 
-def _frontier(evidence: BudgetEvidence) -> Picture | None:
+def _frontier(evidence: BudgetEvidence, others: Sequence[Shipped]) -> Picture | None:
     """Draws the best foretold file of each size, the base, and every combination that was measured whole."""
     plan = evidence.plan
     unit = evidence.unit
@@ -232,8 +232,10 @@ def _frontier(evidence: BudgetEvidence) -> Picture | None:
     base_kld = evidence.measured.base_kld
     dots = [_dot("base", unit.of(_base_bytes(evidence)), base_kld, verdict="")]
     for found in evidence.measured_plans:
-        label = "shipped" if found.shipped else ""
+        shipped = plan.file_label if others else "shipped"
+        label = shipped if found.shipped else ""
         dots.append(_dot(label, unit.of(found.n_bytes), base_kld + found.kld, verdict="measured"))
+    dots += [_dot(one.label, unit.of(one.n_bytes), one.kld, verdict="measured") for one in others]
     return picture(
         "frontier",
         "The best file of every size, and what was measured",

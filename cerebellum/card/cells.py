@@ -12,7 +12,7 @@ from cerebellum.card.evidence import Benchmark, Evidence, FinishedRun, GroupRow
 from cerebellum.card.numbers import nats, percent, points, spans, with_interval
 from cerebellum.card.story import Story
 from cerebellum.groups import SourceFile
-from cerebellum.manifest import EncoderNamed
+from cerebellum.manifest import EncoderNamed, Manifest
 from cerebellum.memory.shape import GPUS_GIB, contexts, memory_shape
 from cerebellum.units import count, gib, size
 from cerebellum.verify import Measured
@@ -212,6 +212,17 @@ def _moments(encoder: EncoderNamed) -> list[tuple[str, str, str]]:
     return [("second moments", named.file, named.sha256)] if named else []
 
 
+def _results(manifest: Manifest) -> list[tuple[str, str, str]]:
+    """Lists the finished files, every split of them, and the projectors beside them."""
+    several = len(manifest.results) > 1
+    found = [
+        (f"file {number}" if several else "this file", named.file, named.sha256)
+        for number, result in enumerate(manifest.results, start=1)
+        for named in result.files
+    ]
+    return found + [("projector", named.file, named.sha256) for named in manifest.projectors]
+
+
 def provenance(run: FinishedRun) -> list[tuple[str, str, str]]:
     """Lists what made what: the part, its name, and the sha256 of its content, by which a stranger can
     tell whether it is the same.
@@ -219,7 +230,7 @@ def provenance(run: FinishedRun) -> list[tuple[str, str, str]]:
     manifest = run.manifest
     texts = [
         (f"{part} text", manifest.text_files.get(part, ""), manifest.texts.get(part, ""))
-        for part in ("selection", "report")
+        for part in manifest.texts
     ]
     return [
         ("source", ", ".join(manifest.source.files), manifest.source.sha256),
@@ -227,5 +238,5 @@ def provenance(run: FinishedRun) -> list[tuple[str, str, str]]:
         *_moments(manifest.encoder),
         *texts,
         ("measurements", "ledger.sqlite", manifest.ledger_digest),
-        ("this file", manifest.result.file, manifest.result.sha256),
+        *_results(manifest),
     ]

@@ -7,6 +7,7 @@ every run has is in ``FinishedRun``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -14,11 +15,12 @@ from cerebellum.bench.artifacts import BenchResults, PairRow, ScoreRow
 from cerebellum.card.merged import MergedRow, merged_rows, points_together
 from cerebellum.card.numbers import DIVERGENCE, PERPLEXITY, ByteUnit, Change, Scale
 from cerebellum.errors import BadInput
-from cerebellum.folder import GROUPS, PLAN, RunFolder
-from cerebellum.groups import SourceFile
-from cerebellum.manifest import Manifest
+from cerebellum.folder import GROUPS, MANIFEST, PLAN, RunFolder
+from cerebellum.groups import HEAD_ROLE, MTP_PREFIX, GroupRecord, SourceFile
+from cerebellum.manifest import Manifest, ResultNamed
 from cerebellum.measure.artifacts import Curves, MeasurementRow, Measurements
 from cerebellum.plan.artifacts import BudgetPlan, GpuMemory, LimitPlan, Plan, PlanRow, PointRow
+from cerebellum.settings import Published
 from cerebellum.verify import Report, Verified
 
 
@@ -124,7 +126,8 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """Holds what every finished run left, whatever its goal was.
+    """Holds what every finished run left, whatever its goal was; ``result`` is the finished file of this size, and
+    ``published`` what people said of the model.
 
     Both stories tell sizes, checks, benchmarks and provenance from it in the same words.
     """
@@ -132,8 +135,16 @@ class FinishedRun:
     source: SourceFile
     verified: Verified
     manifest: Manifest
+    result: ResultNamed
+    published: Published
+    groups: tuple[GroupRecord, ...]
     benchmarks: tuple[Benchmark, ...]
     problems: tuple[Problem, ...]
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the model that people gave, or that of its metadata."""
+        return self.published.name or self.source.name
 
     @property
     def report(self) -> Report:
@@ -178,6 +189,23 @@ class Evidence:
         return tuple(row for row in self.rows if row.change is not None and not row.together_with)
 
     @property
+    def has_head(self) -> bool:
+        """Says whether the model has an output head of its own, apart from its embeddings."""
+        return f"{HEAD_ROLE}.weight" in self.plan.tensor_types
+
+    @property
+    def mtp_types(self) -> str:
+        """Returns the types of the layers for multi-token prediction in the file: `Q3_K x 8, F32 x 4`; "" without."""
+        kept = [
+            name
+            for group in self.run.groups
+            if group.name.startswith(MTP_PREFIX)
+            for name in group.tensor_names
+        ]
+        counts = Counter(self.plan.tensor_types[name] for name in kept)
+        return ", ".join(f"{qtype} x {count}" for qtype, count in counts.most_common())
+
+    @property
     def whole(self) -> Change | None:
         """Returns the change of perplexity of what was shipped, measured whole on the selection
         text, in percent; None where nobody measured it.
@@ -195,6 +223,11 @@ class Evidence:
     @property
     def planned_memory(self) -> GpuMemory | None:
         """Returns the memory on the gpu that the plan was made for; None where it was made for no gpu."""
+        return None
+
+    @property
+    def from_source(self) -> Change | None:
+        """Returns the KL divergence of what was shipped from the source, nats a token; None where it is not known."""
         return None
 
 
@@ -272,6 +305,15 @@ class BudgetEvidence(Evidence):
         return Change.of(self.plan.measured_kld, self.plan.kld_ci)
 
     @property
+    def from_source(self) -> Change | None:
+        """Returns the KL divergence of what was shipped from the source itself, nats a token."""
+        found = self.divergence
+        if found is None:
+            return None
+        base = self.measured.base_kld
+        return Change(mean=base + found.mean, low=base + found.low, high=base + found.high)
+
+    @property
     def measured_plans(self) -> tuple[MeasuredPlan, ...]:
         """Returns the combinations that were measured whole, with the one that was shipped marked.
 
@@ -308,7 +350,7 @@ def read_limit_evidence(folder: RunFolder, plan: LimitPlan) -> LimitEvidence:
 
 
 def read_budget_evidence(folder: RunFolder, plan: BudgetPlan) -> BudgetEvidence:
-    """Reads what a run for a budget left; BadInput names the artifact that is missing or is not ours."""
+    """Reads what a run for a budget left of one size; BadInput names the artifact that is missing or not ours."""
     return BudgetEvidence(
         run=_read_run(folder, plan),
         plan=plan,
@@ -324,13 +366,27 @@ def _read_run(folder: RunFolder, plan: Plan) -> FinishedRun:
     if strange is not None:
         raise BadInput(f"{folder / GROUPS}: has no group {strange!r} of {PLAN}; run `cerebellum plan` again")
     bench = folder.bench()
+    manifest = folder.manifest()
     return FinishedRun(
         source=folder.source(),
         verified=folder.verified(),
-        manifest=folder.manifest(),
+        manifest=manifest,
+        result=_result(folder, manifest),
+        published=folder.published(),
+        groups=folder.groups().groups,
         benchmarks=tuple(_benchmarks(bench)) if bench else (),
         problems=tuple(_problems(bench)) if bench else (),
     )
+
+
+def _result(folder: RunFolder, manifest: Manifest) -> ResultNamed:
+    """Returns the finished file of the size that the folder is looked at for."""
+    if folder.label is None:
+        return manifest.result
+    found = next((size.result for size in manifest.further if size.label == folder.label), None)
+    if found is None:
+        raise BadInput(f"{folder / MANIFEST}: has no file {folder.label!r}; run `cerebellum verify` again")
+    return found
 
 
 def _row(row: PlanRow, tried: str) -> GroupRow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -10,7 +10,7 @@ from cerebellum.card.drawings import layers, named, predicted, sensitivity
 from cerebellum.card.evidence import Combination, GroupRow, LimitEvidence
 from cerebellum.card.findings import additivity, benchmarks, listed, outcome
 from cerebellum.card.numbers import PERCENT, Change, percent, with_interval
-from cerebellum.card.story import Column, Wording
+from cerebellum.card.story import Column, Shipped, Wording
 from cerebellum.page.charts import Cell, Panel, Rate, paths_chart, rates_chart, sizes_chart
 from cerebellum.page.charts import Point as Dot
 from cerebellum.page.markdown import Code, Sentence
@@ -106,7 +106,7 @@ class LimitStory:
             )
         )
 
-    def drawings(self) -> dict[str, Picture]:
+    def drawings(self, others: Sequence[Shipped] = ()) -> dict[str, Picture]:
         """Draws the verdicts, the price of bytes, layers where a role was told apart, every variant
         by size, and how each verdict was reached.
         """

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cerebellum.card.stage import card_context, read_story, render_card
+from cerebellum.card.stage import card_context, read_stories, render_card
 from cerebellum.codec import Artifact
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.folder import GROUPS, MANIFEST, MEASUREMENTS, PLAN, SOURCE, VERIFY, RunFolder
@@ -41,9 +41,9 @@ def rehearse(workspace: Workspace) -> None:
             artifacts = RunFolder(Path(folder))
             for name, value in _made_up(workspace).items():
                 artifacts.write(name, value)
-            story = read_story(artifacts.path)
-            context = card_context(story, {}, None)
-            render_card(story, context, None)
+            stories = read_stories(artifacts.path)
+            context = card_context(stories, {}, None)
+            render_card(stories, context, None)
             render_html("report.html.j2", context)
     except (CerebellumError, OSError):
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,23 @@ from cerebellum.card.cells import (
     provenance,
 )
 from cerebellum.card.commands import run_commands
-from cerebellum.card.evidence import read_budget_evidence, read_limit_evidence
+from cerebellum.card.evidence import Evidence, read_budget_evidence, read_limit_evidence
 from cerebellum.card.frontmatter import checked, front_matter
 from cerebellum.card.limit_story import LimitStory
 from cerebellum.card.numbers import bounds, percent, with_interval
+from cerebellum.card.sizes import further_sizes, others_shipped, size_table
 from cerebellum.card.story import KLD, Story
 from cerebellum.files import atomic_write_bytes, atomic_write_text
 from cerebellum.folder import CARD, REPORT, RunFolder
-from cerebellum.manifest import EncoderNamed
+from cerebellum.groups import EMBEDDING_ROLE, HEAD_ROLE
+from cerebellum.manifest import EncoderNamed, Manifest
 from cerebellum.memory.shape import GPUS_GIB, ignores_window
 from cerebellum.page.markdown import Code, Sentence
 from cerebellum.page.pictures import Picture
 from cerebellum.page.templates import render_html, render_markdown
 from cerebellum.plan.artifacts import BudgetPlan, LimitPlan
 from cerebellum.units import size
-from cerebellum.verify import Report
+from cerebellum.verify import TEMPLATE_CHECK, Report, Verified
 
 CHARTS = "charts"
 
@@ -44,19 +46,23 @@ def make_card(folder: Path, repo: str | None = None) -> tuple[Path, ...]:
 
     ``repo`` is the Hub repository the card is for, where it is known.
     """
-    story = read_story(folder)
-    pictures = story.drawings()
-    context = card_context(story, pictures, repo)
+    stories = read_stories(folder)
+    pictures = stories[0].drawings(others_shipped(stories))
+    context = card_context(stories, pictures, repo)
     card = folder / CARD
     report = folder / REPORT
-    atomic_write_text(card, checked(render_card(story, context, repo), str(card)))
+    atomic_write_text(card, checked(render_card(stories, context, repo), str(card)))
     atomic_write_text(report, render_html("report.html.j2", context))
     return (card, report, *_write_charts(folder / CHARTS, pictures))
 
 
-def read_story(folder: Path) -> Story:
-    """Reads a finished run and returns the story of its goal: the one place in the stage that asks for it."""
-    artifacts = RunFolder(folder)
+def read_stories(folder: Path) -> tuple[Story, ...]:
+    """Reads a finished run and returns the story of each of its sizes, in the order in which they were asked for."""
+    return tuple(_read_story(view) for view in RunFolder(folder).results())
+
+
+def _read_story(artifacts: RunFolder) -> Story:
+    """Returns the story of the run's goal: the one place in the stage that asks for it."""
     match artifacts.plan():
         case LimitPlan() as plan:
             return LimitStory(read_limit_evidence(artifacts, plan))
@@ -77,33 +83,43 @@ def _write_charts(folder: Path, pictures: Mapping[str, Picture]) -> list[Path]:
     return paths
 
 
-def render_card(story: Story, context: Mapping[str, Any], repo: str | None) -> str:
+def render_card(stories: Sequence[Story], context: Mapping[str, Any], repo: str | None) -> str:
     """Returns front matter and body as the Hub wants them.
 
     The front matter is the Hub's own YAML, so that its indexer reads what we wrote.
     """
-    data = front_matter(story.evidence, repo).to_yaml(line_break="\n")
+    data = front_matter(stories[0].evidence, repo, _labels(stories)).to_yaml(line_break="\n")
     return f"---\n{data}\n---\n\n{render_markdown('card.md.j2', context)}"
 
 
-def card_context(story: Story, pictures: Mapping[str, Picture], repo: str | None) -> dict[str, object]:
+def _labels(stories: Sequence[Story]) -> list[str]:
+    return [story.evidence.plan.file_label for story in stories]
+
+
+def card_context(
+    stories: Sequence[Story], pictures: Mapping[str, Picture], repo: str | None
+) -> dict[str, object]:
     """Returns everything that both templates show.
 
     They choose and place, and compute nothing, so that card and report can never disagree about a
-    number.
+    number. Of several sizes the first is told at length.
     """
+    story = stories[0]
     evidence = story.evidence
     run = evidence.run
     return {
         "version": __version__,
         "label": evidence.plan.base,
-        "source": run.source,
+        **_sizes(stories),
+        "name": run.name,
         "report": run.report,
         "verified": run.verified,
         "manifest": run.manifest,
+        "result": run.result,
         **_headline(story),
         **_groups(story),
         "words": story.wording(),
+        "untouched": _untouched(evidence),
         "findings": story.findings(),
         "perplexities": perplexity_cells(evidence),
         "benchmarks": [benchmark_cells(bench) for bench in run.benchmarks],
@@ -113,10 +129,20 @@ def card_context(story: Story, pictures: Mapping[str, Picture], repo: str | None
         "sliding_window": ignores_window(run.source.metadata),
         "commands": run_commands(evidence, repo),
         "method": _method(story),
-        "limits": limits(story),
+        "limits": limits(story, stories),
         "pictures": pictures,
         "provenance": provenance(run),
         "style": Markup(resources.files("cerebellum").joinpath("card/report.css").read_text("utf-8")),
+    }
+
+
+def _sizes(stories: Sequence[Story]) -> dict[str, object]:
+    """Returns what there is to say of several sizes; of one there is nothing but its label."""
+    return {
+        "labels": ", ".join(_labels(stories)),
+        "first": stories[0].evidence.plan.file_label,
+        "sizes": size_table(stories),
+        "further": further_sizes(stories),
     }
 
 
@@ -126,7 +152,7 @@ def _headline(story: Story) -> dict[str, object]:
     reported = story.evidence.run.reported
     return {
         "lead": _lead(story),
-        "file_size": size(story.evidence.run.manifest.result.bytes),
+        "file_size": size(story.evidence.run.result.bytes),
         "base_tensors": size(plan.base_tensor_bytes),
         "tensors": size(plan.tensor_bytes),
         "saved_share": f"{100 * plan.bytes_saved / plan.base_tensor_bytes:.1f}%",
@@ -145,6 +171,26 @@ def _groups(story: Story) -> dict[str, object]:
         "damages": (KLD,) if any(row.kld for row in rows) else (),
         "unit": story.evidence.unit.name,
     }
+
+
+def _untouched(evidence: Evidence) -> list[Sentence]:
+    """Says what was never touched: what the method protects, less what this run was told to plan, and MTP layers."""
+    planned = {row.role for row in evidence.plan.groups}
+    sacred = ["Routers", "norms"]
+    sacred += [] if EMBEDDING_ROLE in planned else ["embeddings"]
+    tied = EMBEDDING_ROLE in planned and not evidence.has_head
+    sacred += [] if HEAD_ROLE in planned or tied else ["the output head"]
+    lines: list[Sentence] = [(f"{', '.join(sacred)} and every one-dimensional tensor are never touched.",)]
+    if tied:
+        lines.append((Code(EMBEDDING_ROLE), " is the embeddings and the output head at once."))
+    if evidence.mtp_types:
+        lines.append(
+            (
+                "The layers for multi-token prediction are kept, and not measured, for no perplexity run reads them: "
+                f"{evidence.mtp_types}, as in the base.",
+            )
+        )
+    return lines
 
 
 def _lead(story: Story) -> Sentence:
@@ -168,11 +214,49 @@ def _method(story: Story) -> list[Sentence]:
         ),
         *_encoder(story.evidence.run.manifest.encoder),
         story.method(),
+        *_texts(story.evidence.run.manifest),
+        *_template(story.evidence.run.verified),
+        *_left_as_they_were(story.evidence.run.manifest),
         (
             "What was shipped was measured whole, then read back from the finished file and measured on ",
             Code(report.text),
             f", {apart}: {_read(report)}.",
         ),
+    ]
+
+
+def _texts(manifest: Manifest) -> list[Sentence]:
+    """Names the texts behind the numbers, by which a stranger can ask for the same ones."""
+    names = manifest.text_files
+    importance = names.get("importance", "")
+    if not importance:
+        return []
+    return [
+        (
+            "The importance matrix was made from ",
+            Code(importance),
+            ", the types were chosen on ",
+            Code(names.get("selection", "")),
+            "; their hashes stand below.",
+        )
+    ]
+
+
+def _template(verified: Verified) -> list[Sentence]:
+    """Says that the chat template is what it was, with its hash; of a model without one nothing is said."""
+    found = next((check for check in verified.checks if check.name == TEMPLATE_CHECK), None)
+    return [(f"The chat template: {found.detail}.",)] if found else []
+
+
+def _left_as_they_were(manifest: Manifest) -> list[Sentence]:
+    """Names the projectors that lie beside the model; llama.cpp takes one with --mmproj."""
+    return [
+        (
+            "For images or sound: ",
+            Code(named.file),
+            ", copied as it was; llama-server takes it with --mmproj.",
+        )
+        for named in manifest.projectors
     ]
 
 
@@ -197,16 +281,16 @@ def _encoder(encoder: EncoderNamed) -> list[Sentence]:
     return [(fed, Code(encoder.moments.file), ").")]
 
 
-def limits(story: Story) -> list[Sentence]:
+def limits(story: Story, stories: Sequence[Story]) -> list[Sentence]:
     """Says what these numbers do not.
 
     Each line is there only if it is true of this run, so that readers have a reason to read them.
     """
     run = story.evidence.run
     lines: list[Sentence] = []
-    if not run.verified.ok:
-        failed = ", ".join(check.name for check in run.verified.checks if not check.ok)
-        lines.append((f"Verification failed: {failed}. Do not use this file.",))
+    for each in (one.evidence.run for one in stories if not one.evidence.run.verified.ok):
+        failed = ", ".join(check.name for check in each.verified.checks if not check.ok)
+        lines.append((f"Verification failed: {failed}. Do not use ", Code(each.result.file), "."))
     if run.report.same_as_selection:
         lines.append(("The text that selected is the text that reports: damage elsewhere may be larger.",))
     if run.source.requantized:

@@ -5,6 +5,7 @@ The stage and the templates know only what stands here, so neither asks what the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,15 @@ class Column:
 
     title: str
     cell: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shipped:
+    """Another size of the same run, to be drawn beside this one: ``kld`` is from the source, nats a token."""
+
+    label: str
+    n_bytes: int
+    kld: float
 
 
 KLD = Column(title="KL divergence", cell="kld")
@@ -75,8 +85,8 @@ class Story(Protocol):
         A sentence is there only where the intervals bear it out.
         """
 
-    def drawings(self) -> dict[str, Picture]:
-        """Draws every chart that there is data for, by name.
+    def drawings(self, others: Sequence[Shipped] = ()) -> dict[str, Picture]:
+        """Draws every chart that there is data for, by name; ``others`` are the other sizes of the run.
 
         The names are those of the PNG files, and the templates put each chart where they know its
         name.

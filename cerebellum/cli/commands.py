@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +29,12 @@ from cerebellum.cli.options import (
     first_chunks_option,
     folder_option,
     json_option,
+    published_options,
     size_options,
     source_options,
     take_goal,
-    take_size,
+    take_published,
+    take_sizes,
     text_option,
     threads_option,
     timings_option,
@@ -42,8 +46,10 @@ from cerebellum.codec import write_artifact
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.folder import MEASUREMENTS, SETTINGS, RunFolder
+from cerebellum.manifest import ResultNamed
 from cerebellum.plan.artifacts import AnyPlan
 from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, SELECTION_TEXT, Goal, Limit, Settings
+from cerebellum.verify import Verified
 from cerebellum.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -108,8 +114,12 @@ def run(
     as_json: bool, out: Path, bench: bool, bench_limit: int, data: Path | None, timings: bool, **asked: Any
 ) -> None:
     """The whole pipeline: SOURCE (a GGUF, or hf:owner/repo/file.gguf) to a smaller GGUF with its evidence."""
+    from cerebellum.run import tell_unknown_origin
+
     request = {"limit": bench_limit, "data": data, "seed": asked["seed"]} if bench else None
-    _run(_workspace(out, _settings(asked, out)), as_json, request, timings)
+    workspace = _workspace(out, _settings(asked, out))
+    tell_unknown_origin(workspace)
+    _run(workspace, as_json, request, timings)
 
 
 @cli.command()
@@ -243,7 +253,7 @@ def plan(
         planned = _plan_folder(target, measurements, asked)
     else:
         planned = _plan_file(target, measurements, base, asked)
-    _answer(planned, as_json, *tables.planned_tables(planned))
+    _answer(_of_sizes(planned), as_json, *(part for each in planned for part in tables.planned_tables(each)))
 
 
 @cli.command()
@@ -255,9 +265,10 @@ def build(folder: Path, as_json: bool) -> None:
 
     workspace = _reopened(folder)
     with workspace.locked():
-        path = build_stage(workspace)
-    answer = {"path": str(path), "bytes": path.stat().st_size}
-    _answer(answer, as_json, f"{tables.shown(str(path))}  {units.size(path.stat().st_size)}")
+        paths = build_stage(workspace)
+    built = [{"path": str(path), "bytes": _model_bytes(path)} for path in paths]
+    lines = [f"{tables.shown(str(path))}  {units.size(_model_bytes(path))}" for path in paths]
+    _answer(built[0] | ({"sizes": built} if len(built) > 1 else {}), as_json, *lines)
 
 
 @cli.command()
@@ -271,9 +282,10 @@ def verify(folder: Path, as_json: bool) -> None:
     workspace = _reopened(folder)
     with workspace.locked():
         found = verify_stage(workspace)
-        make_manifest(workspace)
-    _answer(found, as_json, tables.verify_table(found), tables.report_table(found))
-    sys.exit(0 if found.ok else 1)
+        manifest = make_manifest(workspace)
+    names = [result.file for result in manifest.results]
+    _answer(_of_sizes(found), as_json, *_verified_shown(names, found))
+    sys.exit(0 if all(each.ok for each in found) else 1)
 
 
 @cli.command()
@@ -323,12 +335,13 @@ def bench(
 @cli.command()
 @click.argument("folder", type=PathArgument)
 @click.option("--repo", help="The Hub repository it is for: owner/name.")
+@published_options
 @json_option
-def card(folder: Path, repo: str | None, as_json: bool) -> None:
+def card(folder: Path, repo: str | None, as_json: bool, **asked: Any) -> None:
     """The model card, report and charts of a finished run, from its artifacts alone."""
     from cerebellum.run import card_stage
 
-    written = [str(path) for path in card_stage(folder, repo)]
+    written = [str(path) for path in card_stage(folder, repo, take_published(asked))]
     _answer({"files": written}, as_json, *map(tables.shown, written))
 
 
@@ -337,13 +350,14 @@ def card(folder: Path, repo: str | None, as_json: bool) -> None:
 @click.argument("repo")
 @click.option("--dry-run", is_flag=True, help="Only say what would be uploaded.")
 @click.option("--private", is_flag=True, help="If the repository is made, make it private.")
+@click.option("--texts", is_flag=True, help="Publish the run's own texts too, not only those of Cerebellum.")
 @json_option
-def push(folder: Path, repo: str, dry_run: bool, private: bool, as_json: bool) -> None:
+def push(folder: Path, repo: str, dry_run: bool, private: bool, texts: bool, as_json: bool) -> None:
     """A finished run to the Hub: model, card, report, evidence, manifest; REPO is owner/name."""
     from cerebellum.hub import push as push_run
     from cerebellum.run import card_stage
 
-    found = push_run(folder, repo, lambda: card_stage(folder, repo), dry_run, private)
+    found = push_run(folder, repo, lambda: card_stage(folder, repo), dry_run, private, texts)
     _answer(
         found,
         as_json,
@@ -475,10 +489,12 @@ def _settings(asked: dict[str, Any], folder: Path) -> Settings:
     from cerebellum.hub import download, is_address  # huggingface_hub takes half a second to load
 
     goal = take_goal(asked)
+    asked["published"] = take_published(asked)
     address = str(asked["source"])
     if is_address(address):
         asked["source"] = download(address, ProgressReporter().note)
     asked["kld_cache_bytes"] = asked.pop("kld_cache")
+    asked["split_above_bytes"] = asked.pop("split_above")
     if asked["gpu_layers"] is None:
         placed = _placed(folder, Path(asked["source"]), asked["ctx"])
         asked |= {"gpu_layers": placed.gpu_layers, "cpu_expert_layers": placed.cpu_expert_layers}
@@ -562,25 +578,79 @@ def _run(
     from cerebellum.run import run_all
 
     manifest = run_all(workspace, BenchRequest(**bench_request) if bench_request else None)
-    folder = workspace.artifacts
-    plan = folder.plan()
-    verified = folder.verified()
-    benched = folder.bench() if bench_request else None
-    path = workspace.path(manifest.result.file)
-    answer = {"file": str(path), "plan": plan, "verify": verified, "manifest": manifest}
+    views = workspace.artifacts.results()
+    finished = [
+        _finished(workspace, view, result) for view, result in zip(views, manifest.results, strict=True)
+    ]
+    benched = [view.bench() for view in views] if bench_request else []
+    first = finished[0]
+    answer: dict[str, Any] = {
+        "file": str(first.path),
+        "plan": first.plan,
+        "verify": first.verified,
+        "manifest": manifest,
+    }
+    answer |= {"bench": benched[0]} if benched else {}
+    answer |= {"sizes": [each.as_json() for each in finished]} if len(finished) > 1 else {}
+    verified = [each.verified for each in finished]
     _answer(
-        answer | ({"bench": benched} if benched else {}),
+        answer,
         as_json,
-        *_plan_shown(workspace, plan),
-        tables.verify_table(verified),
-        tables.report_table(verified),
-        *(bench_tables(benched) if benched else ()),
+        *(part for each in finished for part in _plan_shown(workspace, each.plan)),
+        *_verified_shown([each.path.name for each in finished], verified),
+        *(part for each in benched if each is not None for part in bench_tables(each)),
         *((manifest.timings.table(),) if with_timings and manifest.timings else ()),
-        f"[bold]{tables.shown(str(path))}[/]  {units.size(path.stat().st_size)}",
+        *((tables.sizes_table([each.plan for each in finished], verified),) if len(finished) > 1 else ()),
+        *(each.line() for each in finished),
         tables.card_line(workspace.folder),
-        tables.run_instructions(path, plan.memory),
+        tables.run_instructions(first.path, first.plan.memory),
     )
-    sys.exit(0 if verified.ok else 1)
+    sys.exit(0 if all(each.ok for each in verified) else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Finished:
+    """One size of a finished run: its file, or the first of its splits, its bytes in all, its artifacts."""
+
+    path: Path
+    n_bytes: int
+    plan: AnyPlan
+    verified: Verified
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what `run --json` says of each of several sizes."""
+        told = {"label": self.plan.file_label, "file": str(self.path), "bytes": self.n_bytes}
+        return told | {"plan": self.plan, "verify": self.verified}
+
+    def line(self) -> str:
+        """Names the file and its size."""
+        return f"[bold]{tables.shown(str(self.path))}[/]  {units.size(self.n_bytes)}"
+
+
+def _finished(workspace: Workspace, view: RunFolder, result: ResultNamed) -> _Finished:
+    path = workspace.path(result.file)
+    return _Finished(path=path, n_bytes=result.bytes, plan=view.plan(), verified=view.verified())
+
+
+def _verified_shown(names: Sequence[str], found: Sequence[Verified]) -> Iterator[Any]:
+    """Shows the checks and perplexities of each size; of several each under the name of its file."""
+    for name, each in zip(names, found, strict=True):
+        if len(found) > 1:
+            yield f"[bold]{tables.shown(name)}[/]"
+        yield tables.verify_table(each)
+        yield tables.report_table(each)
+
+
+def _of_sizes(found: Sequence[Any]) -> Any:
+    """Returns the one answer of a run for one size, or the answers of several in their order."""
+    return found[0] if len(found) == 1 else {"sizes": [plain(each) for each in found]}
+
+
+def _model_bytes(path: Path) -> int:
+    """Returns the bytes of a model with all of its splits."""
+    from cerebellum.source import open_source
+
+    return open_source(path, allow_requantize=True).n_bytes
 
 
 def _plan_shown(workspace: Workspace, plan: AnyPlan) -> tuple[Any, ...]:
@@ -597,7 +667,7 @@ def _show_frontier(folder: Path, as_json: bool) -> None:
     _answer(curve, as_json, tables.frontier_table(curve))
 
 
-def _plan_folder(folder: Path, measurements: Path | None, asked: dict[str, Any]) -> AnyPlan:
+def _plan_folder(folder: Path, measurements: Path | None, asked: dict[str, Any]) -> tuple[AnyPlan, ...]:
     """Plans in a folder; where that fails, the folder stays as it was."""
     from cerebellum.run import way_of
 
@@ -613,19 +683,21 @@ def _plan_folder(folder: Path, measurements: Path | None, asked: dict[str, Any])
 
 def _replanned_goal(goal: Goal, asked: dict[str, Any]) -> Goal:
     """Returns the folder's goal with what was asked for instead; another kind of goal replaces it."""
-    size = take_size(asked)
+    sizes = take_sizes(asked)
     limit = {"max_increase_pct": asked["max_increase"], "demote": asked["demote"]}
     limit = {key: value for key, value in limit.items() if value is not None}
-    if size is not None and limit:
+    if sizes and limit:
         raise click.UsageError(
             "a size and a limit exclude each other: give --budget or --fit, or --max-increase and --demote"
         )
-    if size is not None:
-        return goal.with_size(size)
+    if sizes:
+        return goal.with_sizes(sizes)
     return goal.with_limit(limit) if limit else goal
 
 
-def _plan_file(model: Path, measurements: Path | None, base: str | None, asked: dict[str, Any]) -> AnyPlan:
+def _plan_file(
+    model: Path, measurements: Path | None, base: str | None, asked: dict[str, Any]
+) -> tuple[AnyPlan, ...]:
     from cerebellum.llama.guard import check_contents
     from cerebellum.run import way_of
     from cerebellum.source import open_source

@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from cerebellum.errors import BadInput
 from cerebellum.gguf import parse_preset, parse_weight_type, preset_label
 from cerebellum.settings import (
+    ALLOCATED,
     DEFAULT_ENCODER,
     ENCODERS,
     K_LADDER,
@@ -28,6 +29,7 @@ from cerebellum.settings import (
     Gpu,
     Limit,
     Preset,
+    Published,
 )
 from cerebellum.units import parse_size
 
@@ -55,7 +57,7 @@ _LEAST_GPU = 1 << 20  # bytes: below it a unit was forgotten
 _DEFAULT_CONTEXT = 4096
 
 _LIMIT_OPTIONS = ("max_increase", "demote", "indifference", "alpha", "chunks", "max_chunks")
-_BUDGET_OPTIONS = ("types", "fine_types", "zoom", "objective", "anchor", "context")
+_BUDGET_OPTIONS = ("types", "fine_types", "zoom", "objective", "anchor", "context", "allocate")
 
 
 class Percent(click.ParamType[float]):
@@ -115,6 +117,27 @@ class GpuSize(Size):
         if n_bytes < _LEAST_GPU:
             self.fail(f"{value} is {n_bytes:,} bytes; did you mean {value}GiB?", param, ctx)
         return n_bytes
+
+
+class Listed(click.ParamType[Any]):
+    """Several values by comma, each as ``item`` reads it, none twice."""
+
+    def __init__(self, item: click.ParamType[Any]) -> None:
+        self.item = item
+        self.name = item.name
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        """Returns the values in the order given; fails where one is named twice, for two files would be one."""
+        if isinstance(value, tuple):
+            return value
+        names = [name.strip() for name in str(value).split(",")]
+        found = tuple(self.item.convert(name, param, ctx) for name in names)
+        twice = next((name for name, each in zip(names, found, strict=True) if found.count(each) > 1), None)
+        if twice is not None:
+            self.fail(f"{twice} is named twice; name each size once", param, ctx)
+        return found
 
 
 class FileSize(click.ParamType[Any]):
@@ -180,6 +203,40 @@ class PresetName(click.ParamType[str]):
             return preset_label(parse_preset(str(value)))
         except BadInput as error:
             self.fail(str(error), param, ctx)
+
+
+class BaseModel(click.ParamType[str]):
+    """What was quantized, as the Hub names it: owner/name, or its address there."""
+
+    name = "owner/name"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns owner/name; fails where the Hub would not take it."""
+        from cerebellum.card.origin import repo_id
+
+        found = repo_id(str(value).strip())
+        if found is None:
+            self.fail(f"{value!r} is no model on the Hub; give owner/name", param, ctx)
+        return found
+
+
+class License(click.ParamType[str]):
+    """A licence by the Hub's identifier."""
+
+    name = "license"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns the identifier; fails where the Hub knows no such."""
+        from cerebellum.card.licenses import LICENSES
+
+        found = str(value).strip().lower()
+        if found not in LICENSES:
+            self.fail(
+                f"{value!r} is no identifier that the Hub knows; give one such as apache-2.0, or other",
+                param,
+                ctx,
+            )
+        return found
 
 
 class GpuLayers(click.ParamType[Any]):
@@ -252,9 +309,15 @@ encoder_options = options(
 )
 size_options = options(
     click.option(
-        "--budget", type=FileSize(), help="Instead of a limit: the best file of this SIZE or PRESET's size."
+        "--budget",
+        type=Listed(FileSize()),
+        help="Instead of a limit: the best file of this SIZE or PRESET's size; several by comma.",
     ),
-    click.option("--fit", type=GpuSize(), help="The best file for a graphics card of this SIZE."),
+    click.option(
+        "--fit",
+        type=Listed(GpuSize()),
+        help="The best file for a graphics card of this SIZE; several by comma.",
+    ),
     click.option(
         "--context",
         type=click.IntRange(8),
@@ -330,6 +393,17 @@ budget_options = options(
         show_default=True,
         help="With --budget or --fit: the type of all else while a group is measured; smaller saves memory.",
     ),
+    click.option(
+        "--allocate",
+        type=Listed(click.Choice(ALLOCATED)),
+        default=(),
+        help="With --budget or --fit: plan the output head, the embeddings or both (head,embd) too.",
+    ),
+)
+published_options = options(
+    click.option("--base-model", type=BaseModel(), help="For the card: the Hub's id of what is quantized."),
+    click.option("--license", type=License(), help="For the card: its license, by the Hub's identifier."),
+    click.option("--name", help="For the card: the model's name, instead of the metadata's."),
 )
 source_options = options(
     click.option(
@@ -356,8 +430,16 @@ source_options = options(
     click.option("--report-chunks", type=click.IntRange(0), default=0, help="First N of --report-text."),
     engine_options,
     click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Order of the chunks."),
+    click.option(
+        "--split-above",
+        type=Size(),
+        default="50GB",
+        show_default=True,
+        help="Write a larger result as splits of at most this SIZE, named as llama.cpp names them.",
+    ),
     click.option("--allow-requantize", is_flag=True, help="Accept a source that is quantized already."),
     click.option("--keep-shards", is_flag=True, help="Leave on the disk what only measuring needed."),
+    published_options,
 )
 bench_options = options(
     click.option("--bench", is_flag=True, help="Question benchmarks of base and result at the end."),
@@ -374,17 +456,19 @@ def given(name: str) -> bool:
     return source not in (None, ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
 
 
-def take_size(asked: dict[str, Any]) -> Bytes | Preset | Gpu | None:
-    """Takes --budget, --fit and --context out of what was asked; None where neither size was given.
+def take_sizes(asked: dict[str, Any]) -> tuple[Bytes | Preset | Gpu, ...]:
+    """Takes --budget, --fit and --context out of what was asked; nothing where neither size was given.
 
     Raises a usage error that names both options where two of them exclude each other.
     """
     budget, fit, context = (asked.pop(name) for name in ("budget", "fit", "context"))
     if budget is not None and fit is not None:
-        raise click.UsageError("--budget and --fit exclude each other: give one size, or one graphics card")
+        raise click.UsageError("--budget and --fit exclude each other: give sizes, or graphics cards")
     if fit is None and given("context"):
         raise click.UsageError("--context is for --fit: give the graphics card's size with --fit too")
-    return Gpu(n_bytes=fit, context=context) if fit is not None else budget
+    if fit is not None:
+        return tuple(Gpu(n_bytes=n_bytes, context=context) for n_bytes in fit)
+    return budget or ()
 
 
 def take_goal(asked: dict[str, Any]) -> Goal:
@@ -393,26 +477,31 @@ def take_goal(asked: dict[str, Any]) -> Goal:
     Raises a usage error that names both options where one belongs to the other goal: an option that would be
     ignored in silence is a misunderstanding.
     """
-    size = take_size(asked)
+    sizes = take_sizes(asked)
     size_flag = "--budget" if given("budget") else "--fit"
-    for name in _LIMIT_OPTIONS if size is not None else ():
+    for name in _LIMIT_OPTIONS if sizes else ():
         if given(name):
             flag = _flag(name)
             raise click.UsageError(
                 f"{size_flag} and {flag} exclude each other: {flag} is of runs with a limit"
             )
-    for name in _BUDGET_OPTIONS if size is None else ():
+    for name in _BUDGET_OPTIONS if not sizes else ():
         if given(name):
             raise click.UsageError(f"{_flag(name)} is of runs with a size: give --budget or --fit too")
     limit = {name: asked.pop(name) for name in _LIMIT_OPTIONS}
     budget = {name: asked.pop(name) for name in _BUDGET_OPTIONS if name != "context"}
-    if size is not None:
-        return Budget(size=size, **budget)
+    if sizes:
+        return Budget(sizes=sizes, **budget)
     if limit["chunks"] and limit["max_chunks"]:
         raise click.UsageError("--chunks and --max-chunks exclude each other: --chunks is exact already")
     limit["max_increase_pct"] = limit.pop("max_increase")
     limit["indifference_pct"] = limit.pop("indifference")
     return Limit(**limit)
+
+
+def take_published(asked: dict[str, Any]) -> Published:
+    """Takes what is said of the model for its card out of what was asked."""
+    return Published(**{name: asked.pop(name) for name in ("base_model", "license", "name")})
 
 
 def _flag(name: str) -> str:

@@ -314,6 +314,20 @@ def report_table(verified: Verified) -> Table:
     return table
 
 
+def sizes_table(plans: Sequence[AnyPlan], verified: Sequence[Verified]) -> Table:
+    """Shows the sizes of a run beside each other, the smallest file first."""
+    table = Table("label", "file", "predicted and measured", "perplexity on the report text", title="Sizes")
+    for plan, proved in sorted(zip(plans, verified, strict=True), key=lambda pair: pair[0].file_bytes):
+        report = proved.report
+        change = percent(report.delta_pct, report.ci_pct)
+        whole = percent(plan.measured_delta_pct, plan.ci_pct)
+        told = f"{percent(plan.predicted_delta_pct)}, {whole}"
+        table.add_row(
+            shown(plan.file_label), size(plan.file_bytes), told, f"{number(report.result.ppl)}, {change}"
+        )
+    return table
+
+
 def card_line(folder: Path) -> str:
     """Names the card and the report where they are; a run whose card failed has said why already."""
     paths = {"card": folder / CARD, "report": folder / REPORT}
@@ -373,8 +387,14 @@ def reproduced_line(found: Reproduced) -> str:
     changed = f"; changed: {shown(', '.join(found.changed))}" if found.changed else ""
     if found.file is None:
         return f"[red]not rebuilt[/]{changed}"
-    said = "[green]bit for bit the same[/]" if found.bit_equal else "[red]another file[/]"
-    return f"{shown(found.file)}: {said}, sha256 {found.sha256}{changed}"
+    first = _made_again(found.file, found.sha256 or "", found.sha256 == found.wanted_sha256)
+    further = [_made_again(each.file, each.sha256, each.bit_equal) for each in found.further]
+    return "\n".join([first, *further]) + changed
+
+
+def _made_again(file: str, digest: str, bit_equal: bool) -> str:
+    said = "[green]bit for bit the same[/]" if bit_equal else "[red]another file[/]"
+    return f"{shown(file)}: {said}, sha256 {digest}"
 
 
 def quantized_line(found: Quantized) -> str:

@@ -48,6 +48,9 @@ from cerebellum.gguf import (
     row_bytes,
 )
 
+_MIXTURES = {"IQ2_M": "IQ2_S", "IQ3_XS": "IQ3_XXS", "IQ3_M": "IQ3_S"}
+"""Presets that are named after no type of their own, and the type that the fake makes of them."""
+
 Damage = Callable[[TensorInfo], float]
 """A tensor, with its type -> what it adds to the NLL in nats/token; NaN makes the model collapse."""
 
@@ -116,7 +119,8 @@ class FakeEngine:
     ) -> dict[str, GGMLQuantizationType]:
         """Gives every matrix in a block the type that the preset is named after, or Q8_0 where rows refuse it."""
         label = preset_label(preset)
-        wanted = parse_type("_".join(label.split("_")[:2]) if label.endswith(("_S", "_M", "_L")) else label)
+        label = _MIXTURES.get(label, label)
+        wanted = parse_type(label.rpartition("_")[0] if "_K_" in label else label)
         return {tensor.name: _preset_type(tensor, wanted) for tensor in read_gguf(source).tensors}
 
     def quantize(self, job: QuantizeJob, threads: int) -> Iterator[Bytes]:

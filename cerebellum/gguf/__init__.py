@@ -8,6 +8,7 @@ from cerebellum.gguf.presets import parse_preset, preset_label, preset_names
 from cerebellum.gguf.reader import GgufFile, TensorInfo, decode_record, read_gguf, record_key
 from cerebellum.gguf.types import (
     LADDER,
+    SEARCHED,
     bits_per_weight,
     block_size,
     fits,
@@ -30,6 +31,7 @@ from cerebellum.gguf.writer import (
 
 __all__ = [
     "LADDER",
+    "SEARCHED",
     "GGMLQuantizationType",
     "GGUFValueType",
     "GgufFile",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -15,31 +17,56 @@ from cerebellum.errors import BadInput
 
 _T = GGMLQuantizationType
 
-IMATRIX_TYPES = frozenset({_T.IQ1_S, _T.IQ1_M, _T.IQ2_XXS, _T.IQ2_XS, _T.IQ2_S, _T.IQ3_XXS})
-"""What llama.cpp refuses to make without an importance matrix (llama-quant.cpp,
-tensor_requires_imatrix; Q2_K asks for one in a Q2_K_S file only, which Cerebellum never makes)."""
 
-LADDER_256 = (
-    _T.IQ2_XXS,
-    _T.IQ2_XS,
-    _T.IQ2_S,
-    _T.Q2_K,
-    _T.IQ3_XXS,
-    _T.Q3_K,
-    _T.IQ3_S,
-    _T.IQ4_XS,
-    _T.Q4_K,
-    _T.Q5_K,
-    _T.Q6_K,
+@dataclass(frozen=True, kw_only=True)
+class WeightType:
+    """A type that weights may get, and where: everything that is asked of a type stands in its one row.
+
+    ``needs_imatrix``: llama.cpp refuses to make it without an importance matrix (llama-quant.cpp,
+    tensor_requires_imatrix; Q2_K asks for one in a Q2_K_S file only, which Cerebellum never makes). ``rows`` says
+    which rows it is offered for: "256" are whole numbers of 256-element blocks, "32" those that are none of 256,
+    "any" are both. ``searched`` types are rounded by a search that is ten times as slow, so that a budget measures
+    them only where a plan could want them.
+    """
+
+    type: GGMLQuantizationType
+    rows: Literal["256", "32", "any"] = "256"
+    needs_imatrix: bool = False
+    searched: bool = False
+
+
+WEIGHT_TYPES = (
+    WeightType(type=_T.IQ1_S, needs_imatrix=True),
+    WeightType(type=_T.IQ1_M, needs_imatrix=True),
+    WeightType(type=_T.IQ2_XXS, needs_imatrix=True, searched=True),
+    WeightType(type=_T.IQ2_XS, needs_imatrix=True, searched=True),
+    WeightType(type=_T.IQ2_S, needs_imatrix=True, searched=True),
+    WeightType(type=_T.Q2_K),
+    WeightType(type=_T.IQ3_XXS, needs_imatrix=True, searched=True),
+    WeightType(type=_T.Q3_K),
+    WeightType(type=_T.IQ3_S, searched=True),
+    WeightType(type=_T.IQ4_XS, searched=True),
+    WeightType(type=_T.MXFP4),
+    WeightType(type=_T.Q4_K),
+    WeightType(type=_T.Q5_K),
+    WeightType(type=_T.Q6_K),
+    WeightType(type=_T.Q4_0, rows="32"),
+    WeightType(type=_T.IQ4_NL, rows="32"),
+    WeightType(type=_T.Q4_1, rows="32"),
+    WeightType(type=_T.Q5_0, rows="32"),
+    WeightType(type=_T.Q5_1, rows="32"),
+    WeightType(type=_T.Q8_0, rows="any"),
 )
-"""Types of 256-element blocks, cheapest first."""
+"""Every type a group may be demoted or promoted to, cheapest first for rows of one kind. IQ1_S, IQ1_M and MXFP4 are
+tried only where --types or --demote names them: at a bit a weight nothing is foretold, and MXFP4 has no importance."""
 
-LADDER_32 = (_T.Q4_0, _T.IQ4_NL, _T.Q4_1, _T.Q5_0, _T.Q5_1)
-"""Types of 32-element blocks, for rows that take none of 256: elsewhere a 256-block type of the
-same size is better."""
+LADDER = tuple(each.type for each in WEIGHT_TYPES)
+"""The types of the table."""
 
-LADDER = (*LADDER_256, *LADDER_32, _T.Q8_0)
-"""Every type a group may be demoted or promoted to."""
+SEARCHED = tuple(each.type.name for each in WEIGHT_TYPES if each.searched)
+"""The names of the types that are rounded by a slow search."""
+
+_BY_TYPE = {each.type: each for each in WEIGHT_TYPES}
 
 
 def block_size(type_: GGMLQuantizationType) -> int:
@@ -88,7 +115,7 @@ def fits(type_: GGMLQuantizationType, shape: Sequence[int]) -> bool:
 
 def needs_imatrix(type_: GGMLQuantizationType) -> bool:
     """Says whether llama.cpp refuses to make this type without an importance matrix."""
-    return type_ in IMATRIX_TYPES
+    return type_ in _BY_TYPE and _BY_TYPE[type_].needs_imatrix
 
 
 def is_quantized(type_: GGMLQuantizationType) -> bool:
@@ -133,10 +160,11 @@ def legal_types(shapes: Iterable[Sequence[int]], has_imatrix: bool) -> tuple[GGM
     """
     row_lengths = {shape[0] for shape in shapes}
     take_256 = all(n_per_row % 256 == 0 for n_per_row in row_lengths)
-    ladder = (*(LADDER_256 if take_256 else LADDER_32), _T.Q8_0)
+    offered = ("256", "any") if take_256 else ("32", "any")
     return tuple(
-        type_
-        for type_ in ladder
-        if all(fits(type_, (n_per_row,)) for n_per_row in row_lengths)
-        and (has_imatrix or not needs_imatrix(type_))
+        each.type
+        for each in WEIGHT_TYPES
+        if each.rows in offered
+        and all(fits(each.type, (n_per_row,)) for n_per_row in row_lengths)
+        and (has_imatrix or not each.needs_imatrix)
     )

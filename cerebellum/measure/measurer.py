@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from cerebellum.engine.predictions import PredictionCache
 from cerebellum.engine.protocols import CannotSwap, Engine, Job, Resident, Scores
 from cerebellum.errors import BadInput
-from cerebellum.files import sha256_file
 from cerebellum.ledger import Divergence, Ledger, SeriesKey
 from cerebellum.progress import Reporter, Silent
 from cerebellum.shards import Shards, Variant
+from cerebellum.source import open_source
 from cerebellum.stats.paired import Interval, superpopulation_interval
 from cerebellum.texts import Corpus
 from cerebellum.units import size
@@ -221,8 +221,9 @@ def _divergence(scores: Scores, base_series: int) -> Divergence | None:
 
 
 def file_variant(path: Path, label: str) -> Variant:
-    """A finished GGUF as a variant, to be measured like any other."""
-    return Variant(label=label, paths=(path,), digest=sha256_file(path))
+    """A finished GGUF, with all of its splits, as a variant, to be measured like any other."""
+    file = open_source(path, allow_requantize=True)
+    return Variant(label=label, paths=tuple(part.path for part in file.files), digest=file.sha256())
 
 
 def with_divergence(found: Measurement, measurer: Measurer, shards: Shards) -> Measurement:

@@ -83,7 +83,8 @@ class Plan(Artifact, frozen=True, kw_only=True):
     ``predicted_delta_pct`` is what the whole would cost if damages added up; ``measured_delta_pct`` and
     ``ci_pct`` are of the combination itself on the selection text, None where nobody measured it.
     ``imatrix_sha256`` names the importance matrix that all bytes behind these numbers were made with. ``memory``
-    is what it takes on the graphics card that it was planned for, where one was named.
+    is what it takes on the graphics card that it was planned for, where one was named. ``label`` is the
+    quantization label in the name of the file; a plan that names none is labelled as its base.
     """
 
     format: Literal[4] = 4
@@ -99,6 +100,12 @@ class Plan(Artifact, frozen=True, kw_only=True):
     tensor_types: dict[str, str]
     imatrix_sha256: str | None = None
     memory: GpuMemory | None = None
+    label: str | None = None
+
+    @property
+    def file_label(self) -> str:
+        """The label in the name of the finished file, which is what people ask the Hub for."""
+        return self.label or self.base
 
     @property
     def changes(self) -> Changes:

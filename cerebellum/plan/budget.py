@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec.structs import replace as replace_fields
 
-from cerebellum.errors import AnswerIsNo
+from cerebellum.errors import AnswerIsNo, BadInput
+from cerebellum.groups import is_tied
 from cerebellum.layout import Layout
 from cerebellum.measure.artifacts import Bounds, Curves, Effect, Look, Response, finite_pair
 from cerebellum.measure.curves import Probe, Reference, Score
@@ -37,7 +38,7 @@ from cerebellum.plan.artifacts import BudgetPlan, CandidateRow, FrontierRow, Pla
 from cerebellum.plan.damage import DamageModel, WholePlan, base_point, fit_damage
 from cerebellum.plan.knapsack import Choice, Option, solve
 from cerebellum.plan.target import Target, target_of
-from cerebellum.settings import FINE_LADDER, KLD, PPL, Budget, Objective
+from cerebellum.settings import FINE_LADDER, KLD, PPL, Budget, Gpu, Objective
 from cerebellum.stats.estimate import Estimate
 from cerebellum.stats.paired import as_percent
 from cerebellum.verdicts import NOTHING, Changes, drive
@@ -237,8 +238,25 @@ def unreachable(file_bytes: int, smallest: int) -> AnswerIsNo:
     )
 
 
+def check_allocated(workspace: Workspace, goal: Budget) -> None:
+    """Raises BadInput where the embeddings are to be planned for a GPU that they do not lie on.
+
+    Bytes that they gave up would be spent on the GPU, where they were never.
+    """
+    fitted = any(isinstance(size, Gpu) for size in goal.sizes)
+    if fitted and "embd" in goal.allocate and not is_tied(workspace.source):
+        raise BadInput(
+            "--allocate embd and --fit: this model's embeddings stay in main memory and take nothing of a graphics "
+            "card; give --allocate head, or a --budget"
+        )
+    if goal.allocate and is_tied(workspace.source):
+        workspace.reporter.note(
+            "embeddings and output head are one tensor in this model: token_embd is planned for both"
+        )
+
+
 def check_reachable(workspace: Workspace, goal: Budget) -> None:
-    """Raises AnswerIsNo before any work where shapes alone say that no file can be so small.
+    """Raises AnswerIsNo before any work where shapes alone say that no file can be as small as one of the sizes.
 
     No importance matrix is made for it: types depend on whether there is one, not on what it holds.
     """
@@ -247,9 +265,10 @@ def check_reachable(workspace: Workspace, goal: Budget) -> None:
         min(layout.group_bytes(name, qtype) for qtype in (None, *layout.ladder(name, goal.offered)))
         for name in layout.groups
     )
-    wanted = target_of(goal.size, workspace.engine, workspace.source, layout).file_bytes
-    if wanted < smallest:
-        raise unreachable(wanted, smallest)
+    for size in goal.sizes:
+        wanted = target_of(size, workspace.engine, workspace.source, layout).file_bytes
+        if wanted < smallest:
+            raise unreachable(wanted, smallest)
 
 
 # --- the stage
@@ -265,7 +284,7 @@ def plan_budget(curves: Curves, session: Session, target: Target) -> BudgetPlan:
     objective = session.goal.objective
     fine = _measure_fine_types(curves, session, target)
     model = fit_damage(curves, layout, fine)
-    asking = budget_plan(model, session.measure_reference(), target.file_bytes, objective, session.seed)
+    asking = budget_plan(model, session.measure_reference(), target.model_bytes, objective, session.seed)
     decision = drive(asking, session.score_plan)
     plan = _plan_of(decision, layout, target, objective, curves.base_kld)
     rows = _frontier_rows(decision.points, layout, objective, curves)
@@ -288,7 +307,7 @@ def plan_points(
 ) -> BudgetPlan:
     """Returns the plan of least foretold damage; AnswerIsNo with the nearest reachable size where none fits."""
     allocation = Allocation(points, layout, objective)
-    best = allocation.best(target.file_bytes)
+    best = allocation.best(target.model_bytes)
     if best is None:
         raise unreachable(target.file_bytes, allocation.smallest())
     decision = Decision(chosen=best, proposals=(best,), points=points)
@@ -326,7 +345,7 @@ def _measure_fine_types(curves: Curves, session: Session, target: Target) -> tup
     """
     layout = session.layout
     points = fit_damage(curves, layout).points()
-    first = Allocation(points, layout, session.goal.objective).best(target.file_bytes)
+    first = Allocation(points, layout, session.goal.objective).best(target.model_bytes)
     wanted: dict[tuple[str, str], list[str]] = {}
     for point in first.points if first else ():
         if point.type in FINE_LADDER:

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
+from cerebellum import files
 from cerebellum.base import preset_base
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
-from cerebellum.folder import MEASUREMENTS, PLAN
+from cerebellum.folder import BENCH, MEASUREMENTS, PLAN, SIZES, VERIFY, RunFolder, SizeRow, Sizes
 from cerebellum.groups import make_groups
 from cerebellum.layout import Layout
 from cerebellum.measure.artifacts import Curves, read_recorded
 from cerebellum.measure.probe import Session
 from cerebellum.measure.race import fresh_order
 from cerebellum.measure.stage import SINGLES_SHARE, Racing, against_base, write_measurements
-from cerebellum.plan.artifacts import BudgetPlan, LimitPlan, Plan
+from cerebellum.plan.artifacts import BudgetPlan, LimitPlan
 from cerebellum.plan.budget import plan_budget, plan_unmeasured
+from cerebellum.plan.labels import Sized, sized
 from cerebellum.plan.limit import limit_plan, make_units, plan_from, threshold_plan
 from cerebellum.plan.recorded import plan_recorded
-from cerebellum.plan.target import target_of
+from cerebellum.plan.target import Target, target_of
 from cerebellum.settings import Budget, Limit, Settings
 from cerebellum.source import Source, open_source
 from cerebellum.stats.sequential import combination_share
 from cerebellum.verdicts import Changes, Measurement, drive
 from cerebellum.workspace import Workspace
-
-P = TypeVar("P", bound=Plan)
 
 
 def plan_against_limit(workspace: Workspace, limit: Limit) -> LimitPlan:
@@ -55,10 +56,17 @@ def plan_against_limit(workspace: Workspace, limit: Limit) -> LimitPlan:
     return _written(workspace, limit_plan(chosen, workspace.layout, limit))
 
 
-def plan_for_budget(workspace: Workspace, budget: Budget, curves: Curves, session: Session) -> BudgetPlan:
-    """Proposes plans within the budget, measures each whole, and writes the best measured as plan.json."""
-    target = target_of(budget.size, workspace.engine, workspace.source, workspace.layout, workspace.matrix)
-    return _written(workspace, plan_budget(curves, session, target))
+def plan_for_budget(
+    workspace: Workspace, budget: Budget, curves: Curves, session: Session
+) -> tuple[BudgetPlan, ...]:
+    """Proposes plans within each size of the budget, measures each whole, and writes the best measured of each."""
+    return _planned(workspace, budget, lambda target: plan_budget(curves, session, target))
+
+
+def sizes_of(workspace: Workspace, budget: Budget) -> tuple[Sized, ...]:
+    """Returns the sizes of the budget on this model, with their labels; shapes alone decide them."""
+    layout = Layout.of(workspace.source, workspace.groups, workspace.base_without_matrix)
+    return sized(budget, workspace.engine, workspace.source, layout)
 
 
 def replan_limit(workspace: Workspace, limit: Limit, measurements: Path | None = None) -> LimitPlan:
@@ -72,21 +80,78 @@ def replan_limit(workspace: Workspace, limit: Limit, measurements: Path | None =
     return _written(workspace, limit_plan(plan_from(found, layout, limit), layout, limit))
 
 
-def replan_budget(workspace: Workspace, budget: Budget, measurements: Path | None = None) -> BudgetPlan:
-    """Plans from the folder's curves and writes plan.json; loads no model, and measures nothing whole."""
+def replan_budget(
+    workspace: Workspace, budget: Budget, measurements: Path | None = None
+) -> tuple[BudgetPlan, ...]:
+    """Plans every size from the folder's curves and writes the plans; loads no model, and measures nothing whole."""
     if measurements is not None:
         raise BadInput("--measurements: a folder plans a budget from its curves.json; leave it out")
+    curves = workspace.artifacts.curves()
     layout = workspace.layout
-    target = target_of(budget.size, workspace.engine, workspace.source, layout, workspace.matrix)
-    plan = plan_unmeasured(workspace.artifacts.curves(), layout, target, budget.objective)
+
+    def plan(target: Target) -> BudgetPlan:
+        return plan_unmeasured(curves, layout, target, budget.objective)
+
+    plans = _planned(workspace, budget, plan)
     workspace.write_groups()
-    return _written(workspace, plan)
+    return plans
 
 
-def _written(workspace: Workspace, plan: P) -> P:
+def _planned(
+    workspace: Workspace, budget: Budget, plan: Callable[[Target], BudgetPlan]
+) -> tuple[BudgetPlan, ...]:
+    """Plans every size, then writes all plans with sizes.json; where one cannot be planned none is written."""
+    sizes = sizes_of(workspace, budget)
+    made = [_plan_one(workspace, one, plan, several=len(sizes) > 1) for one in sizes]
+    views = [RunFolder(workspace.folder, one.label if number else None) for number, one in enumerate(sizes)]
+    for view, each in zip(views, made, strict=True):
+        view.write(PLAN, each)
+    if len(sizes) == 1:
+        _forget_sizes(workspace)
+    else:
+        rows = (_size_row(*each) for each in zip(sizes, made, views, strict=True))
+        workspace.artifacts.write(SIZES, Sizes(sizes=tuple(rows)))
+    return tuple(made)
+
+
+def _plan_one(
+    workspace: Workspace, one: Sized, plan: Callable[[Target], BudgetPlan], several: bool
+) -> BudgetPlan:
+    """Plans one size; of several it says what each took, beside the curves that all of them share."""
+    begun = time.monotonic()
+    target = target_of(
+        one.asked, workspace.engine, workspace.source, workspace.layout, workspace.matrix
+    ).split_above(workspace.settings.split_above_bytes)
+    found = plan(target)
+    if several:
+        workspace.reporter.note(
+            f"{one.label}: planned in {time.monotonic() - begun:.1f} s from the shared curves"
+        )
+    return msgspec.structs.replace(found, label=one.label, imatrix_sha256=workspace.matrix.sha256)
+
+
+def _size_row(one: Sized, plan: BudgetPlan, view: RunFolder) -> SizeRow:
+    return SizeRow(
+        label=one.label,
+        asked=one.asked,
+        budget_bytes=plan.budget_bytes,
+        plan=view.place(PLAN),
+        verify=view.place(VERIFY),
+        bench=view.place(BENCH),
+    )
+
+
+def _forget_sizes(workspace: Workspace) -> None:
+    """Removes the list of sizes that an earlier run of the folder left, for now there is a single plan."""
+    if workspace.path(SIZES).exists():
+        files.DISK.unlink(workspace.path(SIZES))
+
+
+def _written(workspace: Workspace, plan: LimitPlan) -> LimitPlan:
     """Writes plan.json with the matrix that it rests on, and returns it."""
-    resting: P = msgspec.structs.replace(plan, imatrix_sha256=workspace.matrix.sha256)
+    resting = msgspec.structs.replace(plan, imatrix_sha256=workspace.matrix.sha256)
     workspace.artifacts.write(PLAN, resting)
+    _forget_sizes(workspace)
     return resting
 
 
@@ -103,8 +168,13 @@ def limit_header(settings: Settings, limit: Limit, engine: Engine, measurements:
     return limit_plan(plan_from(read_recorded(measurements), layout, limit), layout, limit)
 
 
-def budget_header(settings: Settings, budget: Budget, engine: Engine, measurements: Path) -> BudgetPlan:
-    """Plans for a header from measurements made elsewhere, and a stated model where they say nothing."""
+def budget_header(
+    settings: Settings, budget: Budget, engine: Engine, measurements: Path
+) -> tuple[BudgetPlan, ...]:
+    """Plans each size for a header from measurements made elsewhere, and a stated model where they say nothing."""
     source, layout = header_layout(settings, engine)
-    target = target_of(budget.size, engine, source, layout)
-    return plan_recorded(read_recorded(measurements), layout, target)
+    recorded = read_recorded(measurements)
+    return tuple(
+        msgspec.structs.replace(plan_recorded(recorded, layout, one.target), label=one.label)
+        for one in sized(budget, engine, source, layout)
+    )

@@ -26,13 +26,31 @@ from cerebellum.settings import Bytes, Gpu, Preset
 from cerebellum.source import Source, plain_metadata
 from cerebellum.verdicts import NOTHING, Changes
 
+_SPLIT_BYTES = 512
+"""Header, three records and padding of one split, from above."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The largest file that is wanted, in bytes, and the room on the GPU that the size came from, if any."""
+    """The largest file that is wanted, in bytes, and the room on the GPU that the size came from, if any.
+
+    ``for_splits`` of its bytes are set aside for the headers of splits, where it will be split.
+    """
 
     file_bytes: int
     room: _GpuRoom | None = field(default=None, repr=False)
+    for_splits: int = 0
+
+    @property
+    def model_bytes(self) -> int:
+        """The bytes that the model may have as one file."""
+        return self.file_bytes - self.for_splits
+
+    def split_above(self, n_bytes: int) -> Target:
+        """Returns the same size for a result that is written as splits of at most ``n_bytes``."""
+        if self.file_bytes <= n_bytes:
+            return self
+        return replace(self, for_splits=(2 + self.file_bytes // n_bytes) * _SPLIT_BYTES)
 
     def memory(self, changes: Changes) -> GpuMemory | None:
         """Returns what the base with ``changes`` takes on the GPU part by part, or None where none was named."""

@@ -21,6 +21,7 @@ from tiny import random_tensor, write_hybrid
 from cerebellum import imatrix
 from cerebellum.bench.artifacts import BenchResults
 from cerebellum.codec import as_json, read_artifact
+from cerebellum.folder import SizeRow, Sizes
 from cerebellum.gguf import GgufFile, encode_kv, read_gguf, write_gguf
 from cerebellum.groups import Groups, attention_layers, describe, make_groups, recurrent_layers, source_file
 from cerebellum.ledger import Divergence, Ledger, SeriesKey
@@ -29,7 +30,7 @@ from cerebellum.manifest import Manifest
 from cerebellum.measure.artifacts import Curves, Measurements, read_recorded
 from cerebellum.memory.shape import largest_context, memory_shape
 from cerebellum.plan.artifacts import AnyPlan
-from cerebellum.settings import Budget, Preset, Settings
+from cerebellum.settings import Budget, Preset, Published, Settings
 from cerebellum.source import open_source, plain_metadata
 from cerebellum.verify import Verified
 
@@ -201,9 +202,19 @@ def read_ledger(path: Path) -> None:
             path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
+_SIZE = SizeRow(
+    label="Q3_K_M",
+    asked=Preset(name="Q3_K_M"),
+    budget_bytes=7,
+    plan="plan.json",
+    verify="verify.json",
+    bench="bench.json",
+)
+
+
 def _artifacts(folder: Path) -> list[Target]:
     values: dict[str, tuple[Any, Any]] = {
-        "settings": (Settings(source=Path("/m.gguf"), goal=Budget(size=Preset(name="Q3_K_M"))), Settings),
+        "settings": (Settings(source=Path("/m.gguf"), goal=Budget(sizes=(Preset(name="Q3_K_M"),))), Settings),
         "source": (run_folder.source(), type(run_folder.source())),
         "groups": (run_folder.groups(run_folder.plan()), Groups),
         "measurements": (run_folder.measurements(), Measurements),
@@ -213,6 +224,8 @@ def _artifacts(folder: Path) -> list[Target]:
         "verify": (run_folder.verify(), Verified),
         "manifest": (run_folder.manifest(), Manifest),
         "bench": (run_folder.bench(), BenchResults),
+        "sizes": (Sizes(sizes=(_SIZE, _SIZE)), Sizes),
+        "published": (Published(base_model="a/b", license="mit"), Published),
     }
     found = []
     for name, (value, wanted) in values.items():
