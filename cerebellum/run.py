@@ -270,7 +270,7 @@ def verify_stage(workspace: Workspace) -> Verified:
     with timed("verifying"):
         checks = check_file(out, plan, workspace.layout, workspace.shards)
     corpus = workspace.report_corpus
-    measurer = Measurer(workspace.engine, workspace.ledger, corpus, workspace.reporter)
+    measurer = Measurer(workspace.engine, workspace.ledger, corpus, workspace.reporter, crew=workspace.crew)
     try:
         found = report(
             measurer,
@@ -280,6 +280,7 @@ def verify_stage(workspace: Workspace) -> Verified:
             workspace.settings.report_chunks or corpus.n_chunks,
             workspace.selection.sha256,
         )
+        measurer.settle()
     finally:
         measurer.close()
     result = verified(checks, found)

@@ -27,7 +27,17 @@ with atheris.instrument_imports(include=["cerebellum"]):
 
 _OF = {
     "reader": ("hybrid", "few", "imatrix"),
-    "codec": ("settings", "source", "groups", "measurements", "curves", "plan", "verify", "manifest", "bench"),
+    "codec": (
+        "settings",
+        "source",
+        "groups",
+        "measurements",
+        "curves",
+        "plan",
+        "verify",
+        "manifest",
+        "bench",
+    ),
 }
 _SEEDS = 40  # inputs that it starts from, of each target
 _LIMITS = ("-rss_limit_mb=4096", "-timeout=20", "-max_len=65536", "-print_final_stats=1")
