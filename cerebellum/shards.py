@@ -103,6 +103,7 @@ class Shards:
         self._hashes: dict[Path, str] = {}
         self._written: dict[Path, ShardJob] = {}
         self._ahead: Ahead | None = None
+        self._jobs: dict[tuple[str, str | None], ShardJob] = {}
         self._seen: set[Path] = set()
         self.weights_made = 0
         base = recipe.layout.base
@@ -230,14 +231,20 @@ class Shards:
         return self._made(self._job(name, qtype))
 
     def _protected_job(self) -> ShardJob:
-        grouped = {tensor for group in self._recipe.layout.groups.values() for tensor in group.tensors}
-        types = {name: t for name, t in self._recipe.layout.base.types.items() if name not in grouped}
-        in_source_order = {name: types[name] for name in self._recipe.source.tensors if name in types}
-        return self._job_of(0, "protected", BASE_LABEL, in_source_order)
+        if ("", None) not in self._jobs:
+            grouped = {tensor for group in self._recipe.layout.groups.values() for tensor in group.tensors}
+            types = {name: t for name, t in self._recipe.layout.base.types.items() if name not in grouped}
+            in_source_order = {name: types[name] for name in self._recipe.source.tensors if name in types}
+            self._jobs["", None] = self._job_of(0, "protected", BASE_LABEL, in_source_order)
+        return self._jobs["", None]
 
     def _job(self, name: str, qtype: str | None) -> ShardJob:
-        types = self._recipe.layout.group_types(name, qtype)
-        return self._job_of(self._number[name], name, qtype or BASE_LABEL, types)
+        """What makes a group at a type; it is asked often and worked out once."""
+        if (name, qtype) not in self._jobs:
+            types = self._recipe.layout.group_types(name, qtype)
+            job = self._job_of(self._number[name], name, qtype or BASE_LABEL, types)
+            self._jobs[name, qtype] = job
+        return self._jobs[name, qtype]
 
     def _job_of(
         self, number: int, name: str, label: str, types: Mapping[str, GGMLQuantizationType]

@@ -210,6 +210,14 @@ class Alternating:
         return make_engine(note) if self.made == 1 else FakeEngine(damage=lambda t: damage(t) + 1e-6)
 
 
+def test_shards_that_were_removed_are_made_again_by_workers(tmp_path: Path) -> None:
+    """A finished run keeps no shard that only measuring needed; more chunks of it need them again."""
+    run_all(with_workers(tmp_path / "many", Limit(chunks=2), None))
+    run_all(with_workers(tmp_path / "many", Limit(chunks=6), Hired()))
+    run_all(with_workers(tmp_path / "one", Limit(chunks=6), None))
+    same_decisions(tmp_path / "one" / "run", tmp_path / "many" / "run")
+
+
 def test_an_engine_of_another_name_is_refused_with_both_names(tmp_path: Path) -> None:
     hired = Hired(make_engine=lambda note: make_engine(note, identity="another card"))
     with pytest.raises(CerebellumError, match=r"no worker can be used: .*another card, this run's is fake"):
