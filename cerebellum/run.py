@@ -318,9 +318,12 @@ def finished_file(workspace: Workspace, plan: AnyPlan) -> Path:
 
 def verify_stage(workspace: Workspace) -> tuple[Verified, ...]:
     """Reads each finished file again, measures it on the report text and writes its verify.json."""
-    measurer = Measurer(workspace.engine, workspace.ledger, workspace.report_corpus, workspace.reporter)
+    corpus = workspace.report_corpus
+    measurer = Measurer(workspace.engine, workspace.ledger, corpus, workspace.reporter, crew=workspace.crew)
     try:
-        return tuple(_verify_one(workspace, result, measurer) for result in workspace.artifacts.results())
+        found = tuple(_verify_one(workspace, result, measurer) for result in workspace.artifacts.results())
+        measurer.settle()
+        return found
     finally:
         measurer.close()
 

@@ -53,6 +53,10 @@ class Variant:
     digest: str
     ready: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
 
+    def __reduce__(self) -> tuple[Callable[[], Variant], tuple[()]]:
+        """Travels to a worker without ``ready``: whoever sends it has seen to it."""
+        return partial(Variant, label=self.label, paths=self.paths, digest=self.digest), ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -71,11 +75,18 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Content:
-    """What a shard holds: its split number, and the type of each of its tensors in order."""
+class ShardJob:
+    """A shard to make: its split number, the type of each of its tensors in order, and its file.
+
+    ``recipe`` is the hash of all that its bytes are made from, of which the file's name has the first digits;
+    ``said`` tells people what it is.
+    """
 
     number: int
     types: Mapping[str, GGMLQuantizationType]
+    path: Path
+    recipe: str
+    said: str
 
 
 class Shards:
@@ -90,8 +101,10 @@ class Shards:
         self._tick = tick
         self._number = {name: number for number, name in enumerate(recipe.layout.groups, start=1)}
         self._hashes: dict[Path, str] = {}
-        self._written: dict[Path, _Content] = {}
+        self._written: dict[Path, ShardJob] = {}
         self._ahead: Ahead | None = None
+        self._jobs: dict[tuple[str, str | None], ShardJob] = {}
+        self._seen: set[Path] = set()
         self.weights_made = 0
         base = recipe.layout.base
         self._origin = [
@@ -120,8 +133,7 @@ class Shards:
         """Returns how many weights are still to be quantized before these variants can be measured."""
         missing: set[tuple[str, str]] = set()
         for name, qtype in {change for changes in wanted for change in changes.items()}:
-            content = _Content(number=self._number[name], types=self._recipe.layout.group_types(name, qtype))
-            if not self._is_known(*self._path(content, name, qtype)):
+            if not self._is_known(self._job(name, qtype)):
                 missing.add((name, qtype))
         tensors = self._recipe.source.tensors
         return sum(
@@ -178,11 +190,32 @@ class Shards:
 
     def _write_as_known(self, path: Path) -> None:
         """Makes a shard again; BadInput where it does not get the content that was measured."""
-        if self._write(path, self._written[path]) != self._hashes[path]:
-            raise BadInput(
-                f"{path}: the source gives other bytes now than were measured; check the disk and the importance "
-                "matrix, and run again in another folder"
-            )
+        if self._write(self._written[path]) != self._hashes[path]:
+            raise _other_bytes(path)
+
+    def missing(self, changes: Changes) -> list[ShardJob]:
+        """Returns the shards of a variant whose content nobody knows yet, for workers to make."""
+        jobs = [self._protected_job(), *(self._job(name, changes.get(name)) for name in self._number)]
+        return [job for job in jobs if job.path not in self._hashes and not self._is_known(job)]
+
+    def removed(self, variant: Variant) -> list[ShardJob]:
+        """Returns the shards of a variant that were removed since they were measured, for workers to make again."""
+        unseen = [path for path in variant.paths if path in self._written and path not in self._seen]
+        gone = [path for path in unseen if not path.exists()]
+        self._seen |= set(unseen) - set(gone)
+        return [self._written[path] for path in gone]
+
+    def adopt(self, job: ShardJob, sha256: str | None) -> None:
+        """Takes in a shard that a worker made, with its hash; None where it was there already.
+
+        Raises BadInput where it was measured before and had another content.
+        """
+        self._written[job.path] = job
+        known = self._ledger.content_hash(job.path.name, job.recipe)
+        if None not in (sha256, known) and sha256 != known:
+            raise _other_bytes(job.path)
+        self.weights_made += self._weights(job)
+        self._hashes[job.path] = self._content_hash(job, sha256)
 
     def tensor(self, name: str, type_: GGMLQuantizationType) -> TensorSource:
         """Returns one tensor of the source at a type; it is quantized when it is written."""
@@ -191,26 +224,47 @@ class Shards:
 
     def protected(self) -> Path:
         """Returns the shard with the metadata and all tensors that nothing changes."""
-        grouped = {tensor for group in self._recipe.layout.groups.values() for tensor in group.tensors}
-        types = {name: t for name, t in self._recipe.layout.base.types.items() if name not in grouped}
-        in_source_order = {name: types[name] for name in self._recipe.source.tensors if name in types}
-        return self._made(0, "protected", BASE_LABEL, in_source_order)
+        return self._made(self._protected_job())
 
     def path(self, name: str, qtype: str | None) -> Path:
         """Returns the shard of one group at one type, or at its base types; writes it if it is not there."""
-        types = self._recipe.layout.group_types(name, qtype)
-        return self._made(self._number[name], name, qtype or BASE_LABEL, types)
+        return self._made(self._job(name, qtype))
 
-    def _made(self, number: int, name: str, label: str, types: Mapping[str, GGMLQuantizationType]) -> Path:
-        content = _Content(number=number, types=types)
-        path, digest = self._path(content, name, label)
+    def _protected_job(self) -> ShardJob:
+        if ("", None) not in self._jobs:
+            grouped = {tensor for group in self._recipe.layout.groups.values() for tensor in group.tensors}
+            types = {name: t for name, t in self._recipe.layout.base.types.items() if name not in grouped}
+            in_source_order = {name: types[name] for name in self._recipe.source.tensors if name in types}
+            self._jobs["", None] = self._job_of(0, "protected", BASE_LABEL, in_source_order)
+        return self._jobs["", None]
+
+    def _job(self, name: str, qtype: str | None) -> ShardJob:
+        """What makes a group at a type; it is asked often and worked out once."""
+        if (name, qtype) not in self._jobs:
+            types = self._recipe.layout.group_types(name, qtype)
+            job = self._job_of(self._number[name], name, qtype or BASE_LABEL, types)
+            self._jobs[name, qtype] = job
+        return self._jobs[name, qtype]
+
+    def _job_of(
+        self, number: int, name: str, label: str, types: Mapping[str, GGMLQuantizationType]
+    ) -> ShardJob:
+        """Names the file of a shard after the hash of what it is made from."""
+        names = {tensor: type_.name for tensor, type_ in types.items()}
+        recipe = json.dumps([*self._origin, split_numbers(self._recipe, number), names])
+        digest = hashlib.sha256(recipe.encode()).hexdigest()
+        path = self._recipe.folder / f"{number:02d}-{name}.{label}.{digest[:12]}.gguf"
+        return ShardJob(number=number, types=types, path=path, recipe=digest, said=f"{name} at {label}")
+
+    def _made(self, job: ShardJob) -> Path:
+        path = job.path
         if path not in self._hashes:
-            self._written[path] = content
+            self._written[path] = job
             made = self._ahead.take(path) if self._ahead else None
-            if made is None and not self._is_known(path, digest):
-                self._tick(f"{name} at {label}")
-                made = self._write(path, self._written[path])
-            self._hashes[path] = self._content_hash(path, digest, made)
+            if made is None and not self._is_known(job):
+                self._tick(job.said)
+                made = self._write(job)
+            self._hashes[path] = self._content_hash(job, made)
         return path
 
     @contextmanager
@@ -223,77 +277,86 @@ class Shards:
         self._ahead = Ahead()
         try:
             for name, qtype in dict.fromkeys(change for changes in wanted for change in changes.items()):
-                types = self._recipe.layout.group_types(name, qtype)
-                content = _Content(number=self._number[name], types=types)
-                path, digest = self._path(content, name, qtype)
-                if path not in self._hashes and not self._is_known(path, digest):
-                    self._ahead.begin(path, partial(self._write, path, content))
+                job = self._job(name, qtype)
+                if job.path not in self._hashes and not self._is_known(job):
+                    self._ahead.begin(job.path, partial(self._write, job))
             yield
         finally:
             self._ahead.close()
             self._ahead = None
 
-    def _is_known(self, path: Path, recipe: str) -> bool:
+    def _is_known(self, job: ShardJob) -> bool:
         """Says whether a shard is there, or was once and its content is recorded."""
-        return path.exists() or self._ledger.content_hash(path.name, recipe) is not None
+        return job.path.exists() or self._ledger.content_hash(job.path.name, job.recipe) is not None
 
-    def _path(self, content: _Content, name: str, label: str) -> tuple[Path, str]:
-        """Returns the file of a shard, and the hash of what it is made from."""
-        names = {tensor: type_.name for tensor, type_ in content.types.items()}
-        recipe = json.dumps([*self._origin, self._split_numbers(content.number), names])
-        digest = hashlib.sha256(recipe.encode()).hexdigest()
-        return self._recipe.folder / f"{content.number:02d}-{name}.{label}.{digest[:12]}.gguf", digest
+    def _write(self, job: ShardJob) -> str:
+        """Writes a shard and returns its hash."""
+        self.weights_made += self._weights(job)
+        return write_shard(self._recipe, job)
 
-    def _content_hash(self, path: Path, recipe: str, made: str | None) -> str:
+    def _weights(self, job: ShardJob) -> int:
+        return sum(self._recipe.source.tensors[name].n_elements for name in job.types)
+
+    def _content_hash(self, job: ShardJob, made: str | None) -> str:
         """Returns the hash of a shard that was ``made`` just now, or the one that was recorded when it was."""
-        known = self._ledger.content_hash(path.name, recipe) if made is None else made
+        known = self._ledger.content_hash(job.path.name, job.recipe) if made is None else made
         if known is None:
-            known = sha256_file(path)
-        self._ledger.record_content_hash(path.name, recipe, known)
+            known = sha256_file(job.path)
+        self._ledger.record_content_hash(job.path.name, job.recipe, known)
         return known
-
-    def _write(self, path: Path, content: _Content) -> str:
-        """Writes a shard and returns its hash, worked out as the bytes went by.
-
-        Only the shard with the metadata carries general.alignment; the others use the default.
-        """
-        base = self._recipe.layout.base
-        records = () if content.number else base.records
-        _, count, total = self._split_numbers(content.number)
-        split = (
-            encode_kv("split.no", content.number, GGUFValueType.UINT16),
-            encode_kv("split.count", count, GGUFValueType.UINT16),
-            encode_kv("split.tensors.count", total, GGUFValueType.INT32),
-        )
-        digest = hashlib.sha256()
-        alignment = 32 if content.number else base.alignment
-        with timed("quantizing"):
-            write_gguf(path, (*records, *split), self._one_ahead(content.types), alignment, digest.update)
-        self.weights_made += sum(self._recipe.source.tensors[name].n_elements for name in content.types)
-        return digest.hexdigest()
-
-    def _one_ahead(self, types: Mapping[str, GGMLQuantizationType]) -> list[TensorSource]:
-        """Returns the tensors of a shard; as one is written the next is begun, so that no thread waits at a seam."""
-        names = list(types)
-        begun: dict[str, Iterator[NDArray[np.uint8]]] = {}
-
-        def chunks(index: int) -> Iterator[NDArray[np.uint8]]:
-            for name in names[index : index + 2]:
-                if name not in begun:
-                    begun[name] = self._bytes(name, types[name])
-            return begun.pop(names[index])
-
-        shapes = self._recipe.source.tensors
-        return [
-            TensorSource(name=name, shape=shapes[name].shape, type=type_, chunks=partial(chunks, index))
-            for index, (name, type_) in enumerate(types.items())
-        ]
-
-    def _split_numbers(self, number: int) -> tuple[int, int, int]:
-        return (number, len(self._number) + 1, len(self._recipe.source.tensors))
 
     def _bytes(self, name: str, type_: GGMLQuantizationType) -> Iterator[NDArray[np.uint8]]:
         return tensor_content(self._recipe, name, type_)
+
+
+def _other_bytes(path: Path) -> BadInput:
+    return BadInput(
+        f"{path}: the source gives other bytes now than were measured; check the disk and the importance matrix, and "
+        "run again in another folder"
+    )
+
+
+def write_shard(recipe: Recipe, job: ShardJob) -> str:
+    """Writes a shard and returns its hash, worked out as the bytes went by.
+
+    Only the shard with the metadata carries general.alignment; the others use the default.
+    """
+    base = recipe.layout.base
+    records = () if job.number else base.records
+    _, count, total = split_numbers(recipe, job.number)
+    split = (
+        encode_kv("split.no", job.number, GGUFValueType.UINT16),
+        encode_kv("split.count", count, GGUFValueType.UINT16),
+        encode_kv("split.tensors.count", total, GGUFValueType.INT32),
+    )
+    digest = hashlib.sha256()
+    alignment = 32 if job.number else base.alignment
+    with timed("quantizing"):
+        write_gguf(job.path, (*records, *split), _one_ahead(recipe, job.types), alignment, digest.update)
+    return digest.hexdigest()
+
+
+def split_numbers(recipe: Recipe, number: int) -> tuple[int, int, int]:
+    """Returns what a shard says of itself as a split: its number, how many there are, and tensors in all."""
+    return (number, len(recipe.layout.groups) + 1, len(recipe.source.tensors))
+
+
+def _one_ahead(recipe: Recipe, types: Mapping[str, GGMLQuantizationType]) -> list[TensorSource]:
+    """Returns the tensors of a shard; as one is written the next is begun, so that no thread waits at a seam."""
+    names = list(types)
+    begun: dict[str, Iterator[NDArray[np.uint8]]] = {}
+
+    def chunks(index: int) -> Iterator[NDArray[np.uint8]]:
+        for name in names[index : index + 2]:
+            if name not in begun:
+                begun[name] = tensor_content(recipe, name, types[name])
+        return begun.pop(names[index])
+
+    shapes = recipe.source.tensors
+    return [
+        TensorSource(name=name, shape=shapes[name].shape, type=type_, chunks=partial(chunks, index))
+        for index, (name, type_) in enumerate(types.items())
+    ]
 
 
 def tensor_content(recipe: Recipe, name: str, type_: GGMLQuantizationType) -> Iterator[NDArray[np.uint8]]:

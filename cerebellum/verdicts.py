@@ -1,14 +1,16 @@
 """What every stage shares: a change of the base, a limit on damage, a measurement, and the one pump.
 
 The pump: whatever decides without I/O is a generator that yields what it wants to know and is sent the answer, so
-that the same logic runs on an engine, on a replayed ledger and in a unit test. What it returns is the result.
+that the same logic runs on an engine, on a replayed ledger and in a unit test. What it returns is the result. It
+may yield a ``Batch`` of questions that do not depend on each other, which many workers can then work on at once;
+since a decision sees the answers that it asked for and nothing else, it is the same however many there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar, cast, overload
 
 from cerebellum.stats.paired import Interval, as_nats
 
@@ -20,6 +22,8 @@ COLLAPSED = "collapsed"
 Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
 Result = TypeVar("Result")
+AskedOf = TypeVar("AskedOf", contravariant=True)
+Answered = TypeVar("Answered", covariant=True)
 
 SET_ASIDE = "set aside"
 """No verdict: a combination that is probably over the limit, left for another; nothing that ships depends on it."""
@@ -69,7 +73,8 @@ class Measurement:
     ``delta`` is in nats a token, and None where the logits were not finite: the variant has collapsed.
     ``trace`` holds the interval at every look. ``kld`` (nats a token) and ``top1`` are against the base.
     ``set_aside`` says that measuring stopped without a verdict, since the limit was probably exceeded;
-    ``warnings`` are sentences about chunks that no interval withstands.
+    ``warnings`` are sentences about chunks that no interval withstands. ``read`` counts the chunks that the
+    verdict rests on, from the first of their order, and is 0 where nobody said; others may be in the ledger.
     """
 
     changes: Changes
@@ -79,6 +84,7 @@ class Measurement:
     top1: float | None = None
     set_aside: bool = False
     warnings: tuple[str, ...] = ()
+    read: int = field(default=0, compare=False)
 
     def verdict(self, threshold: Threshold) -> str:
         """Returns the verdict against a limit, or that it was set aside without one."""
@@ -90,12 +96,145 @@ class Measurement:
         return replace(self, kld=kld, top1=top1)
 
 
-def drive(asking: Generator[Asked, Answer, Result], answer: Callable[[Asked], Answer]) -> Result:
-    """Runs a generator to its end, answering each of its questions, and returns its result."""
+@dataclass(frozen=True, kw_only=True)
+class Batch(Generic[Asked]):
+    """Questions whose answers do not depend on each other; the answers are sent as a tuple in the same order.
+
+    ``likely`` are questions that will probably be asked next, the likeliest first. Whoever has nothing better to
+    do may work on them; nothing hears of it before they are asked.
+    """
+
+    asks: tuple[Asked, ...]
+    likely: tuple[Asked, ...] = ()
+
+
+Asking = Generator[Batch[Asked], tuple[Answer, ...], Result]
+"""What decides without I/O and asks in batches."""
+
+
+class Desk(Protocol[AskedOf, Answered]):
+    """Answers questions, several of which may be under way at once."""
+
+    def want(self, who: int, asks: Sequence[AskedOf], likely: Sequence[AskedOf]) -> None:
+        """Hears what a generator wants from now on; what it wanted before and is not begun is forgotten."""
+        ...
+
+    def ready(self, ask: AskedOf) -> bool:
+        """Says whether ``answer`` would not have to wait."""
+        ...
+
+    def wait(self) -> None:
+        """Returns once something more is known."""
+        ...
+
+    def answer(self, ask: AskedOf) -> Answered:
+        """Returns the answer, after waiting for it if need be."""
+        ...
+
+
+@overload
+def drive(asking: Asking[Asked, Answer, Result], answer: Callable[[Asked], Answer]) -> Result: ...
+
+
+@overload
+def drive(asking: Generator[Asked, Answer, Result], answer: Callable[[Asked], Answer]) -> Result: ...
+
+
+def drive(
+    asking: Asking[Asked, Answer, Result] | Generator[Asked, Answer, Result],
+    answer: Callable[[Asked], Answer],
+) -> Result:
+    """Runs a generator to its end, answering its questions one after another, and returns its result."""
     try:
         question = next(asking)
         while True:
-            question = asking.send(answer(question))
+            if isinstance(question, Batch):
+                question = asking.send(tuple(map(answer, question.asks)))  # type: ignore[arg-type]
+            else:
+                question = asking.send(answer(cast(Asked, question)))  # type: ignore[arg-type]
     except StopIteration as stop:
         result: Result = stop.value
         return result
+
+
+def drive_together(
+    askings: Sequence[Asking[Asked, Answer, Result]], desk: Desk[Asked, Answer]
+) -> tuple[Result, ...]:
+    """Runs generators side by side and returns their results in the order given.
+
+    Each goes on as soon as all that it asked is answered, whatever the others wait for, so the order in which
+    answers come is nothing that it could see.
+    """
+    return _drive([_Talk(asking=asking, batch=_next(asking)) for asking in askings], desk)
+
+
+@dataclass(frozen=True)
+class _End(Generic[Result]):
+    """What a generator that has ended returned."""
+
+    result: Result
+
+
+@dataclass(kw_only=True)
+class _Talk(Generic[Asked, Answer, Result]):
+    """A generator under way, with what it asks now or, at its end, returned."""
+
+    asking: Asking[Asked, Answer, Result]
+    batch: Batch[Asked] | _End[Result]
+
+
+def _next(asking: Generator[Batch[Asked], Answer, Result]) -> Batch[Asked] | _End[Result]:
+    try:
+        return next(asking)
+    except StopIteration as stop:
+        return _End(stop.value)
+
+
+def _drive(talks: Sequence[_Talk[Asked, Answer, Result]], desk: Desk[Asked, Answer]) -> tuple[Result, ...]:
+    for who, talk in enumerate(talks):
+        _tell(who, talk, desk)
+    while going := [(who, talk) for who, talk in enumerate(talks) if isinstance(talk.batch, Batch)]:
+        moved = False
+        for who, talk in going:
+            while isinstance(talk.batch, Batch) and all(map(desk.ready, talk.batch.asks)):
+                moved = True
+                answers = tuple(desk.answer(ask) for ask in talk.batch.asks)
+                try:
+                    talk.batch = talk.asking.send(answers)
+                except StopIteration as stop:
+                    talk.batch = _End(stop.value)
+                _tell(who, talk, desk)
+        if not moved:
+            desk.wait()
+    return tuple(cast(_End[Result], talk.batch).result for talk in talks)
+
+
+def _tell(who: int, talk: _Talk[Asked, Answer, Result], desk: Desk[Asked, Answer]) -> None:
+    if isinstance(talk.batch, Batch):
+        desk.want(who, talk.batch.asks, talk.batch.likely)
+    else:
+        desk.want(who, (), ())
+
+
+def side_by_side(
+    *askings: Asking[Asked, Answer, Result], likely: tuple[Asked, ...] = ()
+) -> Asking[Asked, Answer, tuple[Result, ...]]:
+    """Asks for several generators at once, as one: each batch holds what all of them want now."""
+    talks = [_Talk(asking=asking, batch=_next(asking)) for asking in askings]
+    while going := [talk for talk in talks if isinstance(talk.batch, Batch)]:
+        batches = [cast(Batch[Asked], talk.batch) for talk in going]
+        answers = iter(
+            (
+                yield Batch(
+                    asks=tuple(ask for batch in batches for ask in batch.asks),
+                    likely=(*(ask for batch in batches for ask in batch.likely), *likely),
+                )
+            )
+        )
+        for talk, batch in zip(going, batches, strict=True):
+            own = tuple(next(answers) for _ in batch.asks)
+            try:
+                talk.batch = talk.asking.send(own)
+            except StopIteration as stop:
+                talk.batch = _End(stop.value)
+    return tuple(cast(_End[Result], talk.batch).result for talk in talks)

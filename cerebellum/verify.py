@@ -188,11 +188,14 @@ def report(
 
     The interval is for text like those chunks: it speaks for the articles further on only as far as they are alike.
     """
+    from cerebellum.measure.crew import Wish
     from cerebellum.measure.measurer import file_variant
 
     corpus = measurer.corpus
     wanted = range(min(chunks, corpus.n_chunks))
-    nll = [measurer.nll(variant, wanted) for variant in (source, base, file_variant(result, "finished file"))]
+    variants = (source, base, file_variant(result, "finished file"))
+    measurer.want(0, [Wish(nll=tuple(wanted), variant=variant) for variant in variants], ())
+    nll = [measurer.nll(variant, wanted) for variant in variants]
     delta = superpopulation_interval((nll[2] - nll[1]).mean(axis=1, dtype=np.float64))
     mean, low, high = delta.percent()
     found = [Measured.of(perplexity(vector)) for vector in nll]

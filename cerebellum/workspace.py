@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 from cerebellum import imatrix
 from cerebellum.base import Base, file_base, preset_base
@@ -31,12 +32,20 @@ from cerebellum.texts import Corpus, load_corpus
 from cerebellum.units import size
 from cerebellum.verdicts import Changes
 
+if TYPE_CHECKING:
+    from cerebellum.engine.workers import Pool
+    from cerebellum.measure.crew import Crew
+    from cerebellum.measure.worker import PackedRecipe
+
 _SPANS = 8  # of layers that a budget may treat apart: finer ones cost measurements and files, and gain little
 
 _TOLD_SECONDS = 0.2  # how often the progress of hashing is looked at
 
 EngineFor = Callable[[Settings], Engine]
 """Makes the engine that settings ask for."""
+
+Hire = Callable[["PackedRecipe"], "Pool"]
+"""Starts workers that make shards by a recipe and score them."""
 
 Admission = Callable[[Source], None]
 """Raises BadInput for a model that the engine must not open."""
@@ -47,7 +56,8 @@ class Workspace:
 
     Use ``with workspace.locked():`` around anything that writes, so that two runs never share a folder.
     With ``planning`` no weights are read: the source's hash is the one that the run recorded. ``admit`` is asked
-    about every model from outside before the engine opens it.
+    about every model from outside before the engine opens it. ``hire`` starts workers where some are wanted; what
+    they measure and make is what one process would have.
     """
 
     def __init__(
@@ -59,6 +69,7 @@ class Workspace:
         *,
         planning: bool = False,
         admit: Admission = lambda model: None,
+        hire: Hire | None = None,
     ) -> None:
         self.folder = folder
         self.artifacts = RunFolder(folder)
@@ -67,6 +78,7 @@ class Workspace:
         self.reporter = reporter
         self._planning = planning
         self._admit = admit
+        self._hire = hire
         self._hashed_bytes = 0
         self._corpora: dict[Path, Corpus] = {}
 
@@ -79,10 +91,11 @@ class Workspace:
         *,
         planning: bool = False,
         changed: Callable[[Settings], Settings] = lambda settings: settings,
+        hire: Hire | None = None,
     ) -> Workspace:
         """Opens a folder that ``run`` or ``measure`` made earlier, with settings ``changed`` where asked."""
         settings = changed(RunFolder(folder).settings())
-        return cls(folder, settings, engine_for(settings), reporter, planning=planning)
+        return cls(folder, settings, engine_for(settings), reporter, planning=planning, hire=hire)
 
     def path(self, name: str) -> Path:
         """Returns the path of a file in the folder."""
@@ -96,7 +109,13 @@ class Workspace:
                 self._refuse_another_source()
                 yield
             finally:
+                self._close_crew()
                 self._close_ledger()
+
+    def _close_crew(self) -> None:
+        crew = self.__dict__.pop("crew", None)
+        if crew is not None:
+            crew.close()
 
     def _close_ledger(self) -> None:
         ledger = self.__dict__.pop("ledger", None)
@@ -262,9 +281,9 @@ class Workspace:
         return Layout.of(self.source, self.groups, self.base)
 
     @cached_property
-    def shards(self) -> Shards:
-        """Every group at every type, made on demand."""
-        recipe = Recipe(
+    def recipe(self) -> Recipe:
+        """What shards are made from."""
+        return Recipe(
             source=self.source,
             layout=self.layout,
             matrix=self.matrix,
@@ -272,13 +291,31 @@ class Workspace:
             folder=self.path("shards"),
             threads=self.settings.threads,
         )
+
+    @cached_property
+    def shards(self) -> Shards:
+        """Every group at every type, made on demand."""
         self._hash_with_progress()
-        return Shards(recipe, self.ledger, lambda what: self.reporter.note(f"quantizing {what}"))
+        return Shards(self.recipe, self.ledger, lambda what: self.reporter.note(f"quantizing {what}"))
+
+    @cached_property
+    def crew(self) -> Crew | None:
+        """The workers, started on first use; None where none are wanted."""
+        if self._hire is None:
+            return None
+        from cerebellum.measure.crew import Crew
+        from cerebellum.measure.measurer import base_anchors
+        from cerebellum.measure.worker import PackedRecipe
+
+        shards = self.shards  # makes the folder, and the matrix, before workers look for them
+        pool = self._hire(PackedRecipe.of(self.recipe))
+        return Crew(pool, self.reporter, lambda: base_anchors(self), lambda: shards)
 
     @contextmanager
     def shards_ahead(self, wanted: Iterable[Changes]) -> Iterator[None]:
         """Makes the shards of these variants beside the block where a GPU measures and the processor would idle."""
-        with self.shards.made_ahead(wanted) if self.engine.on_gpu else nullcontext():
+        here = self.engine.on_gpu and self._hire is None  # workers make their own
+        with self.shards.made_ahead(wanted) if here else nullcontext():
             yield
 
     def _hash_with_progress(self) -> str:

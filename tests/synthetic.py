@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +19,7 @@ from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.measure.artifacts import Curves, Response, RoundingErrors
 from cerebellum.measure.curves import (
     Probe,
+    ProbeAsk,
     Reference,
     Score,
     measure_layers,
@@ -31,13 +32,29 @@ from cerebellum.measure.probe import MeasurementBudget
 from cerebellum.plan.damage import DamageModel, fit_damage
 from cerebellum.settings import DEMO_MODEL, FINE_LADDER, K_LADDER, Budget, Bytes
 from cerebellum.source import open_source
-from cerebellum.verdicts import NOTHING, Changes
+from cerebellum.verdicts import NOTHING, Changes, drive
 
 ANCHOR = "Q8_0"
 TYPES = (*K_LADDER, *FINE_LADDER)
 BITS = {qtype: bits_per_weight(parse_type(qtype)) for qtype in TYPES}
 CHUNKS = 16
 METHOD = Method()
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """A desk with one worker, who begins with a question when the answer is asked for."""
+
+    answer: Callable[[ProbeAsk], Score]
+
+    def want(self, who: int, asks: Sequence[ProbeAsk], likely: Sequence[ProbeAsk]) -> None:
+        pass
+
+    def ready(self, ask: ProbeAsk) -> bool:
+        return True
+
+    def wait(self) -> None:
+        raise AssertionError("nothing to wait for")
 
 
 @cache
@@ -108,24 +125,27 @@ class Truth:
     def reference(self) -> Reference:
         return Reference(anchor=self.score(self.layout.anchored(ANCHOR)), base=self.score(NOTHING))
 
+    def scored(self, ask: ProbeAsk) -> Score:
+        return self.score(ask.probe.changes(self.layout, ANCHOR), ask.n)
+
     def measure(self, probe: Probe, largest: float = 0.0) -> Response:
-        changes = probe.changes(self.layout, ANCHOR)
-        return measure_response(
-            probe, lambda n: self.score(changes, n), self.reference(), METHOD, CHUNKS, largest
-        )
+        return drive(measure_response(probe, self.reference(), METHOD, CHUNKS, largest), self.scored)
 
     def responses(self, probes: int = 60) -> tuple[Response, ...]:
         """Of all roles at all K-quants, and of halves while ``probes`` last."""
-        found = measure_roles(role_probes(self.layout, K_LADDER, ANCHOR), self.measure)
-        asked: list[Probe] = []
+        reference = self.reference()
+        roles = role_probes(self.layout, K_LADDER, ANCHOR)
+        found = measure_roles(roles, reference, METHOD, CHUNKS, OneByOne(self.scored))
+        asked: set[Probe] = set()
 
-        def measure(probe: Probe) -> Response:
-            asked.append(probe)
-            return self.measure(probe)
+        def scored(ask: ProbeAsk) -> Score:
+            asked.add(ask.probe)
+            return self.scored(ask)
 
-        return found + measure_layers(
-            found, self.errors, self.layout, METHOD, measure, lambda: len(asked) + 2 <= probes
+        halves = measure_layers(
+            found, self.errors, self.layout, reference, METHOD, CHUNKS, lambda: len(asked) + 2 <= probes
         )
+        return found + drive(halves, scored)
 
     def curves(self, probes: int = 60) -> Curves:
         """What the measure stage would write, had it measured no more than ``probes`` halves."""

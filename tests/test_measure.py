@@ -26,7 +26,17 @@ from cerebellum.measure.measurer import Measurer, file_variant
 from cerebellum.measure.race import ChunkAsk, ChunkScores, chunk_order, fresh_order, measure_fixed
 from cerebellum.measure.stage import measure_against_limit
 from cerebellum.settings import Limit
-from cerebellum.verdicts import COLLAPSED, SENSITIVE, TOLERANT, UNDECIDED, Changes, Measurement, Threshold
+from cerebellum.verdicts import (
+    COLLAPSED,
+    SENSITIVE,
+    TOLERANT,
+    UNDECIDED,
+    Batch,
+    Changes,
+    Measurement,
+    Threshold,
+    drive,
+)
 
 LIMIT = Threshold(limit_pct=3.0)
 
@@ -174,24 +184,29 @@ def scores(*nll: float) -> ChunkScores:
 
 def test_one_bad_chunk_is_a_collapse() -> None:
     sweep = measure_fixed([{"a": "Q2_K"}], (0, 1), 9)
-    assert next(sweep) == ChunkAsk(changes={}, chunks=(0, 1))
-    assert sweep.send(scores(1.0, 2.0)) == ChunkAsk(changes={"a": "Q2_K"}, chunks=(0, 1))
+    asks = (ChunkAsk(changes={}, chunks=(0, 1)), ChunkAsk(changes={"a": "Q2_K"}, chunks=(0, 1)))
+    assert next(sweep) == Batch(asks=asks)
     with pytest.raises(StopIteration) as stop:
-        sweep.send(scores(1.0, np.inf))
-    assert stop.value.value[0].delta is None
+        sweep.send((scores(1.0, 2.0), scores(1.0, np.inf)))
+    assert stop.value.value[0].delta is None and stop.value.value[0].read == 2
 
 
 def test_a_sweep_needs_no_engine() -> None:
-    """Asks and answers alone: base first, then the change, on the same chunks."""
-    sweep = measure_fixed([{"a": "Q2_K"}, {"b": "Q2_K"}], (3, 1), 2)
+    """Asks and answers alone: base first, then the changes, on the same chunks."""
     answers = {(): 1.0, ("a",): 1.5, ("b",): 1.25}
-    asks, ask = [], next(sweep)
-    with pytest.raises(StopIteration) as stop:
-        while True:
-            asks.append(ask)
-            ask = sweep.send(scores(*[answers[tuple(ask.changes)]] * 2))
-    assert all(ask.chunks == (3, 1) for ask in asks)
-    assert [m.delta.mean for m in stop.value.value] == [0.5, 0.25]
+    asks = []
+
+    def answer(ask: ChunkAsk) -> ChunkScores:
+        asks.append(ask)
+        return scores(*[answers[tuple(ask.changes)]] * 2)
+
+    found = drive(measure_fixed([{"a": "Q2_K"}, {"b": "Q2_K"}], (3, 1), 2), answer)
+    assert [(tuple(ask.changes), ask.chunks) for ask in asks] == [
+        ((), (3, 1)),
+        (("a",), (3, 1)),
+        (("b",), (3, 1)),
+    ]
+    assert [m.delta.mean for m in found if m.delta] == [0.5, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +242,7 @@ def divergence_from(bench: Bench, base: Changes, variant: Changes) -> float:
         measurer = Measurer(bench.engine, ledger, bench.corpus(), reference=shards.variant(base), cache=cache)
         measurer.nll(shards.variant(base), range(4))
         measurer.nll(shards.variant(variant), range(4))
-        found = measurer.divergence(shards.variant(variant))
+        found = measurer.divergence(shards.variant(variant), range(20))
         measurer.close()
     assert found is not None
     return found[0].mean

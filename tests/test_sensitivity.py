@@ -23,7 +23,7 @@ from cerebellum.imatrix import Entry, ImportanceMatrix
 from cerebellum.layout import Layout
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.measure.artifacts import Response, RoundingErrors
-from cerebellum.measure.curves import Probe, Reference, Score, halves, measure_response, role_probes
+from cerebellum.measure.curves import Probe, ProbeAsk, Reference, Score, halves, measure_response, role_probes
 from cerebellum.measure.rounding import rounding_errors
 from cerebellum.plan.artifacts import PointRow
 from cerebellum.plan.damage import DamageModel, WholePlan, fit_damage
@@ -33,7 +33,7 @@ from cerebellum.shards import Recipe, Shards
 from cerebellum.source import Source, open_source
 from cerebellum.stats.estimate import Estimate, nested_sum, ratio_estimate, together
 from cerebellum.stats.paired import superpopulation_interval
-from cerebellum.verdicts import NOTHING
+from cerebellum.verdicts import NOTHING, drive
 
 ENGINE = LlamaEngine(EngineSettings())
 
@@ -287,13 +287,13 @@ def chunks_of(response: Response) -> int:
 def test_a_collapsed_part_is_measured_no_further() -> None:
     asked = []
 
-    def broken(n: int) -> Score:
-        asked.append(n)
-        return Score(nll=np.full(n, np.nan), kld=np.full(n, np.nan))
+    def broken(ask: ProbeAsk) -> Score:
+        asked.append(ask.n)
+        return Score(nll=np.full(ask.n, np.nan), kld=np.full(ask.n, np.nan))
 
     truth = Truth(by_layer())
     probe = Probe(part=truth.layout.roles()[0], qtype="Q2_K")
-    response = measure_response(probe, broken, truth.reference(), METHOD, 16)
+    response = drive(measure_response(probe, truth.reference(), METHOD, 16), broken)
     assert response.kld is None and response.nll is None and asked == [4]
 
 

@@ -41,6 +41,7 @@ from cerebellum.cli.options import (
 )
 from cerebellum.cli.progress import OUT, ProgressReporter, say
 from cerebellum.cli.streams import answering, keep_stdout_for_answers, open_missing_streams
+from cerebellum.cli.workers import Hiring, take_workers, worker_options
 from cerebellum.codec import as_json as plain
 from cerebellum.codec import write_artifact
 from cerebellum.engine.protocols import Engine
@@ -85,11 +86,21 @@ def cli(ctx: click.Context) -> None:
 @cli.command()
 @click.option("-o", "--out", type=PathArgument, default=Path("cerebellum-demo"), show_default=True)
 @engine_options
+@worker_options
 @click.option("--bench", is_flag=True, help="Question benchmarks too, on the samples that come along.")
 @timings_option
 @json_option
-def demo(out: Path, threads: int, gpu_layers: int | None, bench: bool, timings: bool, as_json: bool) -> None:
+def demo(
+    out: Path,
+    threads: int,
+    gpu_layers: int | None,
+    bench: bool,
+    timings: bool,
+    as_json: bool,
+    **workers: Any,
+) -> None:
     """The whole pipeline on the small model that comes with Cerebellum."""
+    hiring = take_workers(workers | {"gpu_layers": gpu_layers})
     placed = _placed(out, DEMO_MODEL, 512)
     settings = Settings(
         source=DEMO_MODEL,
@@ -100,13 +111,14 @@ def demo(out: Path, threads: int, gpu_layers: int | None, bench: bool, timings: 
         cpu_expert_layers=placed.cpu_expert_layers if gpu_layers is None else 0,
         encoder=DEFAULT_ENCODER,
     )
-    _run(_workspace(out, settings), as_json, _DEMO_BENCH if bench else None, timings)
+    _run(_workspace(out, settings, hiring), as_json, _DEMO_BENCH if bench else None, timings)
 
 
 @cli.command()
 @click.argument("source", type=PathArgument)
 @folder_option
 @source_options
+@worker_options
 @bench_options
 @timings_option
 @json_option
@@ -116,8 +128,9 @@ def run(
     """The whole pipeline: SOURCE (a GGUF, or hf:owner/repo/file.gguf) to a smaller GGUF with its evidence."""
     from cerebellum.run import tell_unknown_origin
 
+    hiring = take_workers(asked)
     request = {"limit": bench_limit, "data": data, "seed": asked["seed"]} if bench else None
-    workspace = _workspace(out, _settings(asked, out))
+    workspace = _workspace(out, _settings(asked, out), hiring)
     tell_unknown_origin(workspace)
     _run(workspace, as_json, request, timings)
 
@@ -217,12 +230,14 @@ def quantize(source: Path, threads: int, gpu_layers: int | None, as_json: bool, 
 @click.argument("source", type=PathArgument)
 @folder_option
 @source_options
+@worker_options
 @json_option
 def measure(as_json: bool, out: Path, **asked: Any) -> None:
     """Every group of SOURCE alone at the demoted type, or with --budget at every type, into the run folder."""
     from cerebellum.run import measure_stage
 
-    done = measure_stage(_workspace(out, _settings(asked, out)))
+    hiring = take_workers(asked)
+    done = measure_stage(_workspace(out, _settings(asked, out), hiring))
     answer = plain(done.found) | {"measured": done.measured, "reused": done.reused}
     counts = f"{done.measured} chunks measured now, {done.reused} already in the ledger"
     _answer(answer, as_json, *tables.measured_tables(done.found), counts)
@@ -547,10 +562,11 @@ def _placed(folder: Path, source: Path, ctx: int) -> Settings | Offload:
     return _offload(source, ctx)
 
 
-def _workspace(folder: Path, settings: Settings) -> Workspace:
+def _workspace(folder: Path, settings: Settings, hiring: Hiring | None = None) -> Workspace:
     from cerebellum.llama.guard import admit
 
-    return Workspace(folder, settings, _engine_for(settings), ProgressReporter(), admit=admit)
+    hire = hiring.hire_for(settings) if hiring else None
+    return Workspace(folder, settings, _engine_for(settings), ProgressReporter(), admit=admit, hire=hire)
 
 
 def _admitted(*models: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO, cast
 
 from cerebellum.errors import BadInput
 
@@ -46,6 +48,27 @@ def keep_stdout_for_answers() -> None:
         kept = os.dup(1)
         os.dup2(2, 1)
         sys.stdout = os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors="backslashreplace")
+
+
+class _OfMainThread:
+    """Stands for stdout: what the main thread writes goes there, what any other thread does goes to stderr."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes to one of the two."""
+        is_main = threading.current_thread() is threading.main_thread()
+        return (self._stream if is_main else sys.stderr).write(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+def keep_stdout_for_this_thread() -> None:
+    """Sends to stderr what threads of libraries print: Ray tells of dead workers on stdout, asked or not."""
+    if not isinstance(sys.stdout, _OfMainThread):
+        sys.stdout = cast(TextIO, _OfMainThread(sys.stdout))
 
 
 @contextmanager

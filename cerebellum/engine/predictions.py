@@ -67,11 +67,15 @@ class PredictionCache:
         there = (chunk in self._on_card or self._path(chunk).exists() for chunk in chunks)
         return [c for c, kept in zip(chunks, there, strict=True) if c in self.chunks and not kept]
 
-    def remove(self) -> None:
-        """Frees the GPU and the disk."""
+    def forget(self) -> None:
+        """Frees the GPU; what lies on the disk stays, for others may use it."""
         for kept in self._on_card.values():
             kept.close()
         self._on_card.clear()
+
+    def remove(self) -> None:
+        """Frees the GPU and the disk."""
+        self.forget()
         files.DISK.remove_tree(self.folder)
 
     def _path(self, chunk: int) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -31,7 +31,7 @@ PARTS = (
 
 @dataclass
 class Timings:
-    """``seconds`` and ``times`` by part, of the opening thread; ``beside``, seconds of all other threads."""
+    """``seconds`` and ``times`` by part, of the opening thread; ``beside``, seconds of other threads and workers."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     times: dict[str, int] = field(default_factory=dict)
@@ -126,3 +126,12 @@ def timed(part: str) -> Iterator[None]:
         finally:
             _OPEN.lap(timings)
             _OPEN.under_way.pop()
+
+
+def book_beside(seconds: Mapping[str, float]) -> None:
+    """Adds what a worker took, seconds by part, to what went on beside; nothing where nobody collects."""
+    timings = _OPEN.timings
+    if timings is not None:
+        with _OPEN.lock:
+            for part, spent in seconds.items():
+                timings.beside[part] = timings.beside.get(part, 0.0) + spent

@@ -116,6 +116,8 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._measured: dict[int, set[int]] = {}
+        self._diverged: dict[tuple[int, int], set[int]] = {}
         try:
             self._db = sqlite3.connect(path)
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -168,6 +170,22 @@ class Ledger:
             raise self._damaged("a chunk has no number")
         return frozenset(chunk for (chunk,) in rows)
 
+    def lacking(self, series: int, chunks: Iterable[int]) -> list[int]:
+        """Returns those of ``chunks`` that were never measured, in their order.
+
+        It is asked often and reads the file once: whoever holds the ledger is its only writer.
+        """
+        if series not in self._measured:
+            self._measured[series] = set(self.measured(series))
+        return [chunk for chunk in chunks if chunk not in self._measured[series]]
+
+    def undiverged(self, series: int, base_series: int, chunks: Iterable[int]) -> list[int]:
+        """Returns those of ``chunks`` that were never compared with this base, in their order."""
+        pair = (series, base_series)
+        if pair not in self._diverged:
+            self._diverged[pair] = set(self.diverged(series, base_series))
+        return [chunk for chunk in chunks if chunk not in self._diverged[pair]]
+
     def nll(self, series: int, chunks: Iterable[int]) -> Matrix:
         """Returns the negative log-likelihoods of ``chunks`` in their order: (chunks, scored tokens), in
         nats.
@@ -203,11 +221,18 @@ class Ledger:
             self._db.execute("INSERT INTO chunk VALUES (?, ?, ?)", (series, chunk, blob))
             if divergence is not None:
                 self._insert_divergence(series, chunk, divergence)
+        self._measured.get(series, set()).add(chunk)
+        self._note_divergence(series, chunk, divergence)
+
+    def _note_divergence(self, series: int, chunk: int, divergence: Divergence | None) -> None:
+        if divergence is not None:
+            self._diverged.get((series, divergence.base_series), set()).add(chunk)
 
     def record_divergence(self, series: int, chunk: int, divergence: Divergence) -> None:
         """Commits the divergence of a chunk whose NLL is known already, as from another reference."""
         with self._commit():
             self._insert_divergence(series, chunk, divergence)
+        self._note_divergence(series, chunk, divergence)
 
     def _insert_divergence(self, series: int, chunk: int, divergence: Divergence) -> None:
         kld = np.asarray(divergence.kld, "<f4").tobytes()
@@ -222,16 +247,19 @@ class Ledger:
         )
         return {chunk: float(self._vector(kld).mean(dtype=np.float64)) for chunk, kld in rows}
 
-    def divergence(self, series: int, base_series: int) -> tuple[Vector, Vector]:
-        """Returns the mean KL divergence and the share of equal top tokens, each (chunks,), by chunk.
+    def divergence(self, series: int, base_series: int, chunks: Iterable[int]) -> tuple[Vector, Vector]:
+        """Returns the mean KL divergence and the share of equal top tokens, each (n,), by chunk.
 
-        Only chunks with a divergence from this base are among them; the KL divergence is in nats/token.
+        Only those of ``chunks`` with a divergence from this base are among them; the KL divergence is in nats/token.
         """
         rows = self._rows(
-            "SELECT kld, same FROM divergence WHERE series=? AND base=? ORDER BY chunk", (series, base_series)
+            "SELECT chunk, kld, same FROM divergence WHERE series=? AND base=? ORDER BY chunk",
+            (series, base_series),
         )
-        kld = np.array([self._vector(kld).mean(dtype=np.float64) for kld, _ in rows], np.float64)
-        same = np.array([self._vector(same, "u1").mean() for _, same in rows], np.float64)
+        wanted = frozenset(chunks)
+        rows = [row for row in rows if row[0] in wanted]
+        kld = np.array([self._vector(kld).mean(dtype=np.float64) for _, kld, _ in rows], np.float64)
+        same = np.array([self._vector(same, "u1").mean() for _, _, same in rows], np.float64)
         return kld, same
 
     def n_chunks(self) -> int:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,9 @@ class LlamaEngine:
         """Whether models are run on a GPU: one is asked for and there."""
         return self.settings.wants_gpu and bool(gpus())
 
-    @property
+    @cached_property
     def identity(self) -> str:
+        """Names all that can change a number, the kind of card among it; the device is asked once, this is often."""
         settings = self.settings
         parts = [build_id()]
         if settings.gpu_layers:
@@ -89,6 +91,8 @@ class LlamaEngine:
             parts.append(f"experts of {settings.cpu_expert_layers} layers on the host")
         if self._decode_tokens:
             parts.append(f"{self._decode_tokens} tokens a decode")
+        if self.on_gpu:
+            parts.append("+".join(dict.fromkeys(device.description for device in gpus())))
         return ", ".join(parts)
 
     @property

@@ -69,7 +69,7 @@ class MeasurementRow(Look, frozen=True, kw_only=True):
             type=types[0] if len(types) == 1 else dict(found.changes),
             delta_pct=look.delta_pct,
             ci_pct=look.ci_pct,
-            chunks=look.chunks,
+            chunks=look.chunks or found.read or None,
             verdict=found.verdict(threshold),
             near_tie=threshold.near_tie(found.delta),
             kld_mean=found.kld.mean if found.kld else None,
@@ -107,7 +107,7 @@ class RecordedRow(msgspec.Struct, frozen=True, kw_only=True):
         if self.delta_pct is None:
             if self.verdict != COLLAPSED:
                 raise ValueError(f"{', '.join(self.groups)} has no delta_pct")
-            return Measurement(changes=changes, delta=None)
+            return Measurement(changes=changes, delta=None, read=self.chunks or 0)
         chunks = self.chunks or 0
         kld = None
         if self.kld_mean is not None:

@@ -1,5 +1,8 @@
 """Decides what to measure of a model's parts and for how long, so that every group has a curve. Opens no model.
 
+Generators yield what they want scored (``ProbeAsk``) and are sent the scores; each role has its own, so that many
+workers can measure several at once. Which chunks a decision sees follows from the seeded order alone.
+
 A part is measured at a type while all else is at the *anchor*, a type so fine that it does next to no damage
 (Q8_0). Its damage is then the whole of the KL divergence from the source above the anchor's: from a base that
 is damaged itself, the same change drowns in cross terms with that damage, five to ten times as much noise
@@ -12,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +27,13 @@ from cerebellum.measure.artifacts import Effect, Response, RoundingErrors
 from cerebellum.measure.method import Method
 from cerebellum.stats.estimate import Estimate, nested_sum, ratio_estimate
 from cerebellum.stats.sequential import looks
-from cerebellum.verdicts import Changes
+from cerebellum.verdicts import Asking, Batch, Changes, Desk, drive_together, side_by_side
 
 Vector = NDArray[np.float64]
+T = TypeVar("T")
+
+_PARTS_AHEAD = 4
+"""Parts whose halves idle workers may score before it is known that they are wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +117,15 @@ class Reference:
         return ratio_estimate(score.kld - self.anchor.kld[:n], base[:n], float(base.mean()))
 
 
-Measure = Callable[[Probe, float], Response]
-"""Measures a probe; the number is the largest divergence that its role had so far, nats a token."""
+@dataclass(frozen=True, kw_only=True)
+class ProbeAsk:
+    """Please score a probe on the first ``n`` chunks of the seeded order."""
+
+    probe: Probe
+    n: int
+
+
+Curving = Asking[ProbeAsk, Score, T]
 
 
 def role_probes(layout: Layout, qtypes: Sequence[str], anchor: str) -> list[Probe]:
@@ -130,19 +146,21 @@ def role_probes(layout: Layout, qtypes: Sequence[str], anchor: str) -> list[Prob
 
 def measure_response(
     probe: Probe,
-    score: Callable[[int], Score],
     reference: Reference,
     method: Method,
     most: int,
     largest: float = 0.0,
-) -> Response:
-    """Measures one probe on ``most`` chunks, or on as few as settle it; ``score`` has its first n chunks.
+    then: tuple[ProbeAsk, ...] = (),
+) -> Curving[Response]:
+    """Measures one probe on ``most`` chunks, or on as few as settle it; ``then`` is what is likely to follow.
 
     It is settled once its damage is known precisely, or is surely slight beside ``largest``, the most that
     its role did at any type so far: no decision hangs on more.
     """
-    for n in looks(min(method.first_look, most), method.growth, most):
-        found = reference.damage(score(n))
+    wanted = [ProbeAsk(probe=probe, n=n) for n in looks(min(method.first_look, most), method.growth, most)]
+    for number, ask in enumerate(wanted):
+        (score,) = yield Batch(asks=(ask,), likely=(*wanted[number + 1 : number + 2], *then))
+        found = reference.damage(score)
         if found.kld is None:
             break
         damage = found.kld.interval()
@@ -152,12 +170,26 @@ def measure_response(
     return probe.answered(found)
 
 
-def measure_roles(probes: Sequence[Probe], measure: Measure) -> tuple[Response, ...]:
-    """Measures the smallest type of each role first; its damage says which larger types need no precision."""
+def measure_roles(
+    probes: Sequence[Probe], reference: Reference, method: Method, most: int, desk: Desk[ProbeAsk, Score]
+) -> tuple[Response, ...]:
+    """Measures all types of all roles, the roles side by side: nothing that one does is seen by another."""
+    roles = [list(own) for _, own in groupby(probes, key=lambda probe: probe.part)]
+    found = drive_together([_measure_role(role, reference, method, most) for role in roles], desk)
+    return tuple(response for role in found for response in role)
+
+
+def _measure_role(
+    probes: Sequence[Probe], reference: Reference, method: Method, most: int
+) -> Curving[tuple[Response, ...]]:
+    """Measures the smallest type of a role first; its damage says which larger types need no precision."""
     found: list[Response] = []
-    for probe in probes:
-        own = [r.kld.mean for r in found if r.groups == probe.part.groups and r.kld is not None]
-        found.append(measure(probe, max(own, default=0.0)))
+    first = min(method.first_look, most)
+    for number, probe in enumerate(probes):
+        own = [response.kld.mean for response in found if response.kld is not None]
+        then = tuple(ProbeAsk(probe=later, n=first) for later in probes[number + 1 :])
+        largest = max(own, default=0.0)
+        found.append((yield from measure_response(probe, reference, method, most, largest, then)))
     return tuple(found)
 
 
@@ -165,10 +197,11 @@ def measure_layers(
     responses: Sequence[Response],
     errors: RoundingErrors,
     layout: Layout,
+    reference: Reference,
     method: Method,
-    measure: Callable[[Probe], Response],
+    most: int,
     affordable: Callable[[], bool],
-) -> tuple[Response, ...]:
+) -> Curving[tuple[Response, ...]]:
     """Measures the halves of parts while two more measurements are ``affordable``, the most damaging part first.
 
     A role is cut in two by layer and each half is measured at one cheap type. Where the halves are surely not
@@ -179,11 +212,27 @@ def measure_layers(
     while queue and affordable():
         damages = [abs(response.kld.mean) if response.kld else np.inf for response in queue]
         whole = queue.pop(int(np.argmax(damages)))
-        first, second = (measure(Probe(part=half, qtype=whole.type)) for half in halves(whole.groups, layout))
+        asked = [measure_response(probe, reference, method, most) for probe in _half_probes(whole, layout)]
+        likely = _next_halves(queue, layout, min(method.first_look, most))
+        first, second = yield from side_by_side(*asked, likely=likely)
         found += [first, second]
         if _differ(first, second, errors, method):
             queue += [response for response in (first, second) if len(response.groups) > 1]
     return tuple(found)
+
+
+def _half_probes(whole: Response, layout: Layout) -> tuple[Probe, ...]:
+    return tuple(Probe(part=half, qtype=whole.type) for half in halves(whole.groups, layout))
+
+
+def _next_halves(queue: Sequence[Response], layout: Layout, first: int) -> tuple[ProbeAsk, ...]:
+    """Returns the first look at the halves of the parts that will be cut next, unless a new part comes between."""
+    by_damage = sorted(queue, key=lambda response: -abs(response.kld.mean) if response.kld else -np.inf)
+    return tuple(
+        ProbeAsk(probe=probe, n=first)
+        for whole in by_damage[:_PARTS_AHEAD]
+        for probe in _half_probes(whole, layout)
+    )
 
 
 def halves(names: Sequence[str], layout: Layout) -> tuple[Part, Part]:

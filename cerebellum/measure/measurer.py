@@ -1,14 +1,14 @@
 """Variants -> paired per-chunk measurements in the ledger, resumable at any moment.
 
 ``Measurer`` answers what it is asked from the ledger, and from the engine where the ledger has nothing
-yet. What to ask is decided in ``race.py`` and ``probe.py``, without I/O.
+yet: on a model in this process, or by a crew of workers. What to ask is decided in ``race.py`` and ``probe.py``,
+without I/O.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,16 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cerebellum.engine.predictions import PredictionCache
-from cerebellum.engine.protocols import CannotSwap, Engine, Job, Resident, Scores
-from cerebellum.errors import BadInput
+from cerebellum.engine.protocols import Engine
+from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.ledger import Divergence, Ledger, SeriesKey
+from cerebellum.measure.crew import Anchors, Crew, Wish
+from cerebellum.measure.race import chunk_order
+from cerebellum.measure.scorer import Compared, Found, Scorer
+from cerebellum.measure.worker import KeptOf, ScoreTask
 from cerebellum.progress import Reporter, Silent
 from cerebellum.shards import Shards, Variant
 from cerebellum.source import open_source
 from cerebellum.stats.paired import Interval, superpopulation_interval
 from cerebellum.texts import Corpus
 from cerebellum.units import size
-from cerebellum.verdicts import Measurement
+from cerebellum.verdicts import NOTHING, Measurement
 
 if TYPE_CHECKING:
     from cerebellum.workspace import Workspace
@@ -33,18 +37,11 @@ if TYPE_CHECKING:
 Vector = NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Scored:
-    chunk: int
-    nll: Vector
-    divergence: Divergence | None
-
-
 class Measurer:
     """``nll`` gives vectors; one model stays open between calls, and other variants are swapped into it.
 
     With ``reference`` and ``cache``, chunks in the cache are also compared with its predictions: those of
-    the base, or of the source.
+    the base, or of the source. With a ``crew``, its workers score, and no model is open here.
     ``measured`` and ``reused`` count chunks of this session; ``doing`` stands before the titles of tasks.
     """
 
@@ -56,6 +53,7 @@ class Measurer:
         reporter: Reporter | None = None,
         reference: Variant | None = None,
         cache: PredictionCache | None = None,
+        crew: Crew | None = None,
     ) -> None:
         self.engine = engine
         self.ledger = ledger
@@ -65,21 +63,102 @@ class Measurer:
         self.cache = cache
         self.measured = self.reused = 0
         self.doing = ""
-        self._stack = ExitStack()
-        self._model: Resident | None = None
-        self._open_paths: tuple[Path, ...] = ()
-        self._open_digest = ""
-        self._refusals: set[str] = set()
+        self._crew = crew
+        self._scorer = Scorer(engine, self.reporter.note)
+        self._of_variant: dict[tuple[str, str], int] = {}
         if reference is not None and cache is not None:
             cache.claim(f"{reference.digest} {corpus.sha256} {corpus.ctx} {engine.identity}")
 
+    # --- many questions at once
+
+    def want(self, who: int, wishes: Sequence[Wish], likely: Sequence[Wish]) -> None:
+        """Hears what somebody wants from now on, so that workers begin with it; nothing without a crew."""
+        if self._crew is not None:
+            self._crew.open_book(self)
+            self._crew.want(who, wishes, likely)
+
+    def has(self, wish: Wish) -> bool:
+        """Says whether all of a wish can be answered at once; without a crew nobody else would make it so."""
+        if self._crew is None:
+            return True
+        self._crew.open_book(self)
+        return self._crew.has(wish)
+
+    def wait(self) -> None:
+        """Returns once a worker has come back with something."""
+        if self._crew is not None:
+            self._crew.open_book(self)
+            self._crew.wait()
+
+    def gather(self, wish: Wish) -> None:
+        """Has the crew, if there is one, measure all of a wish that the ledger lacks."""
+        if self._crew is not None:
+            self._crew.open_book(self)
+            self._crew.fetch(wish)
+
+    def settle(self) -> None:
+        """Takes in what workers have begun to score ahead, so that it is in the ledger and nobody writes any more."""
+        if self._crew is not None:
+            self._crew.settle()
+
+    def missing(self, variant: Variant, wish: Wish) -> list[int]:
+        """Returns the chunks of a wish that the ledger lacks, in the order of the wish."""
+        lacking = self.ledger.lacking(self._series(variant), wish.nll)
+        if wish.kld and self.reference is not None and not self._is_reference(variant):
+            lacking += self._undiverged(variant, wish.kld)
+        return list(dict.fromkeys(lacking))
+
+    def task(self, variant: Variant, chunks: Sequence[int]) -> ScoreTask:
+        """Returns what a worker has to do for some chunks."""
+        kept = None
+        if self.reference is not None and self.cache is not None:
+            kept = KeptOf(
+                reference=self.reference,
+                text=f"{self.corpus.sha256} {self.corpus.ctx}",
+                folder=self.cache.folder,
+                chunks=self.cache.chunks,
+            )
+        inputs = np.stack([self.corpus.inputs(chunk) for chunk in chunks])
+        return ScoreTask(variant=variant, chunks=tuple(chunks), inputs=inputs, kept=kept)
+
+    def record(self, variant: Variant, found: Found) -> None:
+        """Writes a chunk into the ledger as one commit, or what the ledger lacks of it."""
+        series = self._series(variant)
+        divergence = self._divergence(variant, found)
+        if self.ledger.lacking(series, [found.chunk]):
+            self.ledger.record(series, found.chunk, found.nll, divergence)
+            self.measured += 1
+        elif divergence is not None and self._undiverged(variant, [found.chunk]):
+            self.ledger.record_divergence(series, found.chunk, divergence)
+        elif divergence is None and not self._is_reference(variant):
+            raise CerebellumError(
+                f"{variant.label}: chunk {found.chunk} was compared with no prediction of the "
+                f"{self.reference.label if self.reference else 'reference'}; give more with --kld-cache"
+            )
+
+    def reference_first(self, variant: Variant, chunk: int) -> Variant | None:
+        """Returns the reference where it was not measured on a chunk on which this variant is compared with it."""
+        if self.reference is None or self.cache is None or self._is_reference(variant):
+            return None
+        if chunk not in self.cache.chunks or not self.ledger.lacking(self._series(self.reference), [chunk]):
+            return None
+        return self.reference
+
+    def kept(self) -> tuple[Variant, tuple[int, ...]] | None:
+        """Returns the reference and the chunks for which its predictions are kept, or None without one."""
+        if self.reference is None or self.cache is None or not self.cache.chunks:
+            return None
+        return self.reference, tuple(sorted(self.cache.chunks))
+
+    # --- answers
+
     def nll(self, variant: Variant, chunks: Sequence[int]) -> NDArray[np.float32]:
         """(chunks, scored tokens) nats; each chunk is committed to the ledger as it is finished."""
+        self.gather(Wish(nll=tuple(chunks), variant=variant))
         series = self._series(variant)
-        known = self.ledger.measured(series)
-        missing = [chunk for chunk in chunks if chunk not in known]
+        missing = self.ledger.lacking(series, chunks)
         self.reused += len(chunks) - len(missing)
-        self._measure(variant, missing, known)
+        self._measure(variant, missing)
         found = self.ledger.nll(series, chunks)
         if found.shape[1] != self.corpus.scored_per_chunk:
             raise BadInput(
@@ -98,126 +177,75 @@ class Measurer:
             raise ValueError("a measurer without a reference knows no divergence")
         if variant.digest == self.reference.digest:
             return np.zeros(len(chunks))
+        self.gather(Wish(nll=(), kld=tuple(chunks), variant=variant))
         series = self._series(variant)
-        reference = self._series(self.reference)
-        found = self.ledger.diverged(series, reference)
-        missing = [chunk for chunk in chunks if chunk not in found]
-        self._measure(variant, missing, self.ledger.measured(series))
-        found = self.ledger.diverged(series, reference)
+        self._measure(variant, self._undiverged(variant, chunks))
+        found = self.ledger.diverged(series, self._series(self.reference))
         return np.array([found[chunk] for chunk in chunks])
 
-    def _measure(self, variant: Variant, chunks: Sequence[int], known: frozenset[int]) -> None:
+    def _measure(self, variant: Variant, chunks: Sequence[int]) -> None:
+        """Scores chunks on the model in this process."""
         if not chunks:
             return
-        series = self._series(variant)
-        self._refill_cache(variant, chunks)
+        against = None
+        if self.reference is not None and self.cache is not None:
+            against = Compared(reference=self.reference, cache=self.cache)
         with self.reporter.task(self.doing + variant.label, len(chunks)) as tick:
-            for scored in self._score(variant, chunks):
-                if scored.chunk not in known:
-                    self.ledger.record(series, scored.chunk, scored.nll, scored.divergence)
-                    self.measured += 1
-                elif scored.divergence is not None:
-                    self.ledger.record_divergence(series, scored.chunk, scored.divergence)
+            for found in self._scorer.score(variant, chunks, self.corpus.inputs, self.corpus.ctx, against):
+                self.record(variant, found)
                 tick()
-
-    def n_measured(self, variant: Variant) -> int:
-        """How many chunks of the text the ledger has of a variant."""
-        return len(self.ledger.measured(self._series(variant)))
 
     def chunk_means(self, variant: Variant, chunks: Sequence[int]) -> Vector:
         """Mean NLL of each chunk, (chunks,)."""
         return np.asarray(self.nll(variant, chunks).mean(axis=1, dtype=np.float64))
 
-    def divergence(self, variant: Variant) -> tuple[Interval, float] | None:
-        """(mean KL divergence from the reference, share of equal top tokens), if measured."""
+    def divergence(self, variant: Variant, chunks: Sequence[int]) -> tuple[Interval, float] | None:
+        """(mean KL divergence from the reference, share of equal top tokens) on those of ``chunks`` it is known of.
+
+        What the ledger has of other chunks has no part in it, so that it is the same however many were scored ahead.
+        """
         if self.reference is None:
             return None
-        kld, same = self.ledger.divergence(self._series(variant), self._series(self.reference))
+        kld, same = self.ledger.divergence(self._series(variant), self._series(self.reference), chunks)
         return (superpopulation_interval(kld), float(same.mean())) if len(kld) else None
 
+    # --- the ledger
+
     def _series(self, variant: Variant) -> int:
-        key = SeriesKey(
-            variant=variant.digest,
-            text=self.corpus.sha256,
-            ctx=self.corpus.ctx,
-            engine=self.engine.identity,
-            label=variant.label,
-        )
-        return self.ledger.series(key)
+        identity = self.engine.identity
+        if (variant.digest, identity) not in self._of_variant:
+            key = SeriesKey(
+                variant=variant.digest,
+                text=self.corpus.sha256,
+                ctx=self.corpus.ctx,
+                engine=identity,
+                label=variant.label,
+            )
+            self._of_variant[variant.digest, identity] = self.ledger.series(key)
+        return self._of_variant[variant.digest, identity]
 
-    def _score(self, variant: Variant, chunks: Sequence[int]) -> Iterator[_Scored]:
-        """Scores chunks on the open model, as many at once as it decodes together."""
-        model = self._opened(variant)
-        is_reference = self.reference is not None and variant.digest == self.reference.digest
-        reference_series = self._series(self.reference) if self.reference and not is_reference else 0
-        for part in _parts(chunks, model.chunks_at_once):
-            jobs = [self._job(chunk, is_reference) for chunk in part]
-            for chunk, scores in zip(part, model.score(jobs), strict=True):
-                if scores.kept is not None and self.cache is not None:
-                    self.cache.store(chunk, scores.kept)
-                yield _Scored(chunk=chunk, nll=scores.nll_S, divergence=_divergence(scores, reference_series))
+    def _undiverged(self, variant: Variant, chunks: Sequence[int]) -> list[int]:
+        """Returns those of ``chunks`` on which a variant was never compared with the reference."""
+        assert self.reference is not None
+        return self.ledger.undiverged(self._series(variant), self._series(self.reference), chunks)
 
-    def _job(self, chunk: int, is_reference: bool) -> Job:
-        """What to ask of a chunk: the reference keeps its predictions, all others are compared with them."""
-        inputs = self.corpus.inputs(chunk)
-        if self.cache is None or self.reference is None:
-            return Job(tokens_T=inputs)
-        if is_reference:
-            return Job(tokens_T=inputs, keep=bool(self.cache.missing([chunk])))
-        return Job(tokens_T=inputs, against=self.cache.load(chunk))
+    def _is_reference(self, variant: Variant) -> bool:
+        return self.reference is not None and variant.digest == self.reference.digest
 
-    def _refill_cache(self, variant: Variant, chunks: Sequence[int]) -> None:
-        """Decodes the reference again where its predictions are gone: after a kill, say."""
-        if self.cache is None or self.reference is None or variant.digest == self.reference.digest:
-            return
-        for _ in self._score(self.reference, self.cache.missing(chunks)):
-            pass
-
-    def _opened(self, variant: Variant) -> Resident:
-        """The model that is open, with the variant's groups swapped in; a new one where that cannot be."""
-        if self._model is not None and self._open_digest == variant.digest:
-            return self._model
-        variant.ready()
-        if self._model is not None and self._swapped(self._model, variant):
-            return self._model
-        self.close()
-        self._model = self._stack.enter_context(self.engine.resident(variant.paths, self.corpus.ctx))
-        self._open_paths = variant.paths
-        self._open_digest = variant.digest
-        return self._model
-
-    def _swapped(self, model: Resident, variant: Variant) -> bool:
-        """Whether the variant could be swapped in; where not, says why, once for each reason."""
-        if len(variant.paths) != len(self._open_paths) or variant.paths[0] != self._open_paths[0]:
-            return False
-        pairs = zip(variant.paths, self._open_paths, strict=True)
-        try:
-            model.swap([path for path, opened in pairs if path != opened])
-        except CannotSwap as error:
-            if str(error) not in self._refusals:
-                self._refusals.add(str(error))
-                self.reporter.note(f"variants are opened afresh, not swapped in: {error}")
-            return False
-        self._open_digest = variant.digest
-        return True
+    def _divergence(self, variant: Variant, found: Found) -> Divergence | None:
+        """A row for the ledger, where the chunk was compared with the reference."""
+        if (
+            self.reference is None
+            or found.kld is None
+            or found.same_top is None
+            or self._is_reference(variant)
+        ):
+            return None
+        return Divergence(base_series=self._series(self.reference), kld=found.kld, same_top=found.same_top)
 
     def close(self) -> None:
         """Frees the open model. The measurer can be used again."""
-        self._stack.close()
-        self._model = None
-        self._open_digest = ""
-
-
-def _parts(chunks: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(chunks), size):
-        yield chunks[start : start + size]
-
-
-def _divergence(scores: Scores, base_series: int) -> Divergence | None:
-    """A row for the ledger, where the chunk was compared with the reference."""
-    if scores.kld_S is None or scores.same_top_S is None or not base_series:
-        return None
-    return Divergence(base_series=base_series, kld=scores.kld_S, same_top=scores.same_top_S)
+        self._scorer.close()
 
 
 def file_variant(path: Path, label: str) -> Variant:
@@ -226,10 +254,32 @@ def file_variant(path: Path, label: str) -> Variant:
     return Variant(label=label, paths=tuple(part.path for part in file.files), digest=file.sha256())
 
 
-def with_divergence(found: Measurement, measurer: Measurer, shards: Shards) -> Measurement:
-    """The measurement with what the ledger knows of the variant's divergence from the base."""
-    known = measurer.divergence(shards.variant(found.changes))
+def with_divergence(
+    found: Measurement, measurer: Measurer, shards: Shards, order: Sequence[int]
+) -> Measurement:
+    """The measurement with its divergence from the base, on the chunks of the order that the measurement rests on."""
+    known = measurer.divergence(shards.variant(found.changes), order[: found.read])
     return found if known is None else found.with_divergence(*known)
+
+
+def base_anchors(workspace: Workspace) -> Anchors:
+    """The first two chunks that the base is scored on, by which workers are compared, and what the ledger has of them.
+
+    They are measured anyway, so that the comparison costs other workers two chunks each and the first one nothing.
+    """
+    corpus = workspace.selection
+    order = chunk_order(corpus.n_chunks, workspace.settings.seed)[:2]
+    base = workspace.shards.variant(NOTHING)
+    measurer = Measurer(workspace.engine, workspace.ledger, corpus)
+    known = None
+    if not measurer.missing(base, Wish(nll=order, variant=base)):
+        known = measurer.nll(base, order)
+    return Anchors(
+        task=measurer.task(base, order),
+        identity=workspace.engine.identity,
+        known=known,
+        record=lambda found: measurer.record(base, found),
+    )
 
 
 @contextmanager
@@ -253,10 +303,17 @@ def measuring(
         kept += f" ({len(chunks)} wanted; --kld-cache bounds it)"
     workspace.reporter.note(f"keeping the predictions of the {reference.label}: {kept}")
     measurer = Measurer(
-        workspace.engine, workspace.ledger, corpus, workspace.reporter, reference=reference, cache=cache
+        workspace.engine,
+        workspace.ledger,
+        corpus,
+        workspace.reporter,
+        reference=reference,
+        cache=cache,
+        crew=workspace.crew,
     )
     try:
         yield measurer
+        measurer.settle()
     finally:
         measurer.close()
         cache.remove()

@@ -15,12 +15,15 @@ import numpy as np
 from cerebellum.errors import BadInput
 from cerebellum.layout import Layout
 from cerebellum.measure.artifacts import Curves, Response, RoundingErrors
+from cerebellum.measure.crew import Wish
 from cerebellum.measure.curves import (
+    Curving,
     Probe,
+    ProbeAsk,
     Reference,
     Score,
+    T,
     measure_layers,
-    measure_response,
     measure_roles,
     role_probes,
 )
@@ -30,7 +33,7 @@ from cerebellum.measure.pace import Left, Work, time_left
 from cerebellum.measure.race import chunk_order
 from cerebellum.measure.rounding import read_or_make_errors
 from cerebellum.settings import Budget
-from cerebellum.verdicts import NOTHING, Changes
+from cerebellum.verdicts import NOTHING, Changes, drive_together
 from cerebellum.workspace import Workspace
 
 _NAMED = 6  # groups that a note still names
@@ -101,30 +104,26 @@ class Session:
         """
         if self._reference is None:
             anchored = self.layout.anchored(self.goal.anchor)
-            anchor = self._score(anchored, self.few, self.few, f"all at {self.goal.anchor}")
-            base = self._score(NOTHING, self.few, self.few)
+            anchor = self.score(anchored, self.few, self.few, f"all at {self.goal.anchor}")
+            base = self.score(NOTHING, self.few, self.few)
             self._refuse_collapse(anchor, "--anchor", self.goal.anchor)
             self._refuse_collapse(base, "--base", self.layout.base.label)
             self._reference = Reference(anchor=anchor, base=base)
         return self._reference
 
-    def measure(self, probe: Probe, most: int, budget: MeasurementBudget, largest: float = 0.0) -> Response:
-        """Measures one part at one type on ``most`` chunks at most, and charges them to ``budget``."""
-        changes = probe.changes(self.layout, self.goal.anchor)
-        label = f"{probe.part.name}:{probe.qtype}, the rest at {self.goal.anchor}"
+    def run(self, curving: Curving[T], budget: MeasurementBudget) -> T:
+        """Scores all that a generator asks for, and charges it to ``budget``."""
+        return drive_together([curving], self.desk(budget))[0]
 
-        def score(n: int) -> Score:
-            self.measurer.doing = budget.progress(self._time_left(budget))
-            budget.charge(changes, n)
-            return self._score(changes, self.few[:n], self.few[:n], label)
-
-        return measure_response(probe, score, self.measure_reference(), self.method, most, largest)
+    def desk(self, budget: MeasurementBudget) -> ProbeDesk:
+        """Returns what answers probes, each charged to ``budget`` when it is asked for."""
+        return ProbeDesk(session=self, budget=budget)
 
     def ahead(self, probes: Sequence[Probe]) -> AbstractContextManager[None]:
         """Makes the shards of these probes beside the block, where a GPU measures."""
         return self.workspace.shards_ahead([probe.part.at(probe.qtype) for probe in probes])
 
-    def _time_left(self, budget: MeasurementBudget) -> Left | None:
+    def time_left(self, budget: MeasurementBudget) -> Left | None:
         """Returns how long the curves still take at most, by what chunks and shards took so far."""
         shards = self.workspace.shards
         done = Work(chunks=self.measurer.measured, weights=shards.weights_made)
@@ -138,11 +137,13 @@ class Session:
     def score_plan(self, changes: Changes) -> Score:
         """Scores a whole plan: its divergence on all of ``few``, its NLL on all of ``many``."""
         self.measurer.doing = "whole plans: "
-        return self._score(changes, self.many, self.few)
+        return self.score(changes, self.many, self.few)
 
-    def _score(
+    def score(
         self, changes: Changes, for_nll: tuple[int, ...], for_kld: tuple[int, ...], label: str = ""
     ) -> Score:
+        """Scores a variant: its NLL on some chunks, its divergence on others of ``few``."""
+        self.measurer.gather(Wish(nll=for_nll, kld=for_kld, changes=changes, label=label))
         variant = self.workspace.shards.variant(changes, label)
         kld = self.measurer.kld_means(variant, for_kld)
         return Score(nll=self.measurer.chunk_means(variant, for_nll), kld=kld)
@@ -151,6 +152,44 @@ class Session:
         if not score.finite:
             source = self.workspace.settings.source
             raise BadInput(f"{source}: its logits are not finite at {qtype}; give another {flag}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeDesk:
+    """Answers probes on a session's measurer; what workers score ahead is charged once it is asked for, if ever."""
+
+    session: Session
+    budget: MeasurementBudget
+
+    def want(self, who: int, asks: Sequence[ProbeAsk], likely: Sequence[ProbeAsk]) -> None:
+        """Hears what a part's generator wants next."""
+        sure = [self._wish(ask) for ask in asks]
+        self.session.measurer.want(who, sure, [self._wish(ask) for ask in likely])
+
+    def ready(self, ask: ProbeAsk) -> bool:
+        """Says whether a score is known."""
+        return self.session.measurer.has(self._wish(ask))
+
+    def wait(self) -> None:
+        """Returns once more is known."""
+        self.session.measurer.wait()
+
+    def answer(self, ask: ProbeAsk) -> Score:
+        """Returns a score, measured now where nobody has, and charges it."""
+        wish = self._wish(ask)
+        self.session.measurer.doing = self.budget.progress(self.session.time_left(self.budget))
+        self.budget.charge(wish.changes, ask.n)
+        return self.session.score(wish.changes, wish.nll, wish.kld, wish.label)
+
+    def _wish(self, ask: ProbeAsk) -> Wish:
+        session = self.session
+        chunks = session.few[: ask.n]
+        return Wish(
+            nll=chunks,
+            kld=chunks,
+            changes=ask.probe.changes(session.layout, session.goal.anchor),
+            label=f"{ask.probe.part.name}:{ask.probe.qtype}, the rest at {session.goal.anchor}",
+        )
 
 
 @contextmanager
@@ -213,15 +252,17 @@ def _measured(session: Session, probes: Sequence[Probe], errors: RoundingErrors)
     most = max(method.least_chunks, min(method.most_chunks, share))
     reserved = int(method.fine_share * budget.limit) + 2 * most
     most = min(most, len(session.few))
-    responses = measure_roles(probes, lambda probe, largest: session.measure(probe, most, budget, largest))
-    responses += measure_layers(
+    responses = measure_roles(probes, reference, method, most, session.desk(budget))
+    layers = measure_layers(
         responses,
         errors,
         workspace.layout,
+        reference,
         method,
-        lambda probe: session.measure(probe, most, budget),
+        most,
         lambda: budget.left >= reserved,
     )
+    responses += session.run(layers, budget)
     return _curves(session, reference, responses, errors, budget, most)
 
 

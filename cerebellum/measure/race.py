@@ -1,13 +1,15 @@
-"""What to measure against a limit, and when to stop. No I/O: generators yield a ``ChunkAsk``, are sent the answer.
+"""What to measure against a limit, and when to stop. No I/O: generators yield ``ChunkAsk``s, are sent the answers.
 
 So the same logic runs on an engine, on a replayed ledger and in a unit test. A race advances all
 undecided candidates together, in blocks that grow, until a rule puts each on one side of the threshold;
-near-ties that nobody cares about are called either way.
+near-ties that nobody cares about are called either way. What all of them need for the next look is one batch.
+A look sees the chunks from the first of the order to the look's number and no others, so that chunks which idle
+workers have scored ahead change no verdict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from cerebellum.stats.paired import Interval
 from cerebellum.stats.sequential import Rule, Sample, SpendingRule, foretold_sd
 from cerebellum.stats.unusual import unusual
-from cerebellum.verdicts import SENSITIVE, UNDECIDED, Changes, Measurement, Threshold
+from cerebellum.verdicts import SENSITIVE, UNDECIDED, Asking, Batch, Changes, Measurement, Threshold
 
 Vector = NDArray[np.float64]
 T = TypeVar("T")
@@ -43,7 +45,9 @@ class ChunkScores:
     kld_N: Vector | None = None
 
 
-Sweep = Generator[ChunkAsk, ChunkScores, T]
+Sweep = Asking[ChunkAsk, ChunkScores, T]
+
+_AHEAD = 2  # looks beyond the next one whose chunks idle workers may score
 
 
 def chunk_order(n_chunks: int, seed: int) -> tuple[int, ...]:
@@ -102,13 +106,19 @@ class _Runner:
 
     def measurement(self, order: Sequence[int]) -> Measurement:
         if self.collapsed:
-            return Measurement(changes=dict(self.changes), delta=None, trace=tuple(self.trace))
+            return Measurement(
+                changes=dict(self.changes),
+                delta=None,
+                trace=tuple(self.trace),
+                read=len(self.differences),
+            )
         return Measurement(
             changes=dict(self.changes),
             delta=self.trace[-1],
             trace=tuple(self.trace),
             set_aside=self.set_aside,
             warnings=unusual(self.differences, order),
+            read=len(self.differences),
         )
 
 
@@ -121,14 +131,13 @@ def race(candidates: Sequence[Changes], settings: RaceSettings) -> Sweep[tuple[M
     runners = [_Runner(changes=changes) for changes in candidates]
     undecided = list(runners)
     base = np.empty(0)
-    for look in settings.looks:
+    for number, look in enumerate(settings.looks):
         if not undecided:
             break
-        answer = yield ChunkAsk(changes={}, chunks=settings.order[len(base) : look])
-        base = np.append(base, answer.nll_N)
-        for runner in undecided:
+        answers = yield _batch(undecided, len(base), number, settings)
+        base = np.append(base, answers[0].nll_N)
+        for runner, answer in zip(undecided, answers[1:], strict=True):
             done = len(runner.differences)
-            answer = yield ChunkAsk(changes=runner.changes, chunks=settings.order[done:look])
             runner.advance(answer.nll_N - base[done:look], answer.kld_N)
         _look(runners, undecided, settings)
         undecided = sorted(
@@ -136,6 +145,25 @@ def race(candidates: Sequence[Changes], settings: RaceSettings) -> Sweep[tuple[M
             key=lambda runner: -_distance(runner.trace[-1], settings.threshold.nats),
         )
     return tuple(runner.measurement(settings.order) for runner in runners)
+
+
+def _batch(
+    undecided: Sequence[_Runner], base_done: int, number: int, settings: RaceSettings
+) -> Batch[ChunkAsk]:
+    """Asks for the base and all undecided at a look; likely are the looks after it, the least decided first."""
+    look = settings.looks[number]
+    asks = [ChunkAsk(changes={}, chunks=settings.order[base_done:look])]
+    asks += [
+        ChunkAsk(changes=runner.changes, chunks=settings.order[len(runner.differences) : look])
+        for runner in undecided
+    ]
+    likely = []
+    for later in settings.looks[number + 1 : number + 1 + _AHEAD]:
+        chunks = settings.order[look:later]
+        likely.append(ChunkAsk(changes={}, chunks=chunks))
+        likely += [ChunkAsk(changes=runner.changes, chunks=chunks) for runner in reversed(undecided)]
+        look = later
+    return Batch(asks=tuple(asks), likely=tuple(likely))
 
 
 def measure_fixed(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -22,13 +23,15 @@ from cerebellum.base import Base
 from cerebellum.codec import Artifact, Record, read_artifact, write_artifact
 from cerebellum.encode.encoders import Encoder, moments_of
 from cerebellum.engine.protocols import QuantizeJob
+from cerebellum.engine.workers import HOST, Lane, Room
 from cerebellum.errors import BadInput
 from cerebellum.gguf import fits, is_quantized, needs_imatrix, parse_type
 from cerebellum.imatrix import ImportanceMatrix
 from cerebellum.layout import Layout
 from cerebellum.measure.artifacts import RoundingErrors
 from cerebellum.measure.method import Method
-from cerebellum.progress import Reporter
+from cerebellum.measure.worker import WorkRoom
+from cerebellum.progress import Reporter, Silent
 from cerebellum.settings import FINE_LADDER, Budget
 from cerebellum.source import Source
 from cerebellum.workspace import Workspace
@@ -83,17 +86,19 @@ def read_or_make_errors(workspace: Workspace, goal: Budget, method: Method) -> R
             kept = read_artifact(path, RoundingFile, "it is made again")
             if kept.made_from == recipe:
                 return kept.errors
-    found = rounding_errors(
-        workspace.encoder,
-        workspace.source,
-        workspace.matrix,
-        workspace.layout,
-        goal.offered,
-        goal.anchor,
-        method,
-        workspace.settings.threads,
-        workspace.reporter,
-    )
+    found = _by_crew(workspace, goal, method) if workspace.crew else None
+    if found is None:
+        found = rounding_errors(
+            workspace.encoder,
+            workspace.source,
+            workspace.matrix,
+            workspace.layout,
+            goal.offered,
+            goal.anchor,
+            method,
+            workspace.settings.threads,
+            workspace.reporter,
+        )
     write_artifact(path, RoundingFile(made_from=recipe, errors=found))
     return found
 
@@ -108,13 +113,16 @@ def rounding_errors(
     method: Method,
     threads: int,
     reporter: Reporter,
+    among: Sequence[str] | None = None,
 ) -> RoundingErrors:
     """Returns the errors of every group that can be at the anchor: in the base, and at all of ``qtypes`` it can be.
 
     Every (tensor, type) is a task of its own, since one sample is too small for more than one thread. Types that
-    need an importance matrix quantize ten times as slowly and come last.
+    need an importance matrix quantize ten times as slowly and come last. ``among`` are the groups to look at,
+    all where nobody says.
     """
-    names = [name for name in layout.groups if layout.legal(name, anchor)]
+    wanted_names = layout.groups if among is None else among
+    names = [name for name in wanted_names if layout.legal(name, anchor)]
     # Every task multiplies a little; BLAS would start as many threads again for each of them, and all would wait.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(max_workers=threads) as pool:
         read = _samples(pool, engine, source, matrix, layout, names, method)
@@ -132,6 +140,64 @@ def rounding_errors(
         at_anchor={name: found[name, anchor] for name in names},
         at_base={name: found[name, None] for name in names},
         of={name: {qtype: found[name, qtype] for qtype in ladders[name]} for name in names},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingTask:
+    """Work out the rounding errors of one group, in a worker; every number is what the others' way gives."""
+
+    name: str
+    qtypes: tuple[str, ...]
+    anchor: str
+    method: Method
+
+    @property
+    def lane(self) -> Lane:
+        """The processor alone is busy."""
+        return HOST
+
+    def run(self, room: Room) -> RoundingErrors:
+        """Returns the group's errors, in the form of those of all groups."""
+        assert isinstance(room, WorkRoom)
+        recipe = room.recipe
+        return rounding_errors(
+            recipe.engine,
+            recipe.source,
+            recipe.matrix,
+            recipe.layout,
+            self.qtypes,
+            self.anchor,
+            self.method,
+            recipe.threads,
+            Silent(),
+            among=[self.name],
+        )
+
+
+def _by_crew(workspace: Workspace, goal: Budget, method: Method) -> RoundingErrors:
+    """Has the workers work out the errors, a group at a time."""
+    assert workspace.crew is not None
+    names = list(workspace.layout.groups)
+    tasks = [
+        (
+            f"rounding errors of {name}",
+            RoundingTask(name=name, qtypes=goal.offered, anchor=goal.anchor, method=method),
+        )
+        for name in names
+    ]
+    parts: dict[str, RoundingErrors] = {}
+    with workspace.reporter.task("rounding errors of every group", len(tasks)) as tick:
+        for number, found in workspace.crew.run(tasks):
+            assert isinstance(found, RoundingErrors)
+            parts[names[number]] = found
+            tick()
+    in_order = [parts[name] for name in names]
+    return RoundingErrors(
+        anchor=goal.anchor,
+        at_anchor={name: error for part in in_order for name, error in part.at_anchor.items()},
+        at_base={name: error for part in in_order for name, error in part.at_base.items()},
+        of={name: errors for part in in_order for name, errors in part.of.items()},
     )
 
 

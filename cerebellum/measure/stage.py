@@ -5,7 +5,7 @@ This file drives; what to ask is decided without I/O in ``race.py`` and ``probe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,12 +13,13 @@ import numpy as np
 
 from cerebellum.folder import CURVES, MEASUREMENTS
 from cerebellum.measure.artifacts import Curves, MeasurementRow, Measurements
+from cerebellum.measure.crew import Wish
 from cerebellum.measure.measurer import Measurer, measuring, with_divergence
 from cerebellum.measure.probe import Session, measure_curves
 from cerebellum.measure.race import ChunkAsk, ChunkScores, RaceSettings, chunk_order, race
 from cerebellum.settings import Limit
 from cerebellum.stats.sequential import Rule, SpendingRule, StoppingRule, looks, union_share
-from cerebellum.verdicts import NOTHING, Changes, Measurement, drive
+from cerebellum.verdicts import NOTHING, Changes, Measurement, drive_together
 from cerebellum.workspace import Workspace
 
 SINGLES_SHARE = 0.5
@@ -45,7 +46,7 @@ def measure_against_limit(workspace: Workspace, limit: Limit) -> Measurements:
         racing = Racing(workspace=workspace, limit=limit, measurer=measurer, order=order)
         alpha = union_share(limit.alpha * SINGLES_SHARE, len(candidates))
         found = racing.measure(candidates, alpha)
-        return write_measurements(workspace, limit, found, measurer)
+        return write_measurements(workspace, limit, {order: found})
 
 
 def demotions(workspace: Workspace, limit: Limit) -> list[Changes]:
@@ -69,6 +70,8 @@ def measure_for_budget(workspace: Workspace, session: Session) -> Curves:
 @contextmanager
 def against_base(workspace: Workspace, order: tuple[int, ...]) -> Iterator[Measurer]:
     """Opens a measurer that compares every variant with the base's own predictions on the first chunks of an order."""
+    if workspace.crew is not None:
+        workspace.crew.make(workspace.shards.missing(NOTHING))
     with measuring(workspace, workspace.shards.variant(NOTHING), order[:_KLD_CHUNKS]) as measurer:
         yield measurer
 
@@ -94,8 +97,24 @@ class Racing:
         """
         shards = self.workspace.shards
         with self.workspace.shards_ahead(candidates):
-            found = drive(race(candidates, self._settings(alpha, may_set_aside)), self._answer)
-        return tuple(with_divergence(one, self.measurer, shards) for one in found)
+            (found,) = drive_together([race(candidates, self._settings(alpha, may_set_aside))], self)
+        return tuple(with_divergence(one, self.measurer, shards, self.order) for one in found)
+
+    def want(self, who: int, asks: Sequence[ChunkAsk], likely: Sequence[ChunkAsk]) -> None:
+        """Hears what the race wants next."""
+        self.measurer.want(who, [self._wish(ask) for ask in asks], [self._wish(ask) for ask in likely])
+
+    def ready(self, ask: ChunkAsk) -> bool:
+        """Says whether an answer is known."""
+        return self.measurer.has(self._wish(ask))
+
+    def wait(self) -> None:
+        """Returns once more is known."""
+        self.measurer.wait()
+
+    def _wish(self, ask: ChunkAsk) -> Wish:
+        compared = tuple(chunk for chunk in ask.chunks if chunk in self._compared)
+        return Wish(nll=ask.chunks, kld=compared, changes=ask.changes)
 
     def _settings(self, alpha: float, may_set_aside: bool) -> RaceSettings:
         return RaceSettings(
@@ -132,7 +151,8 @@ class Racing:
         """The chunks on which variants are compared with the base's predictions."""
         return self.measurer.cache.chunks if self.measurer.cache else frozenset()
 
-    def _answer(self, ask: ChunkAsk) -> ChunkScores:
+    def answer(self, ask: ChunkAsk) -> ChunkScores:
+        """Returns the scores, measured now where nobody has."""
         variant = self.workspace.shards.variant(ask.changes)
         nll_N = self.measurer.chunk_means(variant, ask.chunks)
         compared = [chunk for chunk in ask.chunks if chunk in self._compared]
@@ -143,12 +163,17 @@ class Racing:
 
 
 def write_measurements(
-    workspace: Workspace, limit: Limit, found: Sequence[Measurement], measurer: Measurer
+    workspace: Workspace, limit: Limit, by_order: Mapping[tuple[int, ...], Sequence[Measurement]]
 ) -> Measurements:
-    """Writes measurements.json: what was found, on what text, and how many tokens it took."""
+    """Writes measurements.json: what was found, in which order of the chunks, on what text, at how many tokens.
+
+    Tokens are counted on which verdicts rest. What idle workers scored ahead of that is in the ledger and not here.
+    """
     corpus = workspace.selection
-    variants = [workspace.shards.variant(changes) for changes in (NOTHING, *(m.changes for m in found))]
-    scored = sum(measurer.n_measured(variant) for variant in variants)
+    found = tuple(one for measurements in by_order.values() for one in measurements)
+    read = [(order, _read(one)) for order, measurements in by_order.items() for one in measurements]
+    of_base = {chunk for order, n in read for chunk in order[:n]}
+    scored = len(of_base) + sum(n for _, n in read)
     content = Measurements(
         base=workspace.base.label,
         demote=limit.demote,
@@ -167,3 +192,8 @@ def write_measurements(
     )
     workspace.artifacts.write(MEASUREMENTS, content)
     return content
+
+
+def _read(found: Measurement) -> int:
+    """How many chunks a measurement rests on; one that was read from a file says it by its interval."""
+    return found.read or (found.delta.n if found.delta else 0)

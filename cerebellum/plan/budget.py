@@ -32,7 +32,7 @@ from cerebellum.errors import AnswerIsNo, BadInput
 from cerebellum.groups import is_tied
 from cerebellum.layout import Layout
 from cerebellum.measure.artifacts import Bounds, Curves, Effect, Look, Response, finite_pair
-from cerebellum.measure.curves import Probe, Reference, Score
+from cerebellum.measure.curves import Curving, Probe, ProbeAsk, Reference, Score, measure_response
 from cerebellum.plan import knapsack
 from cerebellum.plan.artifacts import BudgetPlan, CandidateRow, FrontierRow, PlanRow, PointRow
 from cerebellum.plan.damage import DamageModel, WholePlan, base_point, fit_damage
@@ -353,14 +353,22 @@ def _measure_fine_types(curves: Curves, session: Session, target: Target) -> tup
     probes = [Probe(part=layout.part(names), qtype=qtype) for (_, qtype), names in wanted.items()]
     probes.sort(key=lambda probe: -layout.part_bytes(probe.part, probe.qtype))
     known = {(response.groups, response.type) for response in curves.responses}
-    budget = session.budget_after(curves)
     new = [probe for probe in probes if (probe.part.groups, probe.qtype) not in known]
-    found = []
-    with session.ahead(new):
-        for probe in new:
+    budget = session.budget_after(curves)
+
+    def measured() -> Curving[tuple[Response, ...]]:
+        found = []
+        for number, probe in enumerate(new):
             if budget.left >= curves.chunks:
-                found.append(session.measure(probe, curves.chunks, budget))
-    return tuple(found)
+                reference = session.measure_reference()
+                first = min(session.method.first_look, curves.chunks)
+                then = tuple(ProbeAsk(probe=later, n=first) for later in new[number + 1 :])
+                one = measure_response(probe, reference, session.method, curves.chunks, then=then)
+                found.append((yield from one))
+        return tuple(found)
+
+    with session.ahead(new):
+        return session.run(measured(), budget)
 
 
 # --- what plan.json says

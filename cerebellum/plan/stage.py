@@ -17,7 +17,7 @@ from cerebellum.groups import make_groups
 from cerebellum.layout import Layout
 from cerebellum.measure.artifacts import Curves, read_recorded
 from cerebellum.measure.probe import Session
-from cerebellum.measure.race import fresh_order
+from cerebellum.measure.race import chunk_order, fresh_order
 from cerebellum.measure.stage import SINGLES_SHARE, Racing, against_base, write_measurements
 from cerebellum.plan.artifacts import BudgetPlan, LimitPlan
 from cerebellum.plan.budget import plan_budget, plan_unmeasured
@@ -52,7 +52,8 @@ def plan_against_limit(workspace: Workspace, limit: Limit) -> LimitPlan:
             return combinations[-1]
 
         chosen = drive(threshold_plan(make_units(singles, workspace.layout), limit.threshold), measured)
-        write_measurements(workspace, limit, (*singles, *combinations), measurer)
+        of_groups = chunk_order(workspace.selection.n_chunks, workspace.settings.seed)
+        write_measurements(workspace, limit, {of_groups: singles, order: combinations})
     return _written(workspace, limit_plan(chosen, workspace.layout, limit))
 
 

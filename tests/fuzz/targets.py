@@ -192,7 +192,7 @@ def read_ledger(path: Path) -> None:
             if known:
                 ledger.nll(series, known)
             ledger.diverged(series, base)
-            ledger.divergence(series, base)
+            ledger.divergence(series, base, range(20))
             ledger.content_hash("a", "b")
             ledger.knows("v")
             ledger.digest()

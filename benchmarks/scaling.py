@@ -1,0 +1,301 @@
+"""How a run gets faster with workers: a recorded run is decided again, on a clock that only the simulation turns.
+
+`python benchmarks/scaling.py RUN --rates h100-32b` opens a finished run folder, runs its measure and plan stages anew
+with the real driver (`measure/crew.py`), and answers every task from the run's ledger. Only the workers are made up:
+a task takes what the rates say for its chunks, for loading and staging weights, and for its way there and back. Chunks
+that workers score ahead and that the recorded run never asked for are answered with zeros: no decision sees them, and
+the plan at the end has to be the recorded one, which is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import shutil
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import save
+
+from cerebellum.engine.workers import Done, Outcome, Task
+from cerebellum.folder import RunFolder
+from cerebellum.ledger import Ledger, SeriesKey
+from cerebellum.llama.native import EngineSettings, LlamaEngine
+from cerebellum.measure.scorer import Found
+from cerebellum.measure.worker import PackedRecipe, Scored, ScoreTask, ShardTask
+from cerebellum.progress import Silent
+from cerebellum.run import way_of
+from cerebellum.workspace import Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Seconds on one worker. ``at_once`` chunks go into one decode; ``scale`` is the model's bytes over the recorded
+    one's, and ``stage`` bytes a second go onto the card; ``load`` seconds open a model and ``travel`` a task's way."""
+
+    decode: float
+    at_once: int
+    load: float
+    load_source: float
+    stage: float
+    scale: float
+    swap: float
+    travel: float
+    on_cards: bool
+
+
+# H100: 1.5B as measured for docs/LOG.md (swaps, decode of 4 chunks); the others follow by active bytes and by size.
+RATES = {
+    "cpu": Rates(
+        decode=0.1,
+        at_once=1,
+        load=0.1,
+        load_source=0.1,
+        stage=2e9,
+        scale=1,
+        swap=0.01,
+        travel=0.002,
+        on_cards=False,
+    ),
+    "h100-1.5b": Rates(
+        decode=0.035,
+        at_once=4,
+        load=1.0,
+        load_source=2.0,
+        stage=5e9,
+        scale=130,
+        swap=0.002,
+        travel=0.003,
+        on_cards=True,
+    ),
+    "h100-8b": Rates(
+        decode=0.11,
+        at_once=4,
+        load=3.0,
+        load_source=6.0,
+        stage=5e9,
+        scale=700,
+        swap=0.002,
+        travel=0.003,
+        on_cards=True,
+    ),
+    "h100-32b": Rates(
+        decode=0.40,
+        at_once=4,
+        load=8.0,
+        load_source=25.0,
+        stage=5e9,
+        scale=2800,
+        swap=0.003,
+        travel=0.003,
+        on_cards=True,
+    ),
+}
+
+
+@dataclass(kw_only=True)
+class Recorded:
+    """What the ledger of a run says of every chunk, and zeros of those that it lacks."""
+
+    ledger: Ledger
+    text: str
+    engine: str
+    asked: int = 0
+    made_up: int = 0
+
+    def found(self, task: ScoreTask) -> tuple[Found, ...]:
+        series = self._series(task.variant.digest, int(task.inputs.shape[1]))
+        lacking = set(self.ledger.lacking(series, task.chunks))
+        n_scored = int(task.inputs.shape[1]) - int(task.inputs.shape[1]) // 2 - 1
+        divergences = self._divergences(task, series)
+        found = []
+        for chunk in task.chunks:
+            self.asked += 1
+            self.made_up += chunk in lacking
+            nll = (
+                np.zeros(n_scored)
+                if chunk in lacking
+                else self.ledger.nll(series, [chunk])[0].astype(np.float64)
+            )
+            kld = same = None
+            if divergences is not None and task.kept is not None and chunk in task.kept.chunks:
+                kld, same = divergences.get(chunk, (np.zeros(n_scored), np.ones(n_scored, np.bool_)))
+            found.append(Found(chunk=chunk, nll=nll, kld=kld, same_top=same))
+        return tuple(found)
+
+    def _series(self, digest: str, ctx: int) -> int:
+        return self.ledger.series(SeriesKey(variant=digest, text=self.text, ctx=ctx, engine=self.engine))
+
+    def _divergences(self, task: ScoreTask, series: int) -> dict[int, tuple[Any, Any]] | None:
+        if task.kept is None or task.kept.reference.digest == task.variant.digest:
+            return None
+        base = self._series(task.kept.reference.digest, int(task.inputs.shape[1]))
+        rows = self.ledger._rows(
+            "SELECT chunk, kld, same FROM divergence WHERE series=? AND base=?", (series, base)
+        )
+        return {
+            chunk: (np.frombuffer(kld, "<f4").astype(np.float64), np.frombuffer(same, np.uint8).astype(bool))
+            for chunk, kld, same in rows
+        }
+
+
+@dataclass(kw_only=True)
+class _Hand:
+    """A worker on the made-up clock: when each lane is free, what is open, and what is staged."""
+
+    free: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    opened: Path | None = None
+    shown: str = ""
+    staged: set[Path] = field(default_factory=set)
+    busy: float = 0.0
+
+
+class SimulatedPool:
+    """Workers that take as long as the rates say, and know what the recorded run measured."""
+
+    def __init__(self, size: int, rates: Rates, recorded: Recorded) -> None:
+        self.size = size
+        self.on_cards = rates.on_cards
+        self.now = 0.0
+        self._rates = rates
+        self._recorded = recorded
+        self.hands = [_Hand() for _ in range(size)]
+        self._events: list[tuple[float, int, int, Task, float]] = []
+
+    def begin(self, worker: int, ticket: int, task: Task) -> None:
+        hand = self.hands[worker]
+        lane = task.lane if self.on_cards else "model"
+        seconds = self._seconds(hand, task)
+        started = max(self.now + self._rates.travel / 2, hand.free[lane])
+        hand.free[lane] = started + seconds
+        hand.busy += seconds
+        heapq.heappush(
+            self._events, (hand.free[lane] + self._rates.travel / 2, ticket, worker, task, seconds)
+        )
+
+    def _seconds(self, hand: _Hand, task: Task) -> float:
+        rates = self._rates
+        if not isinstance(task, ScoreTask):
+            return 0.0
+        seconds = -(-len(task.chunks) // rates.at_once) * rates.decode
+        variant = task.variant
+        if hand.opened != variant.paths[0]:
+            seconds += rates.load if len(variant.paths) > 1 else rates.load_source
+            hand.opened = variant.paths[0]
+            hand.staged = set(variant.paths)
+        elif hand.shown != variant.digest:
+            new = set(variant.paths) - hand.staged
+            seconds += rates.swap + sum(path.stat().st_size for path in new) * rates.scale / rates.stage
+            hand.staged |= new
+        hand.shown = variant.digest
+        return seconds
+
+    def wait(self, seconds: float) -> Sequence[Done]:
+        if not self._events:
+            return ()
+        self.now, ticket, worker, task, took = heapq.heappop(self._events)
+        result: object = None
+        if isinstance(task, ScoreTask):
+            result = Scored(found=self._recorded.found(task), at_once=self._rates.at_once)
+        else:
+            assert isinstance(task, ShardTask)
+        outcome = Outcome(
+            result=result, seconds={}, wall=took, identity=self._recorded.engine, notes=(), where="simulated"
+        )
+        return (Done(ticket=ticket, worker=worker, outcome=outcome),)
+
+    def renew(self, worker: int) -> None:
+        raise AssertionError("nobody dies here")
+
+    def close(self) -> None:
+        self._events.clear()
+
+
+class RecordedEngine(LlamaEngine):
+    """Tokenizes as ever, and has the name of the engine that the run was measured on."""
+
+    def __init__(self, identity: str) -> None:
+        super().__init__(EngineSettings(threads=1))
+        self._identity = identity
+
+    @property
+    def identity(self) -> str:
+        return self._identity
+
+
+def copied(run: Path, folder: Path) -> None:
+    """The run without what was measured: its settings, importance matrix, rounding errors and shards."""
+    folder.mkdir()
+    for name in ("settings.json", "imatrix.gguf", "moments.gguf", "rounding.json"):
+        if (run / name).exists():
+            shutil.copy2(run / name, folder / name)
+    (folder / "shards").symlink_to((run / "shards").absolute())
+
+
+def identity_of(ledger: Ledger, text: str) -> str:
+    ((engine,),) = ledger._rows("SELECT DISTINCT engine FROM series WHERE text=?", (text,))
+    return str(engine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """A simulated run; ``busy`` is the share of the workers' time in which they had something to do."""
+
+    workers: int
+    seconds: float
+    busy: float
+    chunks: int
+    scored_ahead: int
+
+
+def simulate(run: Path, size: int, rates: Rates) -> Ran:
+    """Decides the run again with so many workers."""
+    settings = RunFolder(run).settings()
+    with tempfile.TemporaryDirectory() as temporary, Ledger(run / "ledger.sqlite") as ledger:
+        folder = Path(temporary) / "run"
+        copied(run, folder)
+        text = Workspace(run, settings, LlamaEngine(EngineSettings(threads=1)), Silent()).selection.sha256
+        recorded = Recorded(ledger=ledger, text=text, engine=identity_of(ledger, text))
+        pools: list[SimulatedPool] = []
+
+        def hire(_packed: PackedRecipe) -> SimulatedPool:
+            pools.append(SimulatedPool(size, rates, recorded))
+            return pools[-1]
+
+        workspace = Workspace(folder, settings, RecordedEngine(recorded.engine), Silent(), hire=hire)
+        with workspace.locked():
+            way_of(settings.goal).measure_and_plan(workspace)
+        if (folder / "plan.json").read_bytes() != (run / "plan.json").read_bytes():
+            sys.exit(f"with {size} workers the plan is another one: this must not be")
+    pool = pools[0]
+    busy = sum(hand.busy for hand in pool.hands) / (size * pool.now)
+    return Ran(
+        workers=size, seconds=pool.now, busy=busy, chunks=recorded.asked, scored_ahead=recorded.made_up
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("run", type=Path, help="a finished run folder, made by one worker")
+    parser.add_argument("--rates", choices=sorted(RATES), default="h100-32b")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--name", default="scaling")
+    asked = parser.parse_args()
+    rows = [simulate(asked.run, size, RATES[asked.rates]) for size in asked.workers]
+    print(f"{'workers':>8}{'seconds':>10}{'faster':>8}{'busy':>7}{'chunks':>8}{'ahead':>7}")
+    for row in rows:
+        faster = rows[0].seconds / row.seconds
+        cells = f"{row.seconds:10.1f}{faster:8.2f}{100 * row.busy:6.0f}%{row.chunks:8}{row.scored_ahead:7}"
+        print(f"{row.workers:8}{cells}")
+    result = {"run": str(asked.run.name), "rates": asked.rates, "rows": [vars(row) for row in rows]}
+    print(save(asked.name, result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Scores chunks of variants on one resident model: in the process that decides, or in a worker.
+
+It knows no ledger. What was scored goes back to whoever asked, who writes it down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cerebellum.engine.predictions import PredictionCache
+from cerebellum.engine.protocols import CannotSwap, Engine, Job, Resident, Scores, Tokens
+from cerebellum.shards import Variant
+
+Inputs = Callable[[int], Tokens]
+"""The number of a chunk -> the tokens that the model is fed, (ctx,)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """A chunk as scored: NLL by token, nats (S,), and against the reference its KL divergence and top tokens."""
+
+    chunk: int
+    nll: NDArray[np.float64]
+    kld: NDArray[np.float64] | None = None
+    same_top: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What variants are compared with: a reference, whose predictions are kept for some chunks."""
+
+    reference: Variant
+    cache: PredictionCache
+
+
+class Scorer:
+    """One model stays open between calls, and other variants are swapped into it; ``note`` hears where that fails."""
+
+    def __init__(self, engine: Engine, note: Callable[[str], None]) -> None:
+        self._engine = engine
+        self._note = note
+        self._stack = ExitStack()
+        self._model: Resident | None = None
+        self._ctx = 0
+        self._open_paths: tuple[Path, ...] = ()
+        self._open_digest = ""
+        self._refusals: set[str] = set()
+
+    @property
+    def at_once(self) -> int:
+        """How many chunks one decode of the open model takes; 1 where none is open."""
+        return self._model.chunks_at_once if self._model is not None else 1
+
+    def score(
+        self, variant: Variant, chunks: Sequence[int], inputs: Inputs, ctx: int, against: Compared | None
+    ) -> Iterator[Found]:
+        """Scores chunks, as many at once as the model decodes together.
+
+        Where predictions of the reference should be kept and are gone (after a kill, say) it is decoded again first.
+        """
+        if against is not None and variant.digest != against.reference.digest:
+            missing = against.cache.missing(chunks)
+            for _ in self._score(against.reference, missing, inputs, ctx, against):
+                pass
+        yield from self._score(variant, chunks, inputs, ctx, against)
+
+    def _score(
+        self, variant: Variant, chunks: Sequence[int], inputs: Inputs, ctx: int, against: Compared | None
+    ) -> Iterator[Found]:
+        if not chunks:
+            return
+        model = self._opened(variant, ctx)
+        size = model.chunks_at_once
+        for part in (chunks[start : start + size] for start in range(0, len(chunks), size)):
+            jobs = [_job(variant, chunk, inputs(chunk), against) for chunk in part]
+            for chunk, scores in zip(part, model.score(jobs), strict=True):
+                if scores.kept is not None and against is not None:
+                    against.cache.store(chunk, scores.kept)
+                yield _found(chunk, scores)
+
+    def _opened(self, variant: Variant, ctx: int) -> Resident:
+        """The model that is open, with the variant's groups swapped in; a new one where that cannot be."""
+        if self._model is not None and self._ctx == ctx and self._shows(self._model, variant):
+            return self._model
+        variant.ready()
+        self.close()
+        self._model = self._stack.enter_context(self._engine.resident(variant.paths, ctx))
+        self._ctx = ctx
+        self._open_paths = variant.paths
+        self._open_digest = variant.digest
+        return self._model
+
+    def _shows(self, model: Resident, variant: Variant) -> bool:
+        """Whether the model is the variant, or could be made it by a swap; where not, says why, once a reason."""
+        if self._open_digest == variant.digest:
+            return True
+        variant.ready()
+        if len(variant.paths) != len(self._open_paths) or variant.paths[0] != self._open_paths[0]:
+            return False
+        pairs = zip(variant.paths, self._open_paths, strict=True)
+        try:
+            model.swap([path for path, opened in pairs if path != opened])
+        except CannotSwap as error:
+            if str(error) not in self._refusals:
+                self._refusals.add(str(error))
+                self._note(f"variants are opened afresh, not swapped in: {error}")
+            return False
+        self._open_digest = variant.digest
+        return True
+
+    def close(self) -> None:
+        """Frees the open model. The scorer can be used again."""
+        self._stack.close()
+        self._model = None
+        self._open_digest = ""
+
+
+def _job(variant: Variant, chunk: int, tokens: Tokens, against: Compared | None) -> Job:
+    """What to ask of a chunk: the reference keeps its predictions, all others are compared with them."""
+    if against is None:
+        return Job(tokens_T=tokens)
+    if variant.digest == against.reference.digest:
+        return Job(tokens_T=tokens, keep=bool(against.cache.missing([chunk])))
+    return Job(tokens_T=tokens, against=against.cache.load(chunk))
+
+
+def _found(chunk: int, scores: Scores) -> Found:
+    return Found(chunk=chunk, nll=scores.nll_S, kld=scores.kld_S, same_top=scores.same_top_S)
