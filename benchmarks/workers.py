@@ -53,6 +53,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-chunks", type=int, default=0, help="by limit: at most so many a group")
     parser.add_argument("--allow-requantize", action="store_true")
     parser.add_argument("--gpu-layers", default="auto")
+    parser.add_argument("--encoder", help="ours or ggml [default: the program's]")
+    parser.add_argument("--no-feedback", action="store_true", help="as of `cerebellum run`")
     parser.add_argument(
         "--out", type=Path, help="where the run folders go, and stay [default: a temporary folder]"
     )
@@ -73,6 +75,8 @@ def command(asked: argparse.Namespace, folder: Path, workers: int) -> list[str]:
     options += ["--imatrix", asked.imatrix] if asked.imatrix else ["--imatrix-chunks", asked.imatrix_chunks]
     options += ["--select-text", asked.select_text] if asked.select_text else []
     options += ["--allow-requantize"] if asked.allow_requantize else []
+    options += ["--encoder", asked.encoder] if asked.encoder else []
+    options += ["--no-feedback"] if asked.no_feedback else []
     whole = [sys.executable, "-m", "cerebellum", "run", asked.source, "-o", folder, *goal, *options]
     return [str(part) for part in [*whole, "--timings", "--json"]]
 
