@@ -78,7 +78,7 @@ def command(asked: argparse.Namespace, folder: Path, workers: int) -> list[str]:
     options += ["--encoder", asked.encoder] if asked.encoder else []
     options += ["--no-feedback"] if asked.no_feedback else []
     whole = [sys.executable, "-m", "cerebellum", "run", asked.source, "-o", folder, *goal, *options]
-    return [str(part) for part in [*whole, "--timings", "--json"]]
+    return [str(part) for part in [*whole, "--keep-shards", "--timings", "--json"]]
 
 
 def run(asked: argparse.Namespace, folder: Path, workers: int) -> Timed:
