@@ -22,7 +22,7 @@ from cerebellum.run import run_all
 from cerebellum.settings import Budget, Goal, Limit, Preset
 from cerebellum.workspace import Workspace
 
-GOALS = [Limit(max_increase_pct=1.0), Budget(size=Preset(name="Q3_K_M"))]
+GOALS = [Limit(max_increase_pct=1.0), Budget(sizes=(Preset(name="Q3_K_M"),))]
 each_goal = pytest.mark.parametrize("goal", GOALS, ids=["limit", "budget"])
 
 
