@@ -360,7 +360,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         run = asked.run
         if run is None:
-            goal = Budget(size=Preset(name=asked.budget)) if asked.budget else Limit()
+            goal = Budget(sizes=(Preset(name=asked.budget),)) if asked.budget else Limit()
             run = make_up(asked.made_up, Path(temporary) / "made-up", goal)
         rows = [simulate(run, size, RATES[asked.rates]) for size in asked.workers]
     print(f"{'workers':>8}{'seconds':>10}{'faster':>8}{'busy':>7}{'chunks':>8}{'ahead':>7}")
