@@ -401,8 +401,8 @@ def reproduce(
     as_json: bool,
 ) -> None:
     """The same GGUF again, bit for bit, from a MANIFEST and its source; names what changed."""
-    from cerebellum.reproduce import Reproduction
-    from cerebellum.reproduce import reproduce as make_again
+    from cerebellum.recipes.reproduce import Reproduction
+    from cerebellum.recipes.reproduce import reproduce as make_again
 
     texts = {"selection": select_text, "report": report_text}
     request = Reproduction(
@@ -432,8 +432,8 @@ def reproduce(
 @json_option
 def compare(a: Path, b: Path, threads: int, gpu_layers: int | None, as_json: bool, **asked: Any) -> None:
     """B against A on the same tokens: perplexity, KL divergence, top token, with intervals."""
-    from cerebellum.comparison import ComparisonSettings, open_pair
-    from cerebellum.comparison import compare as compare_models
+    from cerebellum.comparison.pair import ComparisonSettings, open_pair
+    from cerebellum.comparison.pair import compare as compare_models
 
     open_pair(a, b)
     _admitted(a, b)
@@ -455,7 +455,7 @@ def perplexity(
     model: Path, text: Path, ctx: int, chunks: int, threads: int, gpu_layers: int | None, as_json: bool
 ) -> None:
     """Perplexity of MODEL, equal to llama-perplexity's."""
-    from cerebellum.comparison import perplexity_of
+    from cerebellum.comparison.pair import perplexity_of
 
     _admitted(model)
     found = perplexity_of(

@@ -25,9 +25,9 @@ from cerebellum.verify import Verified
 
 if TYPE_CHECKING:  # a command loads what it needs, and no other one's
     from cerebellum.cli.quantize import Quantized
-    from cerebellum.comparison import Comparison
+    from cerebellum.comparison.pair import Comparison
     from cerebellum.hub import Pushed
-    from cerebellum.reproduce import Reproduced
+    from cerebellum.recipes.reproduce import Reproduced
 
 _VERDICT_STYLES = {"tolerant": "green", "sensitive": "red", "collapsed": "bold red"}
 _DECISION_STYLES = {"demoted": "green", "promoted": "cyan"}
