@@ -28,8 +28,12 @@ from cerebellum.cli.options import (
     engine_options,
     first_chunks_option,
     folder_option,
+    given,
+    given_by,
     json_option,
     published_options,
+    recipe_option,
+    refuse_beside,
     size_options,
     source_options,
     take_goal,
@@ -49,13 +53,14 @@ from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.folder import MEASUREMENTS, SETTINGS, RunFolder
 from cerebellum.manifest import ResultNamed
 from cerebellum.plan.artifacts import AnyPlan
-from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, SELECTION_TEXT, Goal, Limit, Settings
+from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, SELECTION_TEXT, Given, Goal, Limit, Settings
 from cerebellum.verify import Verified
 from cerebellum.workspace import Workspace
 
 if TYPE_CHECKING:
     from cerebellum.llama.native import LlamaEngine
     from cerebellum.llama.offload import Offload
+    from cerebellum.source import Source
 
 
 class Pipeline(click.Group):
@@ -117,6 +122,7 @@ def demo(
 @cli.command()
 @click.argument("source", type=PathArgument)
 @folder_option
+@recipe_option
 @source_options
 @worker_options
 @bench_options
@@ -248,6 +254,7 @@ def measure(as_json: bool, out: Path, **asked: Any) -> None:
 @click.option("--measurements", type=PathArgument, help="Measurements to plan from, instead of the folder's.")
 @click.option("--max-increase", type=Percent(), help="Another limit than the run's.")
 @size_options
+@recipe_option
 @click.option("--frontier", is_flag=True, help="The whole curve of size against damage, from those curves.")
 @click.option("--base", type=PresetName(), help="Another preset [with a GGUF; default: Q3_K_M].")
 @click.option("--demote", type=WeightType(), help="Another type [with a GGUF; default: Q2_K].")
@@ -419,6 +426,25 @@ def reproduce(
 
 
 @cli.command()
+@click.argument("model", type=PathArgument)
+@click.option(
+    "-o", "--out", type=PathArgument, help="Write both forms into this folder [default: say the first]."
+)
+@json_option
+def recipe(model: Path, out: Path | None, as_json: bool) -> None:
+    """The types of any GGUF's tensors: as llama-quantize's --tensor-type-file, and as a short JSON."""
+    from cerebellum.recipes.recipe import recipe_of, tensor_type_lines, write_recipe
+    from cerebellum.source import open_source
+
+    found = recipe_of(open_source(model, allow_requantize=True))
+    if out is None:
+        _answer(found, as_json, *([] if as_json else map(tables.shown, tensor_type_lines(found))))
+        return
+    written = write_recipe(found, out)
+    _answer(found, as_json, *tables.recipe_lines(found, *written))
+
+
+@cli.command()
 @click.argument("a", type=PathArgument)
 @click.argument("b", type=PathArgument)
 @text_option
@@ -503,11 +529,14 @@ def _settings(asked: dict[str, Any], folder: Path) -> Settings:
     """Returns what a run was asked for; a source on the Hub is fetched first."""
     from cerebellum.hub import download, is_address  # huggingface_hub takes half a second to load
 
-    goal = take_goal(asked)
+    recipe = asked.pop("recipe", None)
+    goal = take_goal(asked, with_recipe=recipe is not None)
     asked["published"] = take_published(asked)
     address = str(asked["source"])
     if is_address(address):
         asked["source"] = download(address, ProgressReporter().note)
+    if recipe is not None:
+        goal = _given(recipe, goal, asked)
     asked["kld_cache_bytes"] = asked.pop("kld_cache")
     asked["split_above_bytes"] = asked.pop("split_above")
     if asked["gpu_layers"] is None:
@@ -517,6 +546,19 @@ def _settings(asked: dict[str, Any], folder: Path) -> Settings:
         key: value.absolute() if isinstance(value, Path) else value for key, value in asked.items()
     }
     return Settings(goal=goal, **values)
+
+
+def _given(recipe: Path, goal: Goal, asked: dict[str, Any]) -> Given:
+    """Returns the types that a recipe gives the source; its preset is the base, unless another was asked for."""
+    from cerebellum.recipes.recipe import read_typed
+    from cerebellum.source import open_source
+
+    source = open_source(asked["source"], allow_requantize=asked["allow_requantize"])
+    if not given("base") and asked["base_file"] is None:
+        asked["base"] = read_typed(recipe).preset or asked["base"]
+    found = given_by(recipe, source)
+    chunks = goal.chunks if isinstance(goal, Limit) else 0
+    return msgspec.structs.replace(found, chunks=chunks) if given("chunks") else found
 
 
 def _engine(
@@ -686,9 +728,11 @@ def _show_frontier(folder: Path, as_json: bool) -> None:
 def _plan_folder(folder: Path, measurements: Path | None, asked: dict[str, Any]) -> tuple[AnyPlan, ...]:
     """Plans in a folder; where that fails, the folder stays as it was."""
     from cerebellum.run import way_of
+    from cerebellum.source import open_source
 
     def changed(settings: Settings) -> Settings:
-        return msgspec.structs.replace(settings, goal=_replanned_goal(settings.goal, asked))
+        source = open_source(settings.source, allow_requantize=True)
+        return msgspec.structs.replace(settings, goal=_replanned_goal(settings.goal, asked, source))
 
     workspace = Workspace.reopen(folder, _engine_for, ProgressReporter(), planning=True, changed=changed)
     with workspace.locked():
@@ -697,9 +741,12 @@ def _plan_folder(folder: Path, measurements: Path | None, asked: dict[str, Any])
     return planned
 
 
-def _replanned_goal(goal: Goal, asked: dict[str, Any]) -> Goal:
+def _replanned_goal(goal: Goal, asked: dict[str, Any], source: Source) -> Goal:
     """Returns the folder's goal with what was asked for instead; another kind of goal replaces it."""
     sizes = take_sizes(asked)
+    if asked["recipe"] is not None:
+        refuse_beside("--recipe", ("budget", "fit", "max_increase", "demote", "measurements"))
+        return given_by(asked["recipe"], source)
     limit = {"max_increase_pct": asked["max_increase"], "demote": asked["demote"]}
     limit = {key: value for key, value in limit.items() if value is not None}
     if sizes and limit:
@@ -715,13 +762,15 @@ def _plan_file(
     model: Path, measurements: Path | None, base: str | None, asked: dict[str, Any]
 ) -> tuple[AnyPlan, ...]:
     from cerebellum.llama.guard import check_contents
+    from cerebellum.recipes.recipe import read_typed
     from cerebellum.run import way_of
     from cerebellum.source import open_source
 
-    if measurements is None:
-        raise BadInput(f"{model}: a GGUF has no measurements; give --measurements FILE or a run folder")
-    check_contents(open_source(model, allow_requantize=True))
-    settings = Settings(source=model, goal=_replanned_goal(Limit(), asked), base=base or "Q3_K_M")
+    source = open_source(model, allow_requantize=True)
+    check_contents(source)
+    goal = _replanned_goal(Limit(), asked, source)
+    preset = base or (asked["recipe"] and read_typed(asked["recipe"]).preset) or "Q3_K_M"
+    settings = Settings(source=model, goal=goal, base=preset)
     return way_of(settings.goal).plan_header(settings, _engine_for(settings), measurements)
 
 

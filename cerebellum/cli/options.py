@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -25,6 +25,7 @@ from cerebellum.settings import (
     SELECTION_TEXT,
     Budget,
     Bytes,
+    Given,
     Goal,
     Gpu,
     Limit,
@@ -32,6 +33,9 @@ from cerebellum.settings import (
     Published,
 )
 from cerebellum.units import parse_size
+
+if TYPE_CHECKING:
+    from cerebellum.source import Source
 
 Command = Callable[..., Any]
 
@@ -291,6 +295,11 @@ text_option = click.option(
 first_chunks_option = click.option(
     "--chunks", type=click.IntRange(0), default=0, help="The first N chunks of the text [default: all]."
 )
+recipe_option = click.option(
+    "--recipe",
+    type=PathArgument,
+    help="Instead of a limit: the types of a recipe (its JSON, a --tensor-type-file, or a GGUF).",
+)
 folder_option = click.option("-o", "--out", type=PathArgument, required=True, help="The run folder.")
 encoder_options = options(
     click.option(
@@ -471,12 +480,30 @@ def take_sizes(asked: dict[str, Any]) -> tuple[Bytes | Preset | Gpu, ...]:
     return budget or ()
 
 
-def take_goal(asked: dict[str, Any]) -> Goal:
+def refuse_beside(flag: str, others: Iterable[str]) -> None:
+    """Raises a usage error where one of some options was typed beside a flag that makes no use of it."""
+    for name in others:
+        if given(name):
+            raise click.UsageError(f"{flag} and {_flag(name)} exclude each other: give one of them")
+
+
+def given_by(recipe: Path, source: Source) -> Given:
+    """Returns the goal of a recipe for a source; BadInput where it is of another model, or no recipe."""
+    from cerebellum.recipes.recipe import read_typed
+
+    return Given(recipe=recipe.name, types=read_typed(recipe).types(source))
+
+
+def take_goal(asked: dict[str, Any], *, with_recipe: bool = False) -> Goal:
     """Takes the options of both goals out of what was asked and returns the one that was meant.
 
     Raises a usage error that names both options where one belongs to the other goal: an option that would be
-    ignored in silence is a misunderstanding.
+    ignored in silence is a misunderstanding. ``with_recipe`` says that a recipe gives the types: of both goals'
+    options it takes --chunks alone.
     """
+    if with_recipe:
+        others = {*_LIMIT_OPTIONS, *_BUDGET_OPTIONS, "budget", "fit"} - {"chunks"}
+        refuse_beside("--recipe", sorted(others))
     sizes = take_sizes(asked)
     size_flag = "--budget" if given("budget") else "--fit"
     for name in _LIMIT_OPTIONS if sizes else ():
