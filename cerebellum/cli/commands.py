@@ -31,6 +31,7 @@ from cerebellum.cli.options import (
     given,
     given_by,
     json_option,
+    judge_options,
     published_options,
     recipe_option,
     refuse_beside,
@@ -468,6 +469,39 @@ def compare(a: Path, b: Path, threads: int, gpu_layers: int | None, as_json: boo
         _engine(threads, gpu_layers, a, asked["ctx"]), a, b, ComparisonSettings(**asked), ProgressReporter()
     )
     _answer(found, as_json, tables.comparison_table(found))
+
+
+@cli.command()
+@click.argument("files", type=PathArgument, nargs=-1, required=True)
+@click.option("--source", type=PathArgument, required=True, help="The model that all of them were made from.")
+@click.option(
+    "-o", "--out", type=PathArgument, help="A folder: goes on if stopped, keeps table, picture, JSON."
+)
+@judge_options
+@engine_options
+@json_option
+def judge(
+    files: tuple[Path, ...],
+    source: Path,
+    out: Path | None,
+    threads: int,
+    gpu_layers: int | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Any FILES of one model on several texts at once: who is not beaten in both size and damage."""
+    from cerebellum.cli.judge_tables import judge_tables
+    from cerebellum.comparison.judge import Judging, open_judged
+    from cerebellum.comparison.judge import judge as judged
+    from cerebellum.comparison.published import publish
+
+    request = Judging(files=files, source=source, **asked)
+    open_judged(request)
+    _admitted(source, *files)
+    engine = _engine(threads, gpu_layers, source, asked["ctx"])
+    found = judged(request, engine, ProgressReporter(), out)
+    written = publish(out, found) if out else ()
+    _answer(found, as_json, *judge_tables(found), *(tables.shown(str(path)) for path in written))
 
 
 @cli.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -455,6 +455,69 @@ bench_options = options(
     click.option("--bench-limit", type=click.IntRange(0), default=400, show_default=True, help="0: all."),
     click.option(
         "--data", type=PathArgument, help="Folder of the benchmark files [default: CEREBELLUM_DATA]."
+    ),
+)
+
+
+class NamedTexts(click.ParamType[Any]):
+    """A text with the name that tables give it: ``code=FILE``; the file's own name where none is given."""
+
+    name = "name=file"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Path]:
+        """Returns name and path."""
+        if isinstance(value, tuple):
+            return value
+        name, _, path = str(value).rpartition("=")
+        if not path:
+            self.fail(f"{value!r} names no file; give NAME=FILE", param, ctx)
+        return name or Path(path).stem, Path(path)
+
+
+def take_texts(
+    _ctx: click.Context, _param: click.Parameter, given_texts: Sequence[tuple[str, Path]]
+) -> dict[str, Path]:
+    """Returns texts by name, those that come along where none was given; refuses a name that is there twice."""
+    named = given_texts or ((REPORT_TEXT.stem, REPORT_TEXT), (SELECTION_TEXT.stem, SELECTION_TEXT))
+    found = dict(named)
+    if len(found) < len(named):
+        raise click.UsageError("--text: two texts have one name; give each its own with NAME=FILE")
+    return found
+
+
+judge_options = options(
+    click.option(
+        "--text",
+        "texts",
+        type=NamedTexts(),
+        multiple=True,
+        callback=take_texts,
+        help="NAME=FILE, a UTF-8 text; may be repeated [default: the two that come along].",
+    ),
+    ctx_option,
+    click.option("--chunks", type=click.IntRange(0), default=0, help="Exactly N of each text, in one look."),
+    click.option("--max-chunks", type=click.IntRange(0), default=0, help="A limit for each text."),
+    click.option(
+        "--alpha", type=Chance(), default=0.05, show_default=True, help="Chance that any order is wrong."
+    ),
+    click.option(
+        "--tie",
+        "tie_pct",
+        type=Percent(0),
+        default="2%",
+        show_default=True,
+        help="Damages that surely differ by less count as alike.",
+    ),
+    click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Order of the chunks."),
+    click.option(
+        "--kld-cache",
+        "prediction_bytes",
+        type=Size(),
+        default="8GiB",
+        show_default=True,
+        help="Disk for the source's predictions.",
     ),
 )
 
