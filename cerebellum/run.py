@@ -218,7 +218,7 @@ def run_all(workspace: Workspace, request: BenchRequest | None = None) -> Manife
                 bench_stage(workspace, request)
         manifest = make_manifest(workspace, time_table(timings))
         drop_shards(workspace)
-        _card_if_possible(workspace)
+        card_if_possible(workspace)
         return manifest
 
 
@@ -237,7 +237,7 @@ def drop_shards(workspace: Workspace) -> None:
         )
 
 
-def _card_if_possible(workspace: Workspace) -> None:
+def card_if_possible(workspace: Workspace) -> None:
     """Makes the card; a failure is told and no more, for the file is verified and needs no card to be used."""
     try:
         card_stage(workspace.folder)

@@ -166,7 +166,7 @@ class Given(Record, frozen=True, kw_only=True, tag="given", tag_field="goal"):
 
     allocate: ClassVar[tuple[Allocated, ...]] = ()
     layers_apart: ClassVar[bool] = False
-    prediction_bytes: ClassVar[int] = 1 << 30
+    prediction_bytes: ClassVar[int] = 8 << 30
     wholes: ClassVar[int] = 2
     objective: ClassVar[Objective] = KLD
 

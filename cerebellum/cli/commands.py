@@ -427,6 +427,53 @@ def reproduce(
 
 
 @cli.command()
+@click.argument("run_folder", metavar="RUN", type=PathArgument)
+@click.option("--source", type=PathArgument, required=True, help="A finetune of the run's model, as GGUF.")
+@folder_option
+@click.option(
+    "--chunks", type=click.IntRange(2), default=300, show_default=True, help="To check the plan on."
+)
+@click.option("--imatrix", type=PathArgument, help="The finetune's importance matrix [default: made now].")
+@click.option("--base-file", type=PathArgument, help="The finetune's base, where the run was given one.")
+@click.option(
+    "--revise/--no-revise", default=True, show_default=True, help="Plan anew where it does not hold."
+)
+@engine_options
+@json_option
+def transfer(
+    run_folder: Path,
+    source: Path,
+    out: Path,
+    chunks: int,
+    imatrix: Path | None,
+    base_file: Path | None,
+    revise: bool,
+    threads: int,
+    gpu_layers: int | None,
+    as_json: bool,
+) -> None:
+    """The plan of a finished RUN on a finetune of its model: applied, checked, revised where it does not hold."""
+    from cerebellum.cli.transfer_tables import transfer_tables
+    from cerebellum.recipes.transfer import transfer as carried
+    from cerebellum.recipes.transfer import transferred_settings
+
+    run = RunFolder(run_folder)
+    settings = transferred_settings(run, source, imatrix, base_file)
+    placed = _placed(out, source, settings.ctx) if gpu_layers is None else None
+    settings = msgspec.structs.replace(
+        settings,
+        threads=threads,
+        gpu_layers=placed.gpu_layers if placed else gpu_layers or 0,
+        cpu_expert_layers=placed.cpu_expert_layers if placed else 0,
+    )
+    done = carried(run, settings, lambda asked: _workspace(out, asked), chunks, revise=revise)
+    path = out / done.manifest.result.file
+    answer = {"file": str(path), "transfer": done.transferred, "plan": done.plan, "verify": done.verified}
+    _answer(answer, as_json, *transfer_tables(done), f"[bold]{tables.shown(str(path))}[/]")
+    sys.exit(0 if done.ok else 1)
+
+
+@cli.command()
 @click.argument("model", type=PathArgument)
 @click.option(
     "-o", "--out", type=PathArgument, help="Write both forms into this folder [default: say the first]."
