@@ -23,7 +23,7 @@ from cerebellum.gguf import (
     write_gguf,
 )
 from cerebellum.plan.artifacts import BudgetPlan, GivenPlan, LimitPlan
-from cerebellum.recipes.transfer import TRANSFER, Done, transfer, transferred_settings
+from cerebellum.recipes.transfer import TRANSFER, Done, Finetune, transfer, transferred_settings
 from cerebellum.recipes.transferred import BROKEN, HOLDS, Transferred
 from cerebellum.run import run_all
 from cerebellum.settings import Budget, Goal, Limit, Preset, Settings
@@ -70,7 +70,7 @@ def transferred(
     if not (tmp_path / "run" / "plan.json").exists():
         run_all(workspace(tmp_path, goal))
     run = open_run(tmp_path / "run")
-    settings = transferred_settings(run, finetune(tmp_path / "tuned.F16.gguf"), None, None)
+    settings = transferred_settings(run, Finetune(source=finetune(tmp_path / "tuned.F16.gguf")))
     engine = FakeEngine(damage=harm)
 
     def opened(asked: Settings) -> Workspace:
@@ -149,7 +149,7 @@ def test_what_cannot_be_transferred_is_one_line(tmp_path: Path) -> None:
     smaller = write_hybrid(tmp_path / "smaller.gguf", shapes)
     wider = write_hybrid(tmp_path / "wider.gguf", hybrid_shapes() | {"blk.1.attn_q.weight": (256, 512)})
     for source, says in ((smaller, "attn_q"), (wider, "another number of parameters")):
-        settings = transferred_settings(run, source, None, None)
+        settings = transferred_settings(run, Finetune(source=source))
         opened = Workspace(tmp_path / "no", settings, FakeEngine(), Recorder())
         with pytest.raises(BadInput, match=says):
             transfer(run, settings, lambda asked, w=opened: w, 30, revise=True)  # type: ignore[misc]

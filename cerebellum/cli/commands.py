@@ -428,6 +428,8 @@ def reproduce(
 
 @cli.command()
 @click.argument("run_folder", metavar="RUN", type=PathArgument)
+@click.option("--select-text", type=PathArgument, help="The text that decides [default: the run's].")
+@click.option("--report-text", type=PathArgument, help="The text that reports [default: the run's].")
 @click.option("--source", type=PathArgument, required=True, help="A finetune of the run's model, as GGUF.")
 @folder_option
 @click.option(
@@ -445,20 +447,20 @@ def transfer(
     source: Path,
     out: Path,
     chunks: int,
-    imatrix: Path | None,
-    base_file: Path | None,
     revise: bool,
     threads: int,
     gpu_layers: int | None,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """The plan of a finished RUN on a finetune of its model: applied, checked, revised where it does not hold."""
     from cerebellum.cli.transfer_tables import transfer_tables
+    from cerebellum.recipes.transfer import Finetune, transferred_settings
     from cerebellum.recipes.transfer import transfer as carried
-    from cerebellum.recipes.transfer import transferred_settings
 
     run = RunFolder(run_folder)
-    settings = transferred_settings(run, source, imatrix, base_file)
+    given_paths = {name: path.absolute() for name, path in asked.items() if path is not None}
+    settings = transferred_settings(run, Finetune(source=source, **given_paths))
     placed = _placed(out, source, settings.ctx) if gpu_layers is None else None
     settings = msgspec.structs.replace(
         settings,

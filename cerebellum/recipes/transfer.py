@@ -94,21 +94,40 @@ class Checked:
     now_share: float | None
 
 
-def transferred_settings(
-    run: RunFolder, source: Path, imatrix: Path | None, base_file: Path | None
-) -> Settings:
-    """Returns the settings of a run for another source.
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """A finetune, and what is given for it in place of what the run had; None where the run's will do.
 
-    The importance matrix is made anew unless one is given. Raises BadInput where the run had a base of its own and
-    there is none for the finetune: its damage would be another model's.
+    An importance matrix of the run's is never taken: without ``imatrix`` the finetune's own is made.
+    """
+
+    source: Path
+    imatrix: Path | None = None
+    base_file: Path | None = None
+    select_text: Path | None = None
+    report_text: Path | None = None
+
+
+def transferred_settings(run: RunFolder, finetune: Finetune) -> Settings:
+    """Returns the settings of a run for a finetune.
+
+    Raises BadInput where the run had a base of its own and there is none for the finetune: its damage would be
+    another model's.
     """
     settings = run.settings()
-    if settings.base_file is not None and base_file is None:
+    if settings.base_file is not None and finetune.base_file is None:
         raise BadInput(
             f"{run.path}: was measured against a base file; make the finetune's in the same way and give it with "
             "--base-file"
         )
-    return replace(settings, source=source.absolute(), imatrix=imatrix, base_file=base_file)
+    return replace(
+        settings,
+        source=finetune.source.absolute(),
+        imatrix=finetune.imatrix,
+        base_file=finetune.base_file,
+        select_text=finetune.select_text or settings.select_text,
+        report_text=finetune.report_text or settings.report_text,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
