@@ -14,6 +14,7 @@ from cerebellum import open_run
 from cerebellum.codec import read_artifact
 from cerebellum.engine.fake import FakeEngine
 from cerebellum.errors import BadInput
+from cerebellum.folder import TRANSFER
 from cerebellum.gguf import (
     GGMLQuantizationType,
     TensorInfo,
@@ -23,7 +24,7 @@ from cerebellum.gguf import (
     write_gguf,
 )
 from cerebellum.plan.artifacts import BudgetPlan, GivenPlan, LimitPlan
-from cerebellum.recipes.transfer import TRANSFER, Done, Finetune, transfer, transferred_settings
+from cerebellum.recipes.transfer import Done, Finetune, transfer, transferred_settings
 from cerebellum.recipes.transferred import BROKEN, HOLDS, Transferred
 from cerebellum.run import run_all
 from cerebellum.settings import Budget, Goal, Limit, Preset, Settings
@@ -91,6 +92,7 @@ def test_a_plan_that_holds_is_shipped_as_it_is(tmp_path: Path, goal: Goal) -> No
     assert {t.name: t.type.name for t in read_gguf(out).tensors} == old.tensor_types
     assert read_artifact(tmp_path / "tuned" / TRANSFER, Transferred, "") == found
     assert "run-plan.json" in (tmp_path / "tuned" / "README.md").read_text()
+    assert TRANSFER in done.manifest.evidence
     assert found.source_sha256 == open_run(tmp_path / "tuned").source().sha256 != found.run_source_sha256
 
 

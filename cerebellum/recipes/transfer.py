@@ -17,9 +17,8 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from cerebellum.engine.timings import collecting
 from cerebellum.errors import BadInput
-from cerebellum.folder import CURVES, MEASUREMENTS, RunFolder
+from cerebellum.folder import CURVES, MEASUREMENTS, TRANSFER, RunFolder
 from cerebellum.manifest import Manifest, make_manifest
 from cerebellum.measure.artifacts import Curves, MeasurementRow, Measurements, Response, finite_pair
 from cerebellum.measure.curves import Probe
@@ -41,8 +40,6 @@ from cerebellum.stats.sequential import union_share
 from cerebellum.verdicts import NOTHING
 from cerebellum.verify import Verified
 from cerebellum.workspace import Workspace
-
-TRANSFER = "transfer.json"
 
 _TOLERANCE = 1.1
 """A budget's plan keeps its promise while it has no more than this times the share of the base's divergence."""
@@ -158,27 +155,37 @@ def transfer(
     given = Given(recipe=f"{run.path.resolve().name}-plan.json", types=_types(plan, run), chunks=chunks)
     workspace = open_workspace(replace(settings, goal=given))
     _check_shapes(plan, workspace.source, run)
-    with workspace.locked(), collecting():
-        check(workspace, way_of(given))
-        way_of(given).measure_and_plan(workspace)
-        found = workspace.artifacts.plan()
-        assert isinstance(found, GivenPlan)
-        checked = _check_promise(workspace, found, promise)
-        fits = _fits(workspace, settings, found)
-        said = _told(run, plan, workspace, found, checked, promise, fits)
-        workspace.artifacts.write(TRANSFER, said)
-    if revise and is_broken(said):
-        workspace = open_workspace(settings)
-        with workspace.locked(), collecting():
-            again = _revise(workspace, run, plan)
-            said = replace(said, revised=True, again=again)
     with workspace.locked():
-        build_stage(workspace)
-        verified = verify_stage(workspace)
-        manifest = make_manifest(workspace)
-        workspace.artifacts.write(TRANSFER, said)
-        drop_shards(workspace)
-        card_if_possible(workspace)
+        said = _check(workspace, run, settings, promise)
+        if not (revise and is_broken(said)):
+            return _finish(workspace, said)
+    workspace = open_workspace(settings)
+    with workspace.locked():
+        again = _revise(workspace, run, plan)
+        return _finish(workspace, replace(said, revised=True, again=again))
+
+
+def _check(workspace: Workspace, run: RunFolder, settings: Settings, promise: Promise) -> Transferred:
+    """Gives the finetune the types of the plan, measures the whole, and holds it to the promise."""
+    way = way_of(workspace.settings.goal)
+    check(workspace, way)
+    way.measure_and_plan(workspace)
+    found = workspace.artifacts.plan()
+    assert isinstance(found, GivenPlan)
+    checked = _check_promise(workspace, found, promise)
+    said = _told(run, workspace, found, checked, promise, fits=_fits(workspace, settings, found))
+    workspace.artifacts.write(TRANSFER, said)
+    return said
+
+
+def _finish(workspace: Workspace, said: Transferred) -> Done:
+    """Builds the file that plan.json describes, proves it, and writes what a finished run has."""
+    build_stage(workspace)
+    verified = verify_stage(workspace)
+    workspace.artifacts.write(TRANSFER, said)
+    manifest = make_manifest(workspace)
+    drop_shards(workspace)
+    card_if_possible(workspace)
     return Done(transferred=said, plan=workspace.artifacts.plan(), verified=verified, manifest=manifest)
 
 
@@ -251,14 +258,9 @@ def _fits(workspace: Workspace, settings: Settings, plan: GivenPlan) -> bool:
 
 
 def _told(
-    run: RunFolder,
-    plan: Plan,
-    workspace: Workspace,
-    found: GivenPlan,
-    checked: Checked,
-    promise: Promise,
-    fits: bool,
+    run: RunFolder, workspace: Workspace, found: GivenPlan, checked: Checked, promise: Promise, *, fits: bool
 ) -> Transferred:
+    plan = run.plan()
     source = run.source()
     return Transferred(
         run=run.path.resolve().name,
