@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Cerebellum, Finished
 from test_fake_run import damage, workspace
-from tiny import Recorder, hybrid_records, hybrid_shapes, random_tensor, write_hybrid
+from tiny import Recorder, hybrid_records, hybrid_shapes, random_tensor, tensors_of, write_hybrid
 
 from cerebellum import open_run
 from cerebellum.codec import read_artifact
@@ -27,7 +28,8 @@ from cerebellum.plan.artifacts import BudgetPlan, GivenPlan, LimitPlan
 from cerebellum.recipes.transfer import Done, Finetune, transfer, transferred_settings
 from cerebellum.recipes.transferred import BROKEN, HOLDS, Transferred
 from cerebellum.run import run_all
-from cerebellum.settings import Budget, Goal, Limit, Preset, Settings
+from cerebellum.settings import DEMO_MODEL, Budget, Goal, Limit, Preset, Settings
+from cerebellum.source import open_source
 from cerebellum.workspace import Workspace
 
 T = GGMLQuantizationType
@@ -163,3 +165,48 @@ def test_a_recipe_promises_nothing(tmp_path: Path) -> None:
     run = open_run(tmp_path / "tuned")
     with pytest.raises(BadInput, match="promises nothing"):
         transfer(run, run.settings(), lambda asked: None, 30, revise=True)  # type: ignore[arg-type,return-value]
+
+
+# ---- the command, on llama.cpp ----
+
+
+def tuned_demo(path: Path) -> Path:
+    """The embedded model with every second value of its expert matrices a little off."""
+    source = open_source(DEMO_MODEL)
+
+    def content(name: str) -> TensorSource:
+        tensor = source.tensors[name]
+        raw = source.read(name)
+        if "exps" in name:
+            values = raw.view(np.float16).copy()
+            values[::2] *= np.float16(1.02)
+            raw = values.view(np.uint8)
+        return TensorSource(name=name, shape=tensor.shape, type=tensor.type, chunks=lambda: [raw])
+
+    write_gguf(path, list(source.kv_records.values()), [content(name) for name in source.tensors])
+    return path
+
+
+def test_the_command_carries_a_run_to_a_finetune(
+    cerebellum: Cerebellum, finished: Finished, tmp_path: Path
+) -> None:
+    source = tuned_demo(tmp_path / "tuned.F16.gguf")
+    asked = (
+        "transfer",
+        finished.folder,
+        "--source",
+        source,
+        "-o",
+        tmp_path / "out",
+        "--chunks",
+        6,
+        "--threads",
+        2,
+    )
+    ran = cerebellum(*asked, "--json")
+    assert ran.code == 0 and ran.json["transfer"]["verdict"] == "holds", ran.err
+    types = {name: qtype for name, (qtype, _) in tensors_of(Path(ran.json["file"])).items()}
+    assert types == {name: qtype for name, (qtype, _) in tensors_of(finished.gguf).items()}
+    assert ran.json["transfer"]["run_source"] == finished.read("source.json")["path"]
+    words = cerebellum(*asked)
+    assert words.code == 0 and "still holds on tuned.F16.gguf" in " ".join(words.out.split())
