@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cerebellum.comparison import Comparison
+    from cerebellum.comparison.pair import Comparison
     from cerebellum.engine.protocols import Engine
     from cerebellum.folder import RunFolder
     from cerebellum.groups import Description
@@ -68,8 +68,8 @@ def compare(
     takes the first so many of them (0: all). With ``until_pct`` it stops as soon as the change is known to
     within so many percent. Raises BadInput where the files do not share a tokenizer.
     """
-    from cerebellum.comparison import ComparisonSettings
-    from cerebellum.comparison import compare as compared
+    from cerebellum.comparison.pair import ComparisonSettings
+    from cerebellum.comparison.pair import compare as compared
     from cerebellum.llama.native import LlamaEngine
     from cerebellum.progress import Silent
     from cerebellum.settings import REPORT_TEXT

@@ -89,7 +89,12 @@ def _listed(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON whole or not at all; a float that is not finite raises ValueError, for JSON has none."""
-    atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    atomic_write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Returns JSON as files have it; a float that is not finite raises ValueError, for JSON has none."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:

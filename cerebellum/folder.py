@@ -35,6 +35,7 @@ GROUPS = "groups.json"
 MEASUREMENTS = "measurements.json"
 CURVES = "curves.json"
 PLAN = "plan.json"
+TRANSFER = "transfer.json"
 VERIFY = "verify.json"
 BENCH = "bench.json"
 SIZES = "sizes.json"
@@ -44,7 +45,7 @@ LEDGER = "ledger.sqlite"
 CARD = "README.md"
 REPORT = "report.html"
 
-EVIDENCE = (SOURCE, GROUPS, MEASUREMENTS, CURVES, SIZES, PLAN, VERIFY)
+EVIDENCE = (SOURCE, GROUPS, MEASUREMENTS, CURVES, SIZES, PLAN, TRANSFER, VERIFY)
 """What the manifest names by its hash, where it is there."""
 
 OF_ONE_SIZE = (PLAN, VERIFY, BENCH)

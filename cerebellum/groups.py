@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -295,6 +295,28 @@ def _part(whole: Group, tensors: list[TensorInfo], layers: list[int]) -> Group:
         n_bytes=sum(t.n_bytes for t in tensors),
         types=dict(Counter(t.type.name for t in tensors)),
     )
+
+
+def given_groups(source: Source, types: Mapping[str, str]) -> tuple[Group, ...]:
+    """Returns the source's groups where types are given by tensor: those of a role that are to have one type.
+
+    A tensor that is named is free to be changed, whatever it does; what is not named is left as it is, in a group of
+    its own where others of its role are named.
+    """
+    parts: dict[tuple[str, str | None], list[TensorInfo]] = {}
+    for tensor in source.tensors.values():
+        parts.setdefault((role_of(tensor.name), types.get(tensor.name)), []).append(tensor)
+    roles = Counter(role for role, _ in parts)
+    groups = [
+        replace(
+            _make_group(role, tensors, source.architecture, has_imatrix=True, allocated=False),
+            name=role if roles[role] == 1 else f"{role}.{qtype or 'rest'}",
+            protected=qtype is None,
+            legal_types=() if qtype is None else (qtype,),
+        )
+        for (role, qtype), tensors in parts.items()
+    ]
+    return tuple(sorted(groups, key=lambda group: group.protected))
 
 
 def span_name(role: str, layers: Sequence[int]) -> str:

@@ -22,8 +22,9 @@ from cerebellum.measure.artifacts import Curves, Measurements
 from cerebellum.measure.measurer import Measurer
 from cerebellum.measure.probe import open_session
 from cerebellum.measure.stage import measure_against_limit, measure_for_budget
-from cerebellum.plan.artifacts import AnyPlan, BudgetPlan, LimitPlan
+from cerebellum.plan.artifacts import AnyPlan, BudgetPlan, GivenPlan, LimitPlan
 from cerebellum.plan.budget import check_allocated, check_reachable
+from cerebellum.plan.given import check_given, given_header, plan_given, replan_given
 from cerebellum.plan.stage import (
     budget_header,
     limit_header,
@@ -33,7 +34,7 @@ from cerebellum.plan.stage import (
     replan_limit,
     sizes_of,
 )
-from cerebellum.settings import Budget, Goal, Limit, Published, Settings
+from cerebellum.settings import Budget, Given, Goal, Limit, Published, Settings
 from cerebellum.source import plain_metadata
 from cerebellum.units import size
 from cerebellum.verdicts import NOTHING
@@ -64,7 +65,9 @@ class Way(Protocol):
         """Plans each size from what the folder holds; loads no model."""
         ...
 
-    def plan_header(self, settings: Settings, engine: Engine, measurements: Path) -> tuple[AnyPlan, ...]:
+    def plan_header(
+        self, settings: Settings, engine: Engine, measurements: Path | None
+    ) -> tuple[AnyPlan, ...]:
         """Plans for a GGUF of which only the header is looked at, from measurements made elsewhere."""
         ...
 
@@ -95,9 +98,11 @@ class LimitWay:
         """Plans from measurements alone."""
         return (replan_limit(workspace, self.limit, measurements),)
 
-    def plan_header(self, settings: Settings, engine: Engine, measurements: Path) -> tuple[LimitPlan, ...]:
+    def plan_header(
+        self, settings: Settings, engine: Engine, measurements: Path | None
+    ) -> tuple[LimitPlan, ...]:
         """Plans from shapes and recorded measurements."""
-        return (limit_header(settings, self.limit, engine, measurements),)
+        return (limit_header(settings, self.limit, engine, _recorded(settings, measurements)),)
 
 
 @dataclass(frozen=True)
@@ -134,9 +139,59 @@ class BudgetWay:
         """Plans from curves alone."""
         return replan_budget(workspace, self.budget, measurements)
 
-    def plan_header(self, settings: Settings, engine: Engine, measurements: Path) -> tuple[BudgetPlan, ...]:
+    def plan_header(
+        self, settings: Settings, engine: Engine, measurements: Path | None
+    ) -> tuple[BudgetPlan, ...]:
         """Plans from shapes, recorded measurements and a stated model."""
-        return budget_header(settings, self.budget, engine, measurements)
+        return budget_header(settings, self.budget, engine, _recorded(settings, measurements))
+
+
+@dataclass(frozen=True)
+class GivenWay:
+    """Gives tensors the types of somebody's recipe, and measures what that does as a whole."""
+
+    given: Given
+
+    def check(self, workspace: Workspace) -> None:
+        """Raises BadInput where a tensor cannot have its type, or the text has one chunk only."""
+        check_given(workspace, self.given)
+
+    def labels(self, workspace: Workspace) -> tuple[str, ...]:
+        """Names the one file after its base."""
+        return (workspace.base_of_shapes.label,)
+
+    def measure(self, workspace: Workspace) -> Measurements:
+        """Raises BadInput: no group is measured alone where nothing is to be chosen."""
+        raise BadInput(
+            f"{self.given.recipe}: a recipe leaves nothing to choose; `cerebellum run` measures the whole"
+        )
+
+    def measure_and_plan(self, workspace: Workspace) -> None:
+        """Measures the whole against the base."""
+        plan_given(workspace, self.given)
+
+    def replan(self, workspace: Workspace, measurements: Path | None) -> tuple[GivenPlan, ...]:
+        """Plans from types alone."""
+        if measurements is not None:
+            raise BadInput("--measurements: a recipe needs none; leave it out")
+        return (replan_given(workspace, self.given),)
+
+    def plan_header(
+        self, settings: Settings, engine: Engine, measurements: Path | None
+    ) -> tuple[GivenPlan, ...]:
+        """Plans from shapes and types alone."""
+        if measurements is not None:
+            raise BadInput("--measurements: a recipe needs none; leave it out")
+        return (given_header(settings, self.given, engine),)
+
+
+def _recorded(settings: Settings, measurements: Path | None) -> Path:
+    """Returns the measurements that were given; BadInput where there are none, for a GGUF has none itself."""
+    if measurements is None:
+        raise BadInput(
+            f"{settings.source}: a GGUF has no measurements; give --measurements FILE or a run folder"
+        )
+    return measurements
 
 
 def way_of(goal: Goal) -> Way:
@@ -146,6 +201,8 @@ def way_of(goal: Goal) -> Way:
             return LimitWay(goal)
         case Budget():
             return BudgetWay(goal)
+        case Given():
+            return GivenWay(goal)
 
 
 def run_all(workspace: Workspace, request: BenchRequest | None = None) -> Manifest:
@@ -161,7 +218,7 @@ def run_all(workspace: Workspace, request: BenchRequest | None = None) -> Manife
                 bench_stage(workspace, request)
         manifest = make_manifest(workspace, time_table(timings))
         drop_shards(workspace)
-        _card_if_possible(workspace)
+        card_if_possible(workspace)
         return manifest
 
 
@@ -180,7 +237,7 @@ def drop_shards(workspace: Workspace) -> None:
         )
 
 
-def _card_if_possible(workspace: Workspace) -> None:
+def card_if_possible(workspace: Workspace) -> None:
     """Makes the card; a failure is told and no more, for the file is verified and needs no card to be used."""
     try:
         card_stage(workspace.folder)

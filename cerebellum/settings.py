@@ -153,7 +153,33 @@ class Budget(Record, frozen=True, kw_only=True, tag="budget", tag_field="goal"):
         return tuple(dict.fromkeys((*self.types, *(FINE_LADDER if self.fine_types else ()))))
 
 
-Goal = Limit | Budget
+class Given(Record, frozen=True, kw_only=True, tag="given", tag_field="goal"):
+    """The types are given, by somebody's recipe: nothing is chosen, and the whole is measured against the base.
+
+    ``recipe`` is the name of its file and ``types`` has the type of every tensor that it names; others stay at
+    the base. ``chunks`` of the selection text are read, 0 for all of it.
+    """
+
+    recipe: str
+    types: dict[str, str]
+    chunks: int = 200
+
+    allocate: ClassVar[tuple[Allocated, ...]] = ()
+    layers_apart: ClassVar[bool] = False
+    prediction_bytes: ClassVar[int] = 8 << 30
+    wholes: ClassVar[int] = 2
+    objective: ClassVar[Objective] = KLD
+
+    def with_sizes(self, sizes: tuple[Size, ...]) -> Budget:
+        """Returns the budget that takes this goal's place."""
+        return Budget(sizes=sizes)
+
+    def with_limit(self, changed: dict[str, Any]) -> Limit:
+        """Returns the limit that takes this goal's place."""
+        return Limit(**changed)
+
+
+Goal = Limit | Budget | Given
 """What a run is for. Whoever must know which matches on it; most only ask what both can tell."""
 
 
@@ -191,7 +217,7 @@ class Settings(Artifact, frozen=True, kw_only=True):
 
     format: Literal[2] = 2
     source: Path
-    goal: Limit | Budget = Limit()
+    goal: Limit | Budget | Given = Limit()
     base: str = "Q3_K_M"
     base_file: Path | None = None
     imatrix: Path | None = None

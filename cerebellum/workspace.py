@@ -21,11 +21,11 @@ from cerebellum.engine.protocols import Engine
 from cerebellum.engine.timings import timed
 from cerebellum.errors import BadInput
 from cerebellum.folder import GROUPS, LEDGER, SETTINGS, SOURCE, RunFolder
-from cerebellum.groups import Group, Groups, make_groups, record_of, source_file
+from cerebellum.groups import Group, Groups, given_groups, make_groups, record_of, source_file
 from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
 from cerebellum.progress import Reporter
-from cerebellum.settings import Settings
+from cerebellum.settings import Given, Settings
 from cerebellum.shards import Recipe, Shards, Variant
 from cerebellum.source import Source, open_source, projectors_beside
 from cerebellum.texts import Corpus, load_corpus
@@ -156,10 +156,16 @@ class Workspace:
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The groups by role; for a budget cut into spans of layers, so that a plan can treat them apart."""
-        goal = self.settings.goal
-        spans = _SPANS if goal.layers_apart else 1
-        return make_groups(self.source, has_imatrix=True, spans=spans, allocate=goal.allocate)
+        """The groups by role; for a budget cut into spans of layers, so that a plan can treat them apart.
+
+        Where types are given, they are what a recipe tells apart.
+        """
+        match self.settings.goal:
+            case Given(types=types):
+                return given_groups(self.source, types)
+            case goal:
+                spans = _SPANS if goal.layers_apart else 1
+                return make_groups(self.source, has_imatrix=True, spans=spans, allocate=goal.allocate)
 
     @cached_property
     def ledger(self) -> Ledger:

@@ -22,7 +22,7 @@ from cerebellum.imatrix import Entry
 from cerebellum.llama.native import LlamaEngine
 from cerebellum.manifest import make_manifest
 from cerebellum.progress import Silent
-from cerebellum.reproduce import Reproduction, reproduce
+from cerebellum.recipes.reproduce import Reproduction, reproduce
 from cerebellum.run import build_stage, way_of
 from cerebellum.settings import DEMO_MODEL, Settings
 from cerebellum.source import open_source

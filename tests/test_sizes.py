@@ -24,7 +24,7 @@ from cerebellum.gguf import read_gguf
 from cerebellum.hub import uploads
 from cerebellum.ledger import Ledger
 from cerebellum.plan.labels import USUAL_PRESETS, labels_by_size
-from cerebellum.reproduce import Reproduction, reproduce
+from cerebellum.recipes.reproduce import Reproduction, reproduce
 from cerebellum.run import build_stage, run_all, verify_stage, way_of
 from cerebellum.settings import Budget, Bytes, Limit, Preset, Settings, Size
 from cerebellum.source import open_source

@@ -1,8 +1,8 @@
 """The artifacts of a run folder, read once and joined: what the card and the report are made from.
 
-There are two kinds of evidence, for a run has one of two goals, and their measurements have nothing in
-common: groups alone against the base under a limit, curves of damage against bytes for a budget. What
-every run has is in ``FinishedRun``.
+There are three kinds of evidence, for a run has one of three goals, and their measurements have nothing in
+common: groups alone against the base under a limit, curves of damage against bytes for a budget, and nothing but the
+whole where types were given. What every run has is in ``FinishedRun``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cerebellum.folder import GROUPS, MANIFEST, PLAN, RunFolder
 from cerebellum.groups import HEAD_ROLE, MTP_PREFIX, GroupRecord, SourceFile
 from cerebellum.manifest import Manifest, ResultNamed
 from cerebellum.measure.artifacts import Curves, MeasurementRow, Measurements
-from cerebellum.plan.artifacts import BudgetPlan, GpuMemory, LimitPlan, Plan, PlanRow, PointRow
+from cerebellum.plan.artifacts import BudgetPlan, GivenPlan, GpuMemory, LimitPlan, Plan, PlanRow, PointRow
 from cerebellum.settings import Published
 from cerebellum.verify import Report, Verified
 
@@ -170,7 +170,7 @@ class Evidence:
 
     run: FinishedRun
     plan: Plan
-    measured: Measurements | Curves
+    measured: Measurements | Curves | GivenPlan
     rows: tuple[GroupRow, ...]
 
     @property
@@ -334,6 +334,25 @@ class BudgetEvidence(Evidence):
     def planned_memory(self) -> GpuMemory | None:
         """Returns the memory on the gpu that the plan was made for; None where it was made for no gpu."""
         return self.plan.memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenEvidence(Evidence):
+    """Holds a run with the types of somebody's recipe; the whole was measured, and no group alone."""
+
+    plan: GivenPlan
+    measured: GivenPlan
+
+    @property
+    def divergence(self) -> Change | None:
+        """Returns the KL divergence from the base of what was shipped, nats a token."""
+        return Change.of(self.plan.kld_mean, self.plan.kld_ci)
+
+
+def read_given_evidence(folder: RunFolder, plan: GivenPlan) -> GivenEvidence:
+    """Reads what a run with given types left; BadInput names the artifact that is missing or is not ours."""
+    rows = tuple(_row(row, tried="none") for row in plan.groups)
+    return GivenEvidence(run=_read_run(folder, plan), plan=plan, measured=plan, rows=rows)
 
 
 def read_limit_evidence(folder: RunFolder, plan: LimitPlan) -> LimitEvidence:

@@ -20,8 +20,13 @@ from cerebellum.card.cells import (
     provenance,
 )
 from cerebellum.card.commands import run_commands
-from cerebellum.card.evidence import Evidence, read_budget_evidence, read_limit_evidence
+from cerebellum.card.evidence import (
+    read_budget_evidence,
+    read_given_evidence,
+    read_limit_evidence,
+)
 from cerebellum.card.frontmatter import checked, front_matter
+from cerebellum.card.given_story import GivenStory
 from cerebellum.card.limit_story import LimitStory
 from cerebellum.card.numbers import bounds, percent, with_interval
 from cerebellum.card.sizes import further_sizes, others_shipped, size_table
@@ -34,7 +39,7 @@ from cerebellum.memory.shape import GPUS_GIB, ignores_window
 from cerebellum.page.markdown import Code, Sentence
 from cerebellum.page.pictures import Picture
 from cerebellum.page.templates import render_html, render_markdown
-from cerebellum.plan.artifacts import BudgetPlan, LimitPlan
+from cerebellum.plan.artifacts import BudgetPlan, GivenPlan, LimitPlan
 from cerebellum.units import size
 from cerebellum.verify import TEMPLATE_CHECK, Report, Verified
 
@@ -68,6 +73,8 @@ def _read_story(artifacts: RunFolder) -> Story:
             return LimitStory(read_limit_evidence(artifacts, plan))
         case BudgetPlan() as plan:
             return BudgetStory(read_budget_evidence(artifacts, plan))
+        case GivenPlan() as plan:
+            return GivenStory(read_given_evidence(artifacts, plan))
 
 
 def _write_charts(folder: Path, pictures: Mapping[str, Picture]) -> list[Path]:
@@ -119,7 +126,7 @@ def card_context(
         **_headline(story),
         **_groups(story),
         "words": story.wording(),
-        "untouched": _untouched(evidence),
+        "untouched": _untouched(story),
         "findings": story.findings(),
         "perplexities": perplexity_cells(evidence),
         "benchmarks": [benchmark_cells(bench) for bench in run.benchmarks],
@@ -173,8 +180,11 @@ def _groups(story: Story) -> dict[str, object]:
     }
 
 
-def _untouched(evidence: Evidence) -> list[Sentence]:
+def _untouched(story: Story) -> list[Sentence]:
     """Says what was never touched: what the method protects, less what this run was told to plan, and MTP layers."""
+    if story.wording().untouched:
+        return [(story.wording().untouched,)]
+    evidence = story.evidence
     planned = {row.role for row in evidence.plan.groups}
     sacred = ["Routers", "norms"]
     sacred += [] if EMBEDDING_ROLE in planned else ["embeddings"]

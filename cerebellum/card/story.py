@@ -1,4 +1,4 @@
-"""What a story tells of its evidence. There are two stories, one for each goal of a run.
+"""What a story tells of its evidence. There are three stories, one for each goal of a run.
 
 The stage and the templates know only what stands here, so neither asks what the goal was.
 """
@@ -39,7 +39,8 @@ class Wording:
     """What the templates say that differs from story to story.
 
     ``card_costs`` and ``report_cost`` are the columns that follow the bytes saved in the table of groups of
-    the card and of the report. ``rates`` introduces a chart that only one story has.
+    the card and of the report. ``rates`` introduces a chart that only one story has, and ``untouched`` says which
+    tensors stay as they are, where that is other than what the method protects.
     """
 
     chosen_by: str
@@ -49,6 +50,7 @@ class Wording:
     divergence_from: str
     card_costs: tuple[Column, ...]
     report_cost: Column
+    untouched: str = ""
 
 
 class Story(Protocol):

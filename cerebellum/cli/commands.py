@@ -28,8 +28,13 @@ from cerebellum.cli.options import (
     engine_options,
     first_chunks_option,
     folder_option,
+    given,
+    given_by,
     json_option,
+    judge_options,
     published_options,
+    recipe_option,
+    refuse_beside,
     size_options,
     source_options,
     take_goal,
@@ -49,13 +54,14 @@ from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.folder import MEASUREMENTS, SETTINGS, RunFolder
 from cerebellum.manifest import ResultNamed
 from cerebellum.plan.artifacts import AnyPlan
-from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, SELECTION_TEXT, Goal, Limit, Settings
+from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, SELECTION_TEXT, Given, Goal, Limit, Settings
 from cerebellum.verify import Verified
 from cerebellum.workspace import Workspace
 
 if TYPE_CHECKING:
     from cerebellum.llama.native import LlamaEngine
     from cerebellum.llama.offload import Offload
+    from cerebellum.source import Source
 
 
 class Pipeline(click.Group):
@@ -117,6 +123,7 @@ def demo(
 @cli.command()
 @click.argument("source", type=PathArgument)
 @folder_option
+@recipe_option
 @source_options
 @worker_options
 @bench_options
@@ -248,6 +255,7 @@ def measure(as_json: bool, out: Path, **asked: Any) -> None:
 @click.option("--measurements", type=PathArgument, help="Measurements to plan from, instead of the folder's.")
 @click.option("--max-increase", type=Percent(), help="Another limit than the run's.")
 @size_options
+@recipe_option
 @click.option("--frontier", is_flag=True, help="The whole curve of size against damage, from those curves.")
 @click.option("--base", type=PresetName(), help="Another preset [with a GGUF; default: Q3_K_M].")
 @click.option("--demote", type=WeightType(), help="Another type [with a GGUF; default: Q2_K].")
@@ -401,8 +409,8 @@ def reproduce(
     as_json: bool,
 ) -> None:
     """The same GGUF again, bit for bit, from a MANIFEST and its source; names what changed."""
-    from cerebellum.reproduce import Reproduction
-    from cerebellum.reproduce import reproduce as make_again
+    from cerebellum.recipes.reproduce import Reproduction
+    from cerebellum.recipes.reproduce import reproduce as make_again
 
     texts = {"selection": select_text, "report": report_text}
     request = Reproduction(
@@ -419,6 +427,74 @@ def reproduce(
 
 
 @cli.command()
+@click.argument("run_folder", metavar="RUN", type=PathArgument)
+@click.option("--select-text", type=PathArgument, help="The text that decides [default: the run's].")
+@click.option("--report-text", type=PathArgument, help="The text that reports [default: the run's].")
+@click.option("--source", type=PathArgument, required=True, help="A finetune of the run's model, as GGUF.")
+@folder_option
+@click.option(
+    "--chunks", type=click.IntRange(2), default=300, show_default=True, help="To check the plan on."
+)
+@click.option("--imatrix", type=PathArgument, help="The finetune's importance matrix [default: made now].")
+@click.option("--base-file", type=PathArgument, help="The finetune's base, where the run was given one.")
+@click.option(
+    "--revise/--no-revise", default=True, show_default=True, help="Plan anew where it does not hold."
+)
+@engine_options
+@json_option
+def transfer(
+    run_folder: Path,
+    source: Path,
+    out: Path,
+    chunks: int,
+    revise: bool,
+    threads: int,
+    gpu_layers: int | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """The plan of a finished RUN on a finetune of its model: applied, checked, revised where it does not hold."""
+    from cerebellum.cli.transfer_tables import transfer_tables
+    from cerebellum.recipes.transfer import Finetune, transferred_settings
+    from cerebellum.recipes.transfer import transfer as carried
+
+    run = RunFolder(run_folder)
+    given_paths = {name: path.absolute() for name, path in asked.items() if path is not None}
+    settings = transferred_settings(run, Finetune(source=source, **given_paths))
+    placed = _placed(out, source, settings.ctx) if gpu_layers is None else None
+    settings = msgspec.structs.replace(
+        settings,
+        threads=threads,
+        gpu_layers=placed.gpu_layers if placed else gpu_layers or 0,
+        cpu_expert_layers=placed.cpu_expert_layers if placed else 0,
+    )
+    done = carried(run, settings, lambda asked: _workspace(out, asked), chunks, revise=revise)
+    path = out / done.manifest.result.file
+    answer = {"file": str(path), "transfer": done.transferred, "plan": done.plan, "verify": done.verified}
+    _answer(answer, as_json, *transfer_tables(done), f"[bold]{tables.shown(str(path))}[/]")
+    sys.exit(0 if done.ok else 1)
+
+
+@cli.command()
+@click.argument("model", type=PathArgument)
+@click.option(
+    "-o", "--out", type=PathArgument, help="Write both forms into this folder [default: say the first]."
+)
+@json_option
+def recipe(model: Path, out: Path | None, as_json: bool) -> None:
+    """The types of any GGUF's tensors: as llama-quantize's --tensor-type-file, and as a short JSON."""
+    from cerebellum.recipes.recipe import recipe_of, tensor_type_lines, write_recipe
+    from cerebellum.source import open_source
+
+    found = recipe_of(open_source(model, allow_requantize=True))
+    if out is None:
+        _answer(found, as_json, *([] if as_json else map(tables.shown, tensor_type_lines(found))))
+        return
+    written = write_recipe(found, out)
+    _answer(found, as_json, *tables.recipe_lines(found, *written))
+
+
+@cli.command()
 @click.argument("a", type=PathArgument)
 @click.argument("b", type=PathArgument)
 @text_option
@@ -432,8 +508,8 @@ def reproduce(
 @json_option
 def compare(a: Path, b: Path, threads: int, gpu_layers: int | None, as_json: bool, **asked: Any) -> None:
     """B against A on the same tokens: perplexity, KL divergence, top token, with intervals."""
-    from cerebellum.comparison import ComparisonSettings, open_pair
-    from cerebellum.comparison import compare as compare_models
+    from cerebellum.comparison.pair import ComparisonSettings, open_pair
+    from cerebellum.comparison.pair import compare as compare_models
 
     open_pair(a, b)
     _admitted(a, b)
@@ -442,6 +518,39 @@ def compare(a: Path, b: Path, threads: int, gpu_layers: int | None, as_json: boo
         _engine(threads, gpu_layers, a, asked["ctx"]), a, b, ComparisonSettings(**asked), ProgressReporter()
     )
     _answer(found, as_json, tables.comparison_table(found))
+
+
+@cli.command()
+@click.argument("files", type=PathArgument, nargs=-1, required=True)
+@click.option("--source", type=PathArgument, required=True, help="The model that all of them were made from.")
+@click.option(
+    "-o", "--out", type=PathArgument, help="A folder: goes on if stopped, keeps table, picture, JSON."
+)
+@judge_options
+@engine_options
+@json_option
+def judge(
+    files: tuple[Path, ...],
+    source: Path,
+    out: Path | None,
+    threads: int,
+    gpu_layers: int | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Any FILES of one model on several texts at once: who is not beaten in both size and damage."""
+    from cerebellum.cli.judge_tables import judge_tables
+    from cerebellum.comparison.judge import Judging, open_judged
+    from cerebellum.comparison.judge import judge as judged
+    from cerebellum.comparison.published import publish
+
+    request = Judging(files=files, source=source, **asked)
+    open_judged(request)
+    _admitted(source, *files)
+    engine = _engine(threads, gpu_layers, source, asked["ctx"])
+    found = judged(request, engine, ProgressReporter(), out)
+    written = publish(out, found) if out else ()
+    _answer(found, as_json, *judge_tables(found), *(tables.shown(str(path)) for path in written))
 
 
 @cli.command()
@@ -455,7 +564,7 @@ def perplexity(
     model: Path, text: Path, ctx: int, chunks: int, threads: int, gpu_layers: int | None, as_json: bool
 ) -> None:
     """Perplexity of MODEL, equal to llama-perplexity's."""
-    from cerebellum.comparison import perplexity_of
+    from cerebellum.comparison.pair import perplexity_of
 
     _admitted(model)
     found = perplexity_of(
@@ -503,11 +612,14 @@ def _settings(asked: dict[str, Any], folder: Path) -> Settings:
     """Returns what a run was asked for; a source on the Hub is fetched first."""
     from cerebellum.hub import download, is_address  # huggingface_hub takes half a second to load
 
-    goal = take_goal(asked)
+    recipe = asked.pop("recipe", None)
+    goal = take_goal(asked, with_recipe=recipe is not None)
     asked["published"] = take_published(asked)
     address = str(asked["source"])
     if is_address(address):
         asked["source"] = download(address, ProgressReporter().note)
+    if recipe is not None:
+        goal = _given(recipe, goal, asked)
     asked["kld_cache_bytes"] = asked.pop("kld_cache")
     asked["split_above_bytes"] = asked.pop("split_above")
     if asked["gpu_layers"] is None:
@@ -517,6 +629,19 @@ def _settings(asked: dict[str, Any], folder: Path) -> Settings:
         key: value.absolute() if isinstance(value, Path) else value for key, value in asked.items()
     }
     return Settings(goal=goal, **values)
+
+
+def _given(recipe: Path, goal: Goal, asked: dict[str, Any]) -> Given:
+    """Returns the types that a recipe gives the source; its preset is the base, unless another was asked for."""
+    from cerebellum.recipes.recipe import read_typed
+    from cerebellum.source import open_source
+
+    source = open_source(asked["source"], allow_requantize=asked["allow_requantize"])
+    if not given("base") and asked["base_file"] is None:
+        asked["base"] = read_typed(recipe).preset or asked["base"]
+    found = given_by(recipe, source)
+    chunks = goal.chunks if isinstance(goal, Limit) else 0
+    return msgspec.structs.replace(found, chunks=chunks) if given("chunks") else found
 
 
 def _engine(
@@ -686,9 +811,11 @@ def _show_frontier(folder: Path, as_json: bool) -> None:
 def _plan_folder(folder: Path, measurements: Path | None, asked: dict[str, Any]) -> tuple[AnyPlan, ...]:
     """Plans in a folder; where that fails, the folder stays as it was."""
     from cerebellum.run import way_of
+    from cerebellum.source import open_source
 
     def changed(settings: Settings) -> Settings:
-        return msgspec.structs.replace(settings, goal=_replanned_goal(settings.goal, asked))
+        source = open_source(settings.source, allow_requantize=True)
+        return msgspec.structs.replace(settings, goal=_replanned_goal(settings.goal, asked, source))
 
     workspace = Workspace.reopen(folder, _engine_for, ProgressReporter(), planning=True, changed=changed)
     with workspace.locked():
@@ -697,9 +824,12 @@ def _plan_folder(folder: Path, measurements: Path | None, asked: dict[str, Any])
     return planned
 
 
-def _replanned_goal(goal: Goal, asked: dict[str, Any]) -> Goal:
+def _replanned_goal(goal: Goal, asked: dict[str, Any], source: Source) -> Goal:
     """Returns the folder's goal with what was asked for instead; another kind of goal replaces it."""
     sizes = take_sizes(asked)
+    if asked["recipe"] is not None:
+        refuse_beside("--recipe", ("budget", "fit", "max_increase", "demote", "measurements"))
+        return given_by(asked["recipe"], source)
     limit = {"max_increase_pct": asked["max_increase"], "demote": asked["demote"]}
     limit = {key: value for key, value in limit.items() if value is not None}
     if sizes and limit:
@@ -715,13 +845,15 @@ def _plan_file(
     model: Path, measurements: Path | None, base: str | None, asked: dict[str, Any]
 ) -> tuple[AnyPlan, ...]:
     from cerebellum.llama.guard import check_contents
+    from cerebellum.recipes.recipe import read_typed
     from cerebellum.run import way_of
     from cerebellum.source import open_source
 
-    if measurements is None:
-        raise BadInput(f"{model}: a GGUF has no measurements; give --measurements FILE or a run folder")
-    check_contents(open_source(model, allow_requantize=True))
-    settings = Settings(source=model, goal=_replanned_goal(Limit(), asked), base=base or "Q3_K_M")
+    source = open_source(model, allow_requantize=True)
+    check_contents(source)
+    goal = _replanned_goal(Limit(), asked, source)
+    preset = base or (asked["recipe"] and read_typed(asked["recipe"]).preset) or "Q3_K_M"
+    settings = Settings(source=model, goal=goal, base=preset)
     return way_of(settings.goal).plan_header(settings, _engine_for(settings), measurements)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -25,6 +25,7 @@ from cerebellum.settings import (
     SELECTION_TEXT,
     Budget,
     Bytes,
+    Given,
     Goal,
     Gpu,
     Limit,
@@ -32,6 +33,9 @@ from cerebellum.settings import (
     Published,
 )
 from cerebellum.units import parse_size
+
+if TYPE_CHECKING:
+    from cerebellum.source import Source
 
 Command = Callable[..., Any]
 
@@ -291,6 +295,11 @@ text_option = click.option(
 first_chunks_option = click.option(
     "--chunks", type=click.IntRange(0), default=0, help="The first N chunks of the text [default: all]."
 )
+recipe_option = click.option(
+    "--recipe",
+    type=PathArgument,
+    help="Instead of a limit: the types of a recipe (its JSON, a --tensor-type-file, or a GGUF).",
+)
 folder_option = click.option("-o", "--out", type=PathArgument, required=True, help="The run folder.")
 encoder_options = options(
     click.option(
@@ -450,6 +459,69 @@ bench_options = options(
 )
 
 
+class NamedTexts(click.ParamType[Any]):
+    """A text with the name that tables give it: ``code=FILE``; the file's own name where none is given."""
+
+    name = "name=file"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Path]:
+        """Returns name and path."""
+        if isinstance(value, tuple):
+            return value
+        name, _, path = str(value).rpartition("=")
+        if not path:
+            self.fail(f"{value!r} names no file; give NAME=FILE", param, ctx)
+        return name or Path(path).stem, Path(path)
+
+
+def take_texts(
+    _ctx: click.Context, _param: click.Parameter, given_texts: Sequence[tuple[str, Path]]
+) -> dict[str, Path]:
+    """Returns texts by name, those that come along where none was given; refuses a name that is there twice."""
+    named = given_texts or ((REPORT_TEXT.stem, REPORT_TEXT), (SELECTION_TEXT.stem, SELECTION_TEXT))
+    found = dict(named)
+    if len(found) < len(named):
+        raise click.UsageError("--text: two texts have one name; give each its own with NAME=FILE")
+    return found
+
+
+judge_options = options(
+    click.option(
+        "--text",
+        "texts",
+        type=NamedTexts(),
+        multiple=True,
+        callback=take_texts,
+        help="NAME=FILE, a UTF-8 text; may be repeated [default: the two that come along].",
+    ),
+    ctx_option,
+    click.option("--chunks", type=click.IntRange(0), default=0, help="Exactly N of each text, in one look."),
+    click.option("--max-chunks", type=click.IntRange(0), default=0, help="A limit for each text."),
+    click.option(
+        "--alpha", type=Chance(), default=0.05, show_default=True, help="Chance that any order is wrong."
+    ),
+    click.option(
+        "--tie",
+        "tie_pct",
+        type=Percent(0),
+        default="2%",
+        show_default=True,
+        help="Damages that surely differ by less count as alike.",
+    ),
+    click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Order of the chunks."),
+    click.option(
+        "--kld-cache",
+        "prediction_bytes",
+        type=Size(),
+        default="8GiB",
+        show_default=True,
+        help="Disk for the source's predictions.",
+    ),
+)
+
+
 def given(name: str) -> bool:
     """Says whether an option of the current command was typed, whatever its value."""
     source = click.get_current_context().get_parameter_source(name)
@@ -471,12 +543,30 @@ def take_sizes(asked: dict[str, Any]) -> tuple[Bytes | Preset | Gpu, ...]:
     return budget or ()
 
 
-def take_goal(asked: dict[str, Any]) -> Goal:
+def refuse_beside(flag: str, others: Iterable[str]) -> None:
+    """Raises a usage error where one of some options was typed beside a flag that makes no use of it."""
+    for name in others:
+        if given(name):
+            raise click.UsageError(f"{flag} and {_flag(name)} exclude each other: give one of them")
+
+
+def given_by(recipe: Path, source: Source) -> Given:
+    """Returns the goal of a recipe for a source; BadInput where it is of another model, or no recipe."""
+    from cerebellum.recipes.recipe import read_typed
+
+    return Given(recipe=recipe.name, types=read_typed(recipe).types(source))
+
+
+def take_goal(asked: dict[str, Any], *, with_recipe: bool = False) -> Goal:
     """Takes the options of both goals out of what was asked and returns the one that was meant.
 
     Raises a usage error that names both options where one belongs to the other goal: an option that would be
-    ignored in silence is a misunderstanding.
+    ignored in silence is a misunderstanding. ``with_recipe`` says that a recipe gives the types: of both goals'
+    options it takes --chunks alone.
     """
+    if with_recipe:
+        others = {*_LIMIT_OPTIONS, *_BUDGET_OPTIONS, "budget", "fit"} - {"chunks"}
+        refuse_beside("--recipe", sorted(others))
     sizes = take_sizes(asked)
     size_flag = "--budget" if given("budget") else "--fit"
     for name in _LIMIT_OPTIONS if sizes else ():

@@ -18,16 +18,17 @@ from cerebellum.errors import visible
 from cerebellum.folder import CARD, REPORT
 from cerebellum.groups import Description, GroupRecord
 from cerebellum.measure.artifacts import Curves, Measurements
-from cerebellum.plan.artifacts import AnyPlan, BudgetPlan, FrontierRow, GpuMemory, LimitPlan, Plan
+from cerebellum.plan.artifacts import AnyPlan, BudgetPlan, FrontierRow, GivenPlan, GpuMemory, LimitPlan, Plan
 from cerebellum.settings import GGML
 from cerebellum.units import count, gib, nats, number, percent, size
 from cerebellum.verify import Verified
 
 if TYPE_CHECKING:  # a command loads what it needs, and no other one's
     from cerebellum.cli.quantize import Quantized
-    from cerebellum.comparison import Comparison
+    from cerebellum.comparison.pair import Comparison
     from cerebellum.hub import Pushed
-    from cerebellum.reproduce import Reproduced
+    from cerebellum.recipes.recipe import Recipe
+    from cerebellum.recipes.reproduce import Reproduced
 
 _VERDICT_STYLES = {"tolerant": "green", "sensitive": "red", "collapsed": "bold red"}
 _DECISION_STYLES = {"demoted": "green", "promoted": "cyan"}
@@ -152,6 +153,39 @@ def planned_tables(plan: AnyPlan) -> tuple[RenderableType, ...]:
         case BudgetPlan():
             memory = (memory_table(plan.memory),) if plan.memory else ()
             return budget_table(plan), budget_summary(plan), *memory
+        case GivenPlan():
+            return given_table(plan), given_summary(plan)
+
+
+def given_table(plan: GivenPlan) -> Table:
+    """Shows the types of a recipe, a row for the tensors of a role that get one type."""
+    title = f"As {shown(plan.recipe)} says, against {shown(plan.base)}"
+    table = Table("group", "tensors", "base", "recipe", "saves", "", title=title)
+    for column in (1, 4):
+        table.columns[column].justify = "right"
+    for row in plan.groups:
+        table.add_row(
+            shown(row.name),
+            str(row.tensors),
+            shown(row.base_type),
+            row.chosen_type if row.changed else "the same",
+            size(row.bytes_saved),
+            Text(row.decision, style=_DECISION_STYLES.get(row.decision, "dim")),
+        )
+    return table
+
+
+def given_summary(plan: GivenPlan) -> str:
+    """Says how large a recipe's file is and, where that was measured, what it does to the base's predictions."""
+    text = (
+        f"file {plan.file_bytes:,} bytes, tensors {gib(plan.base_tensor_bytes)} -> {gib(plan.tensor_bytes)}; "
+    )
+    if not plan.chunks:
+        return text + "nothing measured"
+    text += f"perplexity against the base {percent(plan.measured_delta_pct, plan.ci_pct)}"
+    if plan.kld_mean is not None:
+        text += f", KL divergence from it {nats(plan.kld_mean, plan.kld_ci or (None, None))}"
+    return f"{text}, on {plan.chunks} of {plan.of_chunks} chunks of {shown(plan.text)}"
 
 
 def plan_table(plan: LimitPlan) -> Table:
@@ -405,6 +439,18 @@ def quantized_line(found: Quantized) -> str:
     return (
         f"{shown(found.path)}: {found.preset}, {sizes}, {whose}, {found.seconds:.1f} s, sha256 {found.sha256}"
     )
+
+
+def recipe_lines(found: Recipe, type_file: Path, json_file: Path) -> list[str]:
+    """Says where a recipe was written, what it holds, and how llama-quantize and this program use it."""
+    tensors = sum(rule.tensors for rule in found.rules)
+    preset = found.preset or "Q4_K_M"
+    given = shown(shlex.quote(str(type_file)))
+    return [
+        f"{shown(found.made_from)}: {tensors} tensors in {len(found.rules)} rules",
+        f"llama-quantize --imatrix IMATRIX --tensor-type-file {given} SOURCE.gguf OUT.gguf {shown(preset)}",
+        f"cerebellum run SOURCE.gguf -o DIR --recipe {shown(shlex.quote(str(json_file)))}",
+    ]
 
 
 def upload_table(found: Pushed) -> Table:

@@ -262,6 +262,20 @@ class Ledger:
         same = np.array([self._vector(same, "u1").mean() for _, _, same in rows], np.float64)
         return kld, same
 
+    def divergences(self, series: int, base_series: int, chunks: Iterable[int]) -> tuple[Matrix, Matrix]:
+        """Returns KL divergences (nats) and whether top tokens agree (0 or 1), each (chunks, scored tokens).
+
+        They are of ``chunks`` in their order, from this base. Raises KeyError for one that was not compared.
+        """
+        query = "SELECT chunk, kld, same FROM divergence WHERE series=? AND base=?"
+        rows = {chunk: (kld, same) for chunk, kld, same in self._rows(query, (series, base_series))}
+        wanted = [rows[chunk] for chunk in chunks]
+        kld = [self._vector(kld) for kld, _ in wanted]
+        same = [self._vector(same, "u1").astype(np.float32) for _, same in wanted]
+        if len({len(vector) for vector in (*kld, *same)}) > 1:
+            raise self._damaged("chunks of one text have different numbers of tokens")
+        return np.stack(kld), np.stack(same)
+
     def n_chunks(self) -> int:
         """Returns how many chunks were ever measured, over all variants and texts."""
         ((found,),) = self._rows("SELECT COUNT(*) FROM chunk")

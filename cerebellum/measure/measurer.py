@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cerebellum.workspace import Workspace
 
 Vector = NDArray[np.float64]
+Matrix = NDArray[np.float32]
 
 
 class Measurer:
@@ -208,6 +209,15 @@ class Measurer:
             return None
         kld, same = self.ledger.divergence(self._series(variant), self._series(self.reference), chunks)
         return (superpopulation_interval(kld), float(same.mean())) if len(kld) else None
+
+    def compared(self, variant: Variant, chunks: Sequence[int]) -> tuple[Matrix, Matrix]:
+        """Returns KL divergences from the reference (nats) and agreement of top tokens, (chunks, scored tokens).
+
+        The chunks were compared before; nothing is measured here.
+        """
+        if self.reference is None:
+            raise ValueError("a measurer without a reference knows no divergence")
+        return self.ledger.divergences(self._series(variant), self._series(self.reference), chunks)
 
     # --- the ledger
 

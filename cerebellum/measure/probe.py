@@ -263,10 +263,10 @@ def _measured(session: Session, probes: Sequence[Probe], errors: RoundingErrors)
         lambda: budget.left >= reserved,
     )
     responses += session.run(layers, budget)
-    return _curves(session, reference, responses, errors, budget, most)
+    return curves_of(session, reference, responses, errors, budget, most)
 
 
-def _curves(
+def curves_of(
     session: Session,
     reference: Reference,
     responses: tuple[Response, ...],

@@ -100,6 +100,17 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgedMark:
+    """Is a file by its size and its KL divergence from the source, nats a token, with the divergence's bounds."""
+
+    name: str
+    size: float
+    damage: float
+    bounds: tuple[float, float]
+    survives: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """Is a group at one type: its size, its damage and the damage's interval in nats a token.
 
@@ -378,10 +389,53 @@ def frontier_chart(
         axes.plot([point.size], [point.delta], "o", color=ACCENT, markersize=6, gid=f"point-{place}")
         if point.label:
             _point_label(axes, point, points, rise=8)
+    _size_and_divergence(axes, unit, log=all(damage > 0 for _, damage in best))
+    return drawn
+
+
+def judged_chart(width: int, marks: Sequence[JudgedMark], unit: str) -> Figure:
+    """Draws files by size in ``unit`` and KL divergence from the source; lower left is better.
+
+    Survivors are filled and joined by steps: what lies above the steps is beaten. The axis is logarithmic where all
+    bounds are above 0.
+    """
+    drawn = figure(width, 360)
+    axes = drawn.add_subplot()
+    alive = sorted((mark for mark in marks if mark.survives), key=lambda mark: mark.size)
+    if len(alive) > 1:
+        axes.step(
+            [mark.size for mark in alive],
+            [mark.damage for mark in alive],
+            where="post",
+            color=RULE,
+            linewidth=1.6,
+            gid="survivors",
+        )
+    middle = (min(mark.size for mark in marks) + max(mark.size for mark in marks)) / 2 if marks else 0.0
+    for place, mark in enumerate(marks):
+        colour = ACCENT if mark.survives else UNDECIDED
+        axes.plot([mark.size] * 2, mark.bounds, color=colour, linewidth=1.4, gid=f"interval-{place}")
+        face = colour if mark.survives else "none"
+        axes.plot([mark.size], [mark.damage], "o", color=colour, markerfacecolor=face, gid=f"point-{place}")
+        side = 1 if mark.size <= middle else -1
+        axes.annotate(
+            short(mark.name),
+            (mark.size, mark.damage),
+            xytext=(8 * side, 5),
+            textcoords="offset points",
+            ha="left" if side > 0 else "right",
+            color=INK if mark.survives else MUTED,
+        )
+    _size_and_divergence(axes, unit, log=all(mark.bounds[0] > 0 for mark in marks))
+    return drawn
+
+
+def _size_and_divergence(axes: Axes, unit: str, *, log: bool) -> None:
+    """Names the axes of a chart of files by size and KL divergence."""
+    if log:
+        axes.set_yscale("log")
     axes.set_xlabel(f"file, {unit}")
     axes.set_ylabel("KL divergence, nats a token")
-    if all(damage > 0 for _, damage in best):
-        axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter("{:.3g}".format))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -389,7 +443,6 @@ def frontier_chart(
     axes.grid(alpha=0.8)
     axes.set_axisbelow(True)
     axes.margins(0.08, 0.16)
-    return drawn
 
 
 def heat_map(width: int, cells: Sequence[Cell], told: Callable[[float], str]) -> Figure:

@@ -187,4 +187,21 @@ class BudgetPlan(Plan, frozen=True, kw_only=True, tag="budget", tag_field="mode"
     model: str | None = None
 
 
-AnyPlan = LimitPlan | BudgetPlan
+class GivenPlan(Plan, frozen=True, kw_only=True, tag="given", tag_field="mode"):
+    """Types that were given by a recipe, named ``recipe``. Nothing was chosen, so no group was measured alone.
+
+    The whole was measured on ``chunks`` of the ``of_chunks`` chunks of ``ctx`` tokens that the selection ``text`` has,
+    0 where it was not yet. ``kld_mean`` (nats a token) and ``top1_agreement`` are against the base.
+    """
+
+    recipe: str
+    text: str
+    ctx: int
+    chunks: int
+    of_chunks: int
+    kld_mean: float | None = None
+    kld_ci: Bounds | None = None
+    top1_agreement: float | None = None
+
+
+AnyPlan = LimitPlan | BudgetPlan | GivenPlan

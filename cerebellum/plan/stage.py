@@ -108,7 +108,7 @@ def _planned(
     for view, each in zip(views, made, strict=True):
         view.write(PLAN, each)
     if len(sizes) == 1:
-        _forget_sizes(workspace)
+        forget_sizes(workspace)
     else:
         rows = (_size_row(*each) for each in zip(sizes, made, views, strict=True))
         workspace.artifacts.write(SIZES, Sizes(sizes=tuple(rows)))
@@ -142,7 +142,7 @@ def _size_row(one: Sized, plan: BudgetPlan, view: RunFolder) -> SizeRow:
     )
 
 
-def _forget_sizes(workspace: Workspace) -> None:
+def forget_sizes(workspace: Workspace) -> None:
     """Removes the list of sizes that an earlier run of the folder left, for now there is a single plan."""
     if workspace.path(SIZES).exists():
         files.DISK.unlink(workspace.path(SIZES))
@@ -152,7 +152,7 @@ def _written(workspace: Workspace, plan: LimitPlan) -> LimitPlan:
     """Writes plan.json with the matrix that it rests on, and returns it."""
     resting = msgspec.structs.replace(plan, imatrix_sha256=workspace.matrix.sha256)
     workspace.artifacts.write(PLAN, resting)
-    _forget_sizes(workspace)
+    forget_sizes(workspace)
     return resting
 
 

@@ -51,12 +51,17 @@ def open_pair(a: Path, b: Path) -> tuple[Source, Source]:
     """Opens both models; BadInput unless they share a tokenizer, because other tokens cannot be paired."""
     first = open_source(a, allow_requantize=True)
     second = open_source(b, allow_requantize=True)
+    check_same_tokens(first, second)
+    return first, second
+
+
+def check_same_tokens(first: Source, second: Source) -> None:
+    """Raises BadInput unless both models have the same tokenizer."""
     for key in _VOCABULARY_KEYS:
         if first.kv_records.get(key) != second.kv_records.get(key):
             raise BadInput(
-                f"{a} and {b} differ in {key}: tokens of different vocabularies cannot be compared"
+                f"{first.path} and {second.path} differ in {key}: tokens of different vocabularies cannot be compared"
             )
-    return first, second
 
 
 @dataclass(frozen=True, kw_only=True)

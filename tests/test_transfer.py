@@ -1,0 +1,212 @@
+"""The plan of one model on another's weights: applied, held to its promise, revised where it does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Cerebellum, Finished
+from test_fake_run import damage, workspace
+from tiny import Recorder, hybrid_records, hybrid_shapes, random_tensor, tensors_of, write_hybrid
+
+from cerebellum import open_run
+from cerebellum.codec import read_artifact
+from cerebellum.engine.fake import FakeEngine
+from cerebellum.errors import BadInput
+from cerebellum.folder import TRANSFER
+from cerebellum.gguf import (
+    GGMLQuantizationType,
+    TensorInfo,
+    TensorSource,
+    bits_per_weight,
+    read_gguf,
+    write_gguf,
+)
+from cerebellum.plan.artifacts import BudgetPlan, GivenPlan, LimitPlan
+from cerebellum.recipes.transfer import Done, Finetune, transfer, transferred_settings
+from cerebellum.recipes.transferred import BROKEN, HOLDS, Transferred
+from cerebellum.run import run_all
+from cerebellum.settings import DEMO_MODEL, Budget, Goal, Limit, Preset, Settings
+from cerebellum.source import open_source
+from cerebellum.workspace import Workspace
+
+T = GGMLQuantizationType
+LIMIT = Limit(max_increase_pct=3.0)
+BUDGET = Budget(size=Preset(name="Q3_K_M"))
+
+
+def finetune(path: Path) -> Path:
+    """The hybrid with other weights: every value is a little off."""
+    shapes = hybrid_shapes()
+    kinds = {n: T.F32 if len(s) == 1 or s[0] == 1 or "gate_inp" in n else T.F16 for n, s in shapes.items()}
+
+    def tuned(name: str, shape: tuple[int, ...]) -> TensorSource:
+        made = random_tensor(name, shape, kinds[name])
+        values = np.frombuffer(next(iter(made.chunks())), np.float32 if kinds[name] == T.F32 else np.float16)
+        raw = (values * np.asarray(1.01, values.dtype)).tobytes()
+        return TensorSource(name=name, shape=shape, type=kinds[name], chunks=lambda: [raw])
+
+    write_gguf(path, hybrid_records(), [tuned(n, s) for n, s in shapes.items()])
+    return path
+
+
+def cheap(qtype: GGMLQuantizationType) -> bool:
+    """Whether a type is below the base's Q3_K: Q2_K, and IQ types up to IQ3_XXS."""
+    return bits_per_weight(qtype) < 3.2
+
+
+def harmed(role: str, nats: float) -> Callable[[TensorInfo], float]:
+    """Damages as before, but for one role, each of whose tensors below the base now costs ``nats``."""
+
+    def found(tensor: TensorInfo) -> float:
+        return nats if role in tensor.name and cheap(tensor.type) else damage(tensor)
+
+    return found
+
+
+def transferred(
+    tmp_path: Path, goal: Goal, harm: Callable[[TensorInfo], float] = damage, *, revise: bool = True
+) -> tuple[Done, FakeEngine]:
+    """A run of the hybrid, and its plan on a finetune that takes damage in another way."""
+    if not (tmp_path / "run" / "plan.json").exists():
+        run_all(workspace(tmp_path, goal))
+    run = open_run(tmp_path / "run")
+    settings = transferred_settings(run, Finetune(source=finetune(tmp_path / "tuned.F16.gguf")))
+    engine = FakeEngine(damage=harm)
+
+    def opened(asked: Settings) -> Workspace:
+        return Workspace(tmp_path / "tuned", asked, engine, Recorder())
+
+    return transfer(run, settings, opened, 30, revise=revise), engine
+
+
+@pytest.mark.parametrize("goal", [LIMIT, BUDGET], ids=["limit", "budget"])
+def test_a_plan_that_holds_is_shipped_as_it_is(tmp_path: Path, goal: Goal) -> None:
+    done, _ = transferred(tmp_path, goal)
+    found = done.transferred
+    assert found.verdict == HOLDS and found.fits and not found.revised and done.ok
+    assert found.over.ci is not None and found.over.ci[1] < 0 and found.chunks == 30
+    old = open_run(tmp_path / "run").plan()
+    assert isinstance(done.plan, GivenPlan) and done.plan.tensor_types == old.tensor_types and old.changes
+    out = tmp_path / "tuned" / done.manifest.result.file
+    assert {t.name: t.type.name for t in read_gguf(out).tensors} == old.tensor_types
+    assert read_artifact(tmp_path / "tuned" / TRANSFER, Transferred, "") == found
+    assert "run-plan.json" in (tmp_path / "tuned" / "README.md").read_text()
+    assert TRANSFER in done.manifest.evidence
+    assert found.source_sha256 == open_run(tmp_path / "tuned").source().sha256 != found.run_source_sha256
+
+
+def test_a_limit_that_is_broken_is_kept_by_what_was_measured_again(tmp_path: Path) -> None:
+    done, _ = transferred(tmp_path, LIMIT, harmed("ffn_gate_exps", 0.1))
+    found = done.transferred
+    assert found.verdict == BROKEN and found.revised and done.ok
+    assert found.over.ci is not None and found.over.ci[0] > 0
+    again = {row.name: row for row in found.again}
+    old = open_run(tmp_path / "run").plan()
+    assert set(again) == set(old.changes) and again["ffn_gate_exps"].differs
+    assert not any(row.differs for name, row in again.items() if name != "ffn_gate_exps")
+    assert isinstance(done.plan, LimitPlan)
+    assert set(done.plan.changes) == set(old.changes) - {"ffn_gate_exps"}
+    assert done.plan.measured_delta_pct is not None and done.plan.measured_delta_pct < 3.0
+    assert (tmp_path / "tuned" / "report.html").exists()
+
+
+def test_a_budget_that_is_broken_is_planned_from_new_curves(tmp_path: Path) -> None:
+    done, _ = transferred(tmp_path, BUDGET, harmed("ffn_down_exps", 0.2))
+    old = open_run(tmp_path / "run").plan()
+    found = done.transferred
+    assert any("ffn_down_exps" in name for name in old.changes), "the case needs a plan that this harms"
+    assert found.verdict == BROKEN and found.revised and isinstance(done.plan, BudgetPlan)
+    assert (
+        found.before_share is not None
+        and found.now_share is not None
+        and found.now_share > found.before_share
+    )
+    assert {row.name for row in found.again if row.differs} == {"ffn_down_exps"}
+    assert done.plan.file_bytes <= done.plan.budget_bytes
+    cheap = {
+        name for name, qtype in done.plan.changes.items() if qtype in ("Q2_K", "IQ2_XXS", "IQ2_XS", "IQ2_S")
+    }
+    assert not any("ffn_down_exps" in name for name in cheap)
+
+
+def test_what_does_not_hold_is_a_no_where_nothing_may_be_revised(tmp_path: Path) -> None:
+    done, _ = transferred(tmp_path, LIMIT, harmed("ffn_gate_exps", 0.1), revise=False)
+    assert done.transferred.verdict == BROKEN and not done.transferred.revised and not done.ok
+    assert isinstance(done.plan, GivenPlan)
+
+
+@pytest.mark.parametrize("harm", [damage, harmed("ffn_gate_exps", 0.1)], ids=["holds", "revised"])
+def test_the_same_again_measures_nothing(tmp_path: Path, harm: Callable[[TensorInfo], float]) -> None:
+    first, _ = transferred(tmp_path, LIMIT, harm)
+    again, engine = transferred(tmp_path, LIMIT, harm)
+    assert again.transferred == first.transferred and again.plan == first.plan and not engine.scored
+
+
+def test_what_cannot_be_transferred_is_one_line(tmp_path: Path) -> None:
+    run_all(workspace(tmp_path, LIMIT))
+    run = open_run(tmp_path / "run")
+    shapes = hybrid_shapes()
+    del shapes["blk.1.attn_q.weight"]
+    smaller = write_hybrid(tmp_path / "smaller.gguf", shapes)
+    wider = write_hybrid(tmp_path / "wider.gguf", hybrid_shapes() | {"blk.1.attn_q.weight": (256, 512)})
+    for source, says in ((smaller, "attn_q"), (wider, "another number of parameters")):
+        settings = transferred_settings(run, Finetune(source=source))
+        opened = Workspace(tmp_path / "no", settings, FakeEngine(), Recorder())
+        with pytest.raises(BadInput, match=says):
+            transfer(run, settings, lambda asked, w=opened: w, 30, revise=True)  # type: ignore[misc]
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_recipe_promises_nothing(tmp_path: Path) -> None:
+    transferred(tmp_path, LIMIT)
+    run = open_run(tmp_path / "tuned")
+    with pytest.raises(BadInput, match="promises nothing"):
+        transfer(run, run.settings(), lambda asked: None, 30, revise=True)  # type: ignore[arg-type,return-value]
+
+
+# ---- the command, on llama.cpp ----
+
+
+def tuned_demo(path: Path) -> Path:
+    """The embedded model with every second value of its expert matrices a little off."""
+    source = open_source(DEMO_MODEL)
+
+    def content(name: str) -> TensorSource:
+        tensor = source.tensors[name]
+        raw = source.read(name)
+        if "exps" in name:
+            values = raw.view(np.float16).copy()
+            values[::2] *= np.float16(1.02)
+            raw = values.view(np.uint8)
+        return TensorSource(name=name, shape=tensor.shape, type=tensor.type, chunks=lambda: [raw])
+
+    write_gguf(path, list(source.kv_records.values()), [content(name) for name in source.tensors])
+    return path
+
+
+def test_the_command_carries_a_run_to_a_finetune(
+    cerebellum: Cerebellum, finished: Finished, tmp_path: Path
+) -> None:
+    source = tuned_demo(tmp_path / "tuned.F16.gguf")
+    asked = (
+        "transfer",
+        finished.folder,
+        "--source",
+        source,
+        "-o",
+        tmp_path / "out",
+        "--chunks",
+        6,
+        "--threads",
+        2,
+    )
+    ran = cerebellum(*asked, "--json")
+    assert ran.code == 0 and ran.json["transfer"]["verdict"] == "holds", ran.err
+    types = {name: qtype for name, (qtype, _) in tensors_of(Path(ran.json["file"])).items()}
+    assert types == {name: qtype for name, (qtype, _) in tensors_of(finished.gguf).items()}
+    assert ran.json["transfer"]["run_source"] == finished.read("source.json")["path"]
+    words = cerebellum(*asked)
+    assert words.code == 0 and "still holds on tuned.F16.gguf" in " ".join(words.out.split())
