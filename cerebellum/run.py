@@ -157,8 +157,8 @@ class GivenWay:
         check_given(workspace, self.given)
 
     def labels(self, workspace: Workspace) -> tuple[str, ...]:
-        """Names the one file after its base."""
-        return (workspace.base_of_shapes.label,)
+        """Names the one file after its base, unless the types were carried over with a label."""
+        return (self.given.label or workspace.base_of_shapes.label,)
 
     def measure(self, workspace: Workspace) -> Measurements:
         """Raises BadInput: no group is measured alone where nothing is to be chosen."""

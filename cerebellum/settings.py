@@ -157,12 +157,14 @@ class Given(Record, frozen=True, kw_only=True, tag="given", tag_field="goal"):
     """The types are given, by somebody's recipe: nothing is chosen, and the whole is measured against the base.
 
     ``recipe`` is the name of its file and ``types`` has the type of every tensor that it names; others stay at
-    the base. ``chunks`` of the selection text are read, 0 for all of it.
+    the base. ``chunks`` of the selection text are read, 0 for all of it. ``label`` is that of the file's name, the
+    base's where it is None.
     """
 
     recipe: str
     types: dict[str, str]
     chunks: int = 200
+    label: str | None = None
 
     allocate: ClassVar[tuple[Allocated, ...]] = ()
     layers_apart: ClassVar[bool] = False

@@ -34,7 +34,7 @@ from cerebellum.workspace import Workspace
 
 T = GGMLQuantizationType
 LIMIT = Limit(max_increase_pct=3.0)
-BUDGET = Budget(size=Preset(name="Q3_K_M"))
+BUDGET = Budget(sizes=(Preset(name="Q3_K_M"),))
 
 
 def finetune(path: Path) -> Path:

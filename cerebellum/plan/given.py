@@ -135,6 +135,7 @@ def unmeasured_given(layout: Layout, given: Given, settings: Settings, of_chunks
     changes = given_changes(layout, given)
     return GivenPlan(
         recipe=given.recipe,
+        label=given.label,
         base=layout.base.label,
         groups=tuple(_row(name, changes.get(name), layout) for name in layout.groups),
         predicted_delta_pct=None,

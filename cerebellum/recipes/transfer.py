@@ -21,7 +21,7 @@ from cerebellum.errors import BadInput
 from cerebellum.folder import CURVES, MEASUREMENTS, TRANSFER, RunFolder
 from cerebellum.manifest import Manifest, make_manifest
 from cerebellum.measure.artifacts import Curves, MeasurementRow, Measurements, Response, finite_pair
-from cerebellum.measure.curves import Probe
+from cerebellum.measure.curves import Probe, measure_response
 from cerebellum.measure.measurer import Measurer, measuring
 from cerebellum.measure.probe import MeasurementBudget, Session, curves_of, open_session
 from cerebellum.measure.race import chunk_order
@@ -32,7 +32,7 @@ from cerebellum.plan.stage import plan_against_limit, plan_for_budget
 from cerebellum.plan.target import target_of
 from cerebellum.recipes.transferred import BROKEN, HOLDS, OPEN, Figure, GroupAgain, Transferred, Verdict
 from cerebellum.run import build_stage, card_if_possible, check, drop_shards, verify_stage, way_of
-from cerebellum.settings import Budget, Given, Limit, Settings
+from cerebellum.settings import Budget, Given, Limit, Published, Settings
 from cerebellum.source import Source
 from cerebellum.stats.estimate import Estimate
 from cerebellum.stats.paired import Interval, as_nats, superpopulation_interval
@@ -106,10 +106,10 @@ class Finetune:
 
 
 def transferred_settings(run: RunFolder, finetune: Finetune) -> Settings:
-    """Returns the settings of a run for a finetune.
+    """Returns the settings of a run for a finetune; of several sizes the first alone is carried over.
 
-    Raises BadInput where the run had a base of its own and there is none for the finetune: its damage would be
-    another model's.
+    What was said of the run's model for its card is not said of the finetune. Raises BadInput where the run had a
+    base of its own and there is none for the finetune: its damage would be another model's.
     """
     settings = run.settings()
     if settings.base_file is not None and finetune.base_file is None:
@@ -117,8 +117,13 @@ def transferred_settings(run: RunFolder, finetune: Finetune) -> Settings:
             f"{run.path}: was measured against a base file; make the finetune's in the same way and give it with "
             "--base-file"
         )
+    goal = settings.goal
+    if isinstance(goal, Budget):
+        goal = goal.with_sizes(goal.sizes[:1])
     return replace(
         settings,
+        goal=goal,
+        published=Published(),
         source=finetune.source.absolute(),
         imatrix=finetune.imatrix,
         base_file=finetune.base_file,
@@ -152,7 +157,8 @@ def transfer(
     """
     plan = run.plan()
     promise = promise_of(plan)
-    given = Given(recipe=f"{run.path.resolve().name}-plan.json", types=_types(plan, run), chunks=chunks)
+    recipe = f"{run.path.resolve().name}-plan.json"
+    given = Given(recipe=recipe, types=_types(plan, run), chunks=chunks, label=plan.label)
     workspace = open_workspace(replace(settings, goal=given))
     _check_shapes(plan, workspace.source, run)
     with workspace.locked():
@@ -181,7 +187,7 @@ def _check(workspace: Workspace, run: RunFolder, settings: Settings, promise: Pr
 def _finish(workspace: Workspace, said: Transferred) -> Done:
     """Builds the file that plan.json describes, proves it, and writes what a finished run has."""
     build_stage(workspace)
-    verified = verify_stage(workspace)
+    (verified,) = verify_stage(workspace)
     workspace.artifacts.write(TRANSFER, said)
     manifest = make_manifest(workspace)
     drop_shards(workspace)
@@ -250,7 +256,7 @@ def _checked(over_N: NDArray[np.float64], share: float | None) -> Checked:
 def _fits(workspace: Workspace, settings: Settings, plan: GivenPlan) -> bool:
     """Says whether the file is within the size that the run was for; a limit has none."""
     match settings.goal:
-        case Budget(size=size):
+        case Budget(sizes=(size, *_)):
             target = target_of(size, workspace.engine, workspace.source, workspace.layout, workspace.matrix)
             return plan.file_bytes <= target.file_bytes
         case _:
@@ -318,7 +324,7 @@ def _revise_limit(workspace: Workspace, limit: Limit, run: RunFolder, plan: Plan
     with against_base(workspace, order) as measurer:
         racing = Racing(workspace=workspace, limit=limit, measurer=measurer, order=order)
         found = racing.measure(candidates, union_share(limit.alpha * SINGLES_SHARE, len(candidates)))
-        now = write_measurements(workspace, limit, found, measurer)
+        now = write_measurements(workspace, limit, {order: found})
     plan_against_limit(workspace, limit)
     before = run.measurements() if (run / MEASUREMENTS).exists() else None
     return tuple(_row_again(row, _row_of(before, row)) for row in now.measurements)
@@ -358,7 +364,7 @@ def _curves_again(session: Session, before: Curves) -> tuple[Curves, tuple[Group
 
     def again(old: Response) -> Response:
         probe = Probe(part=workspace.layout.part(old.groups), qtype=old.type)
-        return session.measure(probe, most, budget)
+        return session.run(measure_response(probe, reference, session.method, most), budget)
 
     kept: list[Response] = []
     rows: list[GroupAgain] = []
