@@ -19,6 +19,7 @@ from cerebellum.codec import Artifact, Record
 from cerebellum.engine.timetable import TimeTable
 from cerebellum.files import atomic_writer, sha256_file, sha256_files
 from cerebellum.settings import GGML, OURS, EncoderName, Settings
+from cerebellum.source.origin import Origin, origin_of
 from cerebellum.verdicts import NOTHING
 
 if TYPE_CHECKING:  # whoever only reads a manifest needs no engine
@@ -38,12 +39,16 @@ class NamedFile(Record, frozen=True, kw_only=True):
 
 
 class SourceNamed(Record, frozen=True, kw_only=True):
-    """The source: its name, its files in order, and the hash of all of them one after the other."""
+    """The source: its name, its files in order, and the hash of all of them one after the other.
+
+    ``origin`` is the checkpoint that it was converted from, and the converter, where that was done here.
+    """
 
     name: str
     files: tuple[str, ...]
     sha256: str
     header_sha256: str
+    origin: Origin | None = None
 
 
 class BaseNamed(Record, frozen=True, kw_only=True):
@@ -218,6 +223,7 @@ def manifest_of(workspace: Workspace, evidence: Evidence) -> Manifest:
             files=tuple(file.path.name for file in workspace.source.files),
             sha256=evidence.source_sha256,
             header_sha256=workspace.source.header_sha256,
+            origin=origin_of(workspace.source.path, workspace.source.header_sha256),
         ),
         imatrix=evidence.matrix,
         base=evidence.base,

@@ -132,7 +132,10 @@ def demo(
 def run(
     as_json: bool, out: Path, bench: bool, bench_limit: int, data: Path | None, timings: bool, **asked: Any
 ) -> None:
-    """The whole pipeline: SOURCE (a GGUF, or hf:owner/repo/file.gguf) to a smaller GGUF with its evidence."""
+    """The whole pipeline: SOURCE to a smaller GGUF with its evidence.
+
+    SOURCE is a GGUF, a folder of safetensors, owner/repo of the Hub, or hf:owner/repo/file.gguf.
+    """
     from cerebellum.run import tell_unknown_origin
 
     hiring = take_workers(asked)
@@ -609,15 +612,13 @@ def doctor(model: Path | None, threads: int, gpu_layers: int | None, as_json: bo
 
 
 def _settings(asked: dict[str, Any], folder: Path) -> Settings:
-    """Returns what a run was asked for; a source on the Hub is fetched first."""
-    from cerebellum.hub import download, is_address  # huggingface_hub takes half a second to load
-
+    """Returns what a run was asked for; a source on the Hub is fetched first, and a checkpoint converted."""
     recipe = asked.pop("recipe", None)
     goal = take_goal(asked, with_recipe=recipe is not None)
     asked["published"] = take_published(asked)
-    address = str(asked["source"])
-    if is_address(address):
-        asked["source"] = download(address, ProgressReporter().note)
+    asked["source"] = _source(
+        asked.pop("source"), asked.pop("converter"), asked.pop("converter_python"), folder
+    )
     if recipe is not None:
         goal = _given(recipe, goal, asked)
     asked["kld_cache_bytes"] = asked.pop("kld_cache")
@@ -642,6 +643,16 @@ def _given(recipe: Path, goal: Goal, asked: dict[str, Any]) -> Given:
     found = given_by(recipe, source)
     chunks = goal.chunks if isinstance(goal, Limit) else 0
     return msgspec.structs.replace(found, chunks=chunks) if given("chunks") else found
+
+
+def _source(source: Path, converter: Path | None, python: Path | None, folder: Path) -> Path:
+    """Returns the GGUF that a run starts from; whatever is no file here is fetched or converted."""
+    if source.is_file():
+        return source
+    from cerebellum.source.convert import model_file  # huggingface_hub takes half a second to load
+    from cerebellum.source.converter import Chosen
+
+    return model_file(str(source), Chosen(converter=converter, python=python), folder, ProgressReporter())
 
 
 def _engine(

@@ -414,7 +414,20 @@ published_options = options(
     click.option("--license", type=License(), help="For the card: its license, by the Hub's identifier."),
     click.option("--name", help="For the card: the model's name, instead of the metadata's."),
 )
+converter_options = options(
+    click.option(
+        "--converter",
+        type=PathArgument,
+        help="For safetensors: a checkout of llama.cpp to convert with [default: the one on PyPI].",
+    ),
+    click.option(
+        "--converter-python",
+        type=PathArgument,
+        help="Python to run the converter with, torch in it [default: one made in the cache].",
+    ),
+)
 source_options = options(
+    converter_options,
     click.option(
         "--base",
         type=PresetName(),
