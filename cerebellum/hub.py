@@ -383,10 +383,11 @@ def _texts(folder: Path, manifest: _Manifest, with_texts: bool) -> list[tuple[st
     own = []
     if with_texts:
         settings = RunFolder(folder).settings()
-        own = [settings.select_text, settings.report_text, settings.imatrix_text or settings.select_text]
+        own = [text.path for text in (*settings.select_texts, *settings.report_texts)]
+        own += [settings.imatrix_text] if settings.imatrix_text else []
     found: dict[str, Path] = {}
     for part, name in manifest.text_files.items():
-        ours = [DATA / name] if is_plain_name(name) else []
+        ours = [DATA / name, DATA / "domains" / name] if is_plain_name(name) else []
         for path in (*ours, *(path for path in own if path.name == name)):
             if path.exists() and hashlib.sha256(read_text(path)).hexdigest() == manifest.texts.get(part):
                 found.setdefault(name, path)

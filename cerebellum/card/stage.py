@@ -20,6 +20,7 @@ from cerebellum.card.cells import (
     provenance,
 )
 from cerebellum.card.commands import run_commands
+from cerebellum.card.domains import domain_cells
 from cerebellum.card.evidence import (
     read_budget_evidence,
     read_given_evidence,
@@ -130,6 +131,7 @@ def card_context(
         "untouched": _untouched(story),
         "findings": story.findings(),
         "perplexities": perplexity_cells(evidence),
+        "domains": domain_cells(run.report),
         "benchmarks": [benchmark_cells(bench) for bench in run.benchmarks],
         "architecture": architecture(run.source),
         "memory": memory_cells(evidence),
@@ -241,7 +243,7 @@ def _texts(manifest: Manifest) -> list[Sentence]:
     """Names the texts behind the numbers, by which a stranger can ask for the same ones."""
     names = manifest.text_files
     importance = names.get("importance", "")
-    if not importance:
+    if not importance or "selection" not in names:
         return []
     return [
         (
