@@ -179,7 +179,7 @@ def pages(packages: Path, language: str, half: str, found: Help) -> Iterator[str
 
 
 def blocks(element: ElementTree.Element) -> Iterator[ElementTree.Element]:
-    """Yields what is read of a page, from the top: titles and paragraphs, and nothing of its information but the summary."""
+    """Yields what is read of a page, from the top: its summary, titles and paragraphs."""
     for part in element:
         if part.tag in {_MALLARD + name for name in _BLOCKS}:
             yield part
