@@ -99,7 +99,7 @@ def atomic_writer(path: str | os.PathLike[str], n_bytes: int | None = None) -> I
     target = Path(path)
     if os.path.isdir(target):
         raise BadInput(f"{target}: is a folder, not a file; name a file to write")
-    _check_free_space(target, n_bytes)
+    check_free_space(target, n_bytes)
     partial = target.with_name(f"{target.name}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
     try:
         stream = DISK.create(partial)
@@ -263,8 +263,8 @@ def write_refusal(path: str | os.PathLike[str], error: OSError, n_bytes: int | N
     return BadInput(f"{where}: cannot be written ({error.strerror or error}); check the disk")
 
 
-def _check_free_space(target: Path, n_bytes: int | None) -> None:
-    """Refuses before the first byte is written when the folder's disk has less than `n_bytes` free."""
+def check_free_space(target: Path, n_bytes: int | None) -> None:
+    """Raises BadInput, before the first byte is written, when the folder's disk has less than `n_bytes` free."""
     if n_bytes is None:
         return
     try:

@@ -18,6 +18,7 @@ from cerebellum.codec import Artifact, Record
 from cerebellum.gguf import TensorInfo, legal_types
 from cerebellum.settings import Allocated
 from cerebellum.source import Scalar, Source, plain_metadata
+from cerebellum.source.origin import Origin, origin_of
 
 BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*?)blk\.(?P<layer>\d+)\.(?P<rest>.+)$", re.ASCII)
 
@@ -183,7 +184,8 @@ class SourceFile(ModelFacts, Artifact, frozen=True, kw_only=True):
     """Holds source.json: what the source of a run is, by content and header, and the facts of its header.
 
     ``path`` is the file's name without its folder, because an artifact does not say where things lie.
-    ``requantized`` says that the source was quantized already, which the card tells its readers.
+    ``requantized`` says that the source was quantized already, which the card tells its readers. ``origin`` is
+    what it was converted from, where that was done here.
     """
 
     format: Literal[1] = 1
@@ -192,6 +194,7 @@ class SourceFile(ModelFacts, Artifact, frozen=True, kw_only=True):
     header_sha256: str
     requantized: bool
     metadata: dict[str, Scalar | list[Scalar]]
+    origin: Origin | None = None
 
 
 def role_of(tensor_name: str) -> str:
@@ -370,6 +373,7 @@ def source_file(source: Source, sha256: str) -> SourceFile:
         header_sha256=source.header_sha256,
         requantized=source.is_quantized,
         metadata=dict(plain_metadata(source.files[0])),
+        origin=origin_of(source.path, source.header_sha256),
     )
 
 

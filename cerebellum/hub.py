@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +62,11 @@ from cerebellum.folder import (
 from cerebellum.ledger import Ledger
 from cerebellum.settings import DATA
 from cerebellum.source import SPLIT_NAME
+from cerebellum.source.checkpoint import INDEX, beside, weight_files
 from cerebellum.texts import read_text
 
 SCHEME = "hf:"
+_REPOSITORY = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?$", re.ASCII)
 _ADDRESS = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?/(?P<file>.+\.gguf)$", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{7,64}")
@@ -102,9 +104,85 @@ class Pushed(Record, frozen=True, kw_only=True):
     url: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Repository:
+    """Names a repository of the Hub, and the revision that was asked for, or None for the newest."""
+
+    id: str
+    revision: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """Says where the files of a repository lie, as they were at one commit."""
+
+    id: str
+    commit: str
+    folder: Path
+
+
 def is_address(text: str) -> bool:
-    """Says whether a source is on the Hub, as in `hf:owner/repo/file.gguf`, and not a path."""
-    return text.startswith(SCHEME)
+    """Says whether a source is on the Hub: `hf:owner/repo/file.gguf`, `hf:owner/repo` or `owner/repo`.
+
+    The last may be a path as well; whoever asks looks for a file of that name first.
+    """
+    return text.startswith(SCHEME) or repository_of(text) is not None
+
+
+def repository_of(text: str) -> Repository | None:
+    """Returns the repository that an address stands for, or None where it names a file in one."""
+    match = None if text.endswith(".gguf") else _REPOSITORY.match(text.removeprefix(SCHEME))
+    if match is None or not all(map(is_plain_name, match["id"].split("/"))):
+        return None
+    return Repository(id=match["id"], revision=match["revision"])
+
+
+def cache_folder() -> Path:
+    """Returns the folder under `HF_HOME` that holds what is fetched and made here, and nothing else."""
+    return Path(constants.HF_HOME) / "cerebellum"
+
+
+def fetch_checkpoint(repository: Repository, tell: Callable[[str], None] = lambda _: None) -> Fetched:
+    """Fetches the safetensors of a repository, and the small files that a converter reads.
+
+    Program code and pickles are left where they are. What is here already is not fetched again, and a broken
+    download goes on. Raises BadInput for what the Hub refuses, and where there are no safetensors.
+    """
+    with _told(repository.id):
+        info = HfApi().model_info(repository.id, revision=repository.revision)
+        commit = _checked_commit(repository, info.sha)
+        names = [one.rfilename for one in info.siblings or [] if is_plain_name(one.rfilename)]
+        _refuse_without_weights(repository, names)
+        paths = [_fetch(repository.id, name, commit, tell) for name in beside(names)]
+        index = next((path.read_bytes() for path in paths if path.name == INDEX), None)
+        weights = weight_files(names, index, repository.id)
+        paths += [_fetch(repository.id, name, commit, tell) for name in weights]
+    folder = cache_folder() / repository.id.replace("/", "--") / commit
+    astray = next((path for path in paths if path.parent != folder), None)
+    if astray is not None:
+        raise BadInput(
+            f"{repository.id}: {astray.name} is too large for plain HTTP, or of another commit than {commit}; "
+            "download the repository by hand and give its folder"
+        )
+    return Fetched(id=repository.id, commit=commit, folder=folder)
+
+
+def _checked_commit(repository: Repository, commit: str | None) -> str:
+    if commit is None or not _COMMIT.fullmatch(commit):
+        raise BadInput(f"{repository.id}: names a commit that is none ({commit!a}); check HF_ENDPOINT")
+    return commit
+
+
+def _refuse_without_weights(repository: Repository, names: Sequence[str]) -> None:
+    """Raises BadInput that says what a repository holds, where it holds no safetensors of its own."""
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    models = [name for name in names if name.endswith(".gguf")]
+    if models:
+        raise BadInput(
+            f"{repository.id}: has GGUF files and no safetensors; name one: {SCHEME}{repository.id}/{models[0]}"
+        )
+    raise BadInput(f"{repository.id}: has no safetensors; see its page for another repository that has")
 
 
 def download(address: str, tell: Callable[[str], None] = lambda _: None) -> Path:
@@ -117,7 +195,9 @@ def download(address: str, tell: Callable[[str], None] = lambda _: None) -> Path
     """
     match = _ADDRESS.match(address.removeprefix(SCHEME))
     if match is None or not all(map(is_plain_name, (*match["repo"].split("/"), *match["file"].split("/")))):
-        raise BadInput(f"{address}: not an address on the Hub; wanted hf:owner/repo/file.gguf")
+        raise BadInput(
+            f"{address}: not an address on the Hub; wanted hf:owner/repo/file.gguf, or hf:owner/repo for safetensors"
+        )
     with _told(address):
         paths = [_fetch(match["repo"], name, match["revision"], tell) for name in _parts(match["file"])]
     return paths[0]
@@ -144,7 +224,7 @@ def _fetch(repo: str, name: str, revision: str | None, tell: Callable[[str], Non
         return Path(hf_hub_download(repo, name, revision=revision))
     if not _COMMIT.fullmatch(seen.commit_hash):
         raise BadInput(f"{url}: names a commit that is none ({seen.commit_hash!a}); check HF_ENDPOINT")
-    folder = Path(constants.HF_HOME) / "cerebellum" / repo.replace("/", "--") / seen.commit_hash
+    folder = cache_folder() / repo.replace("/", "--") / seen.commit_hash
     target = folder / name
     if not target.exists():
         files.DISK.make_folder(target.parent)
@@ -303,10 +383,11 @@ def _texts(folder: Path, manifest: _Manifest, with_texts: bool) -> list[tuple[st
     own = []
     if with_texts:
         settings = RunFolder(folder).settings()
-        own = [settings.select_text, settings.report_text, settings.imatrix_text or settings.select_text]
+        own = [text.path for text in (*settings.select_texts, *settings.report_texts)]
+        own += [settings.imatrix_text] if settings.imatrix_text else []
     found: dict[str, Path] = {}
     for part, name in manifest.text_files.items():
-        ours = [DATA / name] if is_plain_name(name) else []
+        ours = [DATA / name, DATA / "domains" / name] if is_plain_name(name) else []
         for path in (*ours, *(path for path in own if path.name == name)):
             if path.exists() and hashlib.sha256(read_text(path)).hexdigest() == manifest.texts.get(part):
                 found.setdefault(name, path)

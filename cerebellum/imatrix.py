@@ -118,15 +118,15 @@ def compute_or_reuse(
         return read(out)
     with reporter.task("importance matrix", count) as tick:
         entries = collect(engine, shards, corpus, count, tick)
-    write(out, entries, corpus.path.name, count, corpus.ctx, recipe())
+    write(out, entries, corpus.name, count, corpus.ctx, recipe())
     return read(out)
 
 
 def collect(
     engine: Engine, shards: Sequence[Path], corpus: Corpus, chunks: int, tick: Tick
 ) -> dict[str, Entry]:
-    """Decodes the first ``chunks`` chunks and sums the squares that each weight meets."""
-    inputs = (corpus.inputs(chunk) for chunk in range(chunks))
+    """Decodes the first ``chunks`` chunks, of all domains in turn, and sums the squares that each weight meets."""
+    inputs = (corpus.inputs(chunk) for chunk in corpus.first(chunks))
     found = engine.importance(shards, corpus.ctx, inputs, tick)
     if not found:
         raise BadInput(f"{shards[0]}: no matrix product was seen; this build hides its graph nodes")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,13 +19,14 @@ from cerebellum import __version__
 from cerebellum.codec import Artifact, Record
 from cerebellum.engine.timetable import TimeTable
 from cerebellum.files import atomic_writer, sha256_file, sha256_files
-from cerebellum.settings import GGML, OURS, EncoderName, Settings
+from cerebellum.settings import GGML, OURS, Domain, EncoderName, Settings
+from cerebellum.source.origin import Origin, origin_of
 from cerebellum.verdicts import NOTHING
 
 if TYPE_CHECKING:  # whoever only reads a manifest needs no engine
     from cerebellum.folder import RunFolder
     from cerebellum.plan.artifacts import AnyPlan
-    from cerebellum.texts import Corpus
+    from cerebellum.texts import Corpus, Part
     from cerebellum.workspace import Workspace
 
 _PACKAGES = ("gguf", "llama-cpp-python", "numpy", "scipy")
@@ -38,12 +40,16 @@ class NamedFile(Record, frozen=True, kw_only=True):
 
 
 class SourceNamed(Record, frozen=True, kw_only=True):
-    """The source: its name, its files in order, and the hash of all of them one after the other."""
+    """The source: its name, its files in order, and the hash of all of them one after the other.
+
+    ``origin`` is the checkpoint that it was converted from, and the converter, where that was done here.
+    """
 
     name: str
     files: tuple[str, ...]
     sha256: str
     header_sha256: str
+    origin: Origin | None = None
 
 
 class BaseNamed(Record, frozen=True, kw_only=True):
@@ -95,6 +101,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
 
     ``tensor_types`` and ``result`` are those of the size that was named first; ``further`` has the other sizes.
     ``projectors`` are files for a model that sees or hears, copied beside the result as they were.
+    ``texts`` and ``text_files`` are by what a text was for, "selection" or "report"; of several domains each is
+    named too: "report, code".
     Format 1 had hashes and settings, 2 tensor types, base and file names too, 3 has settings by goal; one
     without an ``encoder`` is of ggml's.
     """
@@ -207,6 +215,7 @@ def _result(workspace: Workspace, plan: AnyPlan) -> ResultNamed:
 
 def manifest_of(workspace: Workspace, evidence: Evidence) -> Manifest:
     """Returns the manifest of a run with this evidence; nothing is read or written."""
+    texts = _texts(workspace)
     return Manifest(
         cerebellum=__version__,
         llama_cpp=workspace.engine.build,
@@ -218,11 +227,12 @@ def manifest_of(workspace: Workspace, evidence: Evidence) -> Manifest:
             files=tuple(file.path.name for file in workspace.source.files),
             sha256=evidence.source_sha256,
             header_sha256=workspace.source.header_sha256,
+            origin=origin_of(workspace.source.path, workspace.source.header_sha256),
         ),
         imatrix=evidence.matrix,
         base=evidence.base,
-        texts={part: corpus.sha256 for part, corpus in _texts(workspace).items()},
-        text_files={part: corpus.path.name for part, corpus in _texts(workspace).items()},
+        texts={part: text.sha256 for part, text in texts.items()},
+        text_files={part: text.path.name for part, text in texts.items()},
         tensor_types=evidence.tensor_types,
         shards=evidence.shards,
         evidence=evidence.artifacts,
@@ -235,19 +245,38 @@ def manifest_of(workspace: Workspace, evidence: Evidence) -> Manifest:
     )
 
 
-def _texts(workspace: Workspace) -> dict[str, Corpus]:
+def text_part(use: str, domain: str) -> str:
+    """Returns what a manifest calls a text: what it was used for, and its domain where there are several."""
+    return f"{use}, {domain}" if domain else use
+
+
+def _texts(workspace: Workspace) -> dict[str, Part | Corpus]:
     """Returns the texts by what they were used for; a matrix that was given was made from a text nobody knows here."""
-    texts = {"selection": workspace.selection, "report": workspace.report_corpus}
+    texts = _parts("selection", workspace.selection) | _parts("report", workspace.report_corpus)
     if workspace.settings.imatrix is None:
-        texts["importance"] = workspace.importance_corpus
+        texts |= _parts("importance", workspace.importance_corpus)
     return texts
+
+
+def _parts(use: str, corpus: Corpus) -> dict[str, Part | Corpus]:
+    """Returns a corpus by what it was used for, or each of its domains."""
+    return {text_part(use, part.domain): part for part in corpus.parts} or {use: corpus}
 
 
 def _named(settings: Settings) -> Settings:
     """Returns the settings with every path cut down to its name."""
     values = {name: getattr(settings, name) for name in settings.__struct_fields__}
     paths = {name: Path(value.name) for name, value in values.items() if isinstance(value, Path)}
-    return msgspec.structs.replace(settings, **paths)
+    return msgspec.structs.replace(
+        settings,
+        **paths,
+        select_domains=_domains_named(settings.select_domains),
+        report_domains=_domains_named(settings.report_domains),
+    )
+
+
+def _domains_named(domains: Sequence[Domain]) -> tuple[Domain, ...]:
+    return tuple(Domain(name=domain.name, path=Path(domain.path.name)) for domain in domains)
 
 
 def _encoder(workspace: Workspace) -> EncoderNamed:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +21,7 @@ from cerebellum.files import is_one_of
 from cerebellum.folder import BENCH, PLAN, VERIFY, RunFolder
 from cerebellum.manifest import Manifest, make_manifest
 from cerebellum.measure.artifacts import Curves, Measurements
-from cerebellum.measure.measurer import Measurer
+from cerebellum.measure.measurer import Measurer, measuring
 from cerebellum.measure.probe import open_session
 from cerebellum.measure.stage import measure_against_limit, measure_for_budget
 from cerebellum.plan.artifacts import AnyPlan, BudgetPlan, GivenPlan, LimitPlan
@@ -299,8 +301,7 @@ def check_output(workspace: Workspace, labels: Sequence[str]) -> None:
         settings.base_file,
         settings.imatrix,
         settings.imatrix_text,
-        settings.select_text,
-        settings.report_text,
+        *(text.path for text in (*settings.select_texts, *settings.report_texts)),
     )
     inputs = [*(file.path for file in workspace.source.files), *(path for path in given if path is not None)]
     for out in (output_path(workspace.folder, workspace.source, label) for label in labels):
@@ -375,14 +376,30 @@ def finished_file(workspace: Workspace, plan: AnyPlan) -> Path:
 
 def verify_stage(workspace: Workspace) -> tuple[Verified, ...]:
     """Reads each finished file again, measures it on the report text and writes its verify.json."""
+    with _reporting(workspace) as measurer:
+        return tuple(_verify_one(workspace, result, measurer) for result in workspace.artifacts.results())
+
+
+@contextmanager
+def _reporting(workspace: Workspace) -> Iterator[Measurer]:
+    """Opens a measurer on the report text; of several domains it compares with the source's own predictions."""
     corpus = workspace.report_corpus
+    if corpus.parts:
+        room = min(Budget.prediction_bytes, shutil.disk_usage(workspace.folder).free // 4)
+        order = corpus.first(_report_chunks(workspace))
+        with measuring(workspace, workspace.source_variant, order, corpus, room) as measurer:
+            yield measurer
+        return
     measurer = Measurer(workspace.engine, workspace.ledger, corpus, workspace.reporter, crew=workspace.crew)
     try:
-        found = tuple(_verify_one(workspace, result, measurer) for result in workspace.artifacts.results())
+        yield measurer
         measurer.settle()
-        return found
     finally:
         measurer.close()
+
+
+def _report_chunks(workspace: Workspace) -> int:
+    return workspace.settings.report_chunks or workspace.report_corpus.n_chunks
 
 
 def _verify_one(workspace: Workspace, result: RunFolder, measurer: Measurer) -> Verified:
@@ -395,8 +412,8 @@ def _verify_one(workspace: Workspace, result: RunFolder, measurer: Measurer) -> 
         workspace.source_variant,
         workspace.shards.variant(NOTHING),
         out,
-        workspace.settings.report_chunks or workspace.report_corpus.n_chunks,
-        workspace.selection.sha256,
+        _report_chunks(workspace),
+        workspace.selection.texts,
     )
     proved = verified(checks, found)
     result.write(VERIFY, proved)

@@ -17,6 +17,9 @@ DEMO_MODEL = DATA / "cerebellum-demo.F16.gguf"
 SELECTION_TEXT = DATA / "selection.txt"
 REPORT_TEXT = DATA / "report.txt"
 
+DOMAINS = ("prose", "code", "questions", "structured", "german", "french")
+"""The texts of several domains that come along, each in two halves; training/domains.py makes them."""
+
 K_LADDER = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 """The types that every role is measured at for a budget."""
 
@@ -46,6 +49,18 @@ DEFAULT_ENCODER: EncoderName = OURS
 
 SPLIT_ABOVE_BYTES = 50_000_000_000
 """The Hub takes no larger file in one piece, and Ollama pulls no file that is split: split only where it must be."""
+
+
+class Domain(Record, frozen=True, kw_only=True):
+    """A text by the name of what it is of, such as code; a text that is given alone needs no name."""
+
+    name: str = ""
+    path: Path
+
+
+def shipped_domains(half: Literal["select", "report"]) -> tuple[Domain, ...]:
+    """Returns the texts of several domains that come along: those that select, or those that report."""
+    return tuple(Domain(name=name, path=DATA / "domains" / half / f"{name}.txt") for name in DOMAINS)
 
 
 class Bytes(Record, frozen=True, kw_only=True, tag="bytes", tag_field="by"):
@@ -212,6 +227,8 @@ class Settings(Artifact, frozen=True, kw_only=True):
     ``gpu_layers`` go onto the GPU (-1: all), but for the routed experts of the first
     ``cpu_expert_layers``; both as they were worked out, so that a run goes on with the numbers it began with.
     ``keep_shards`` leaves on the disk what only measuring needed.
+    Where ``select_domains`` or ``report_domains`` name texts of several domains, these are read in place of the one
+    text, which is None then.
     ``encoder`` rounds weights and ``feedback`` lets ours make up for errors by other columns; a folder that
     does not say was made with ggml's. A finished file of more than ``split_above_bytes`` is written as splits,
     each no larger than that.
@@ -225,8 +242,10 @@ class Settings(Artifact, frozen=True, kw_only=True):
     imatrix: Path | None = None
     imatrix_text: Path | None = None
     imatrix_chunks: int = 0
-    select_text: Path = SELECTION_TEXT
-    report_text: Path = REPORT_TEXT
+    select_text: Path | None = SELECTION_TEXT
+    select_domains: tuple[Domain, ...] = ()
+    report_text: Path | None = REPORT_TEXT
+    report_domains: tuple[Domain, ...] = ()
     ctx: int = 512
     kld_cache_bytes: int | None = None
     report_chunks: int = 0
@@ -242,6 +261,25 @@ class Settings(Artifact, frozen=True, kw_only=True):
     published: Published = Published()
 
     @property
+    def select_texts(self) -> tuple[Domain, ...]:
+        """The text that decides, or those of several domains."""
+        return self.select_domains or _alone(self.select_text or SELECTION_TEXT)
+
+    @property
+    def select_name(self) -> str:
+        """What people call the text that decides: its file's name, or its domains."""
+        return " + ".join(text.name or text.path.name for text in self.select_texts)
+
+    @property
+    def report_texts(self) -> tuple[Domain, ...]:
+        """The text that reports, or those of several domains."""
+        return self.report_domains or _alone(self.report_text or REPORT_TEXT)
+
+    @property
     def prediction_bytes(self) -> int:
         """Disk for predictions: a budget compares every part with them, a limit the first block of chunks."""
         return self.goal.prediction_bytes if self.kld_cache_bytes is None else self.kld_cache_bytes
+
+
+def _alone(path: Path) -> tuple[Domain, ...]:
+    return (Domain(path=path),)

@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+
+import numpy as np
 
 from cerebellum.engine.protocols import Engine, Tokens, scored_tokens
 from cerebellum.errors import BadInput
+from cerebellum.settings import Domain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One text of a corpus: its domain, its file, and which of the corpus's chunks are its own."""
+
+    domain: str
+    path: Path
+    sha256: str
+    chunks: range
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Holds the tokens of one text as (chunks, ctx); a remainder shorter than ``ctx`` is left out.
+    """Holds the tokens of a text as (chunks, ctx); a remainder shorter than ``ctx`` is left out.
 
     ``sha256`` is of the text's bytes without one final newline. ``bos`` is the token that replaces the first
-    one of each chunk when the model is fed, or None for a model that wants none.
+    one of each chunk when the model is fed, or None for a model that wants none. A corpus of several domains
+    has ``parts``, and its hash is that of theirs; no chunk has tokens of two of them. ``path`` is the first's.
     """
 
     path: Path
     sha256: str
     tokens_NT: Tokens
     bos: int | None
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Returns what people call the text: its file's name, or the domains that it is of."""
+        return " + ".join(part.domain for part in self.parts) or self.path.name
+
+    @property
+    def texts(self) -> frozenset[str]:
+        """Returns the hashes of all texts in it."""
+        return frozenset(part.sha256 for part in self.parts) or frozenset((self.sha256,))
 
     @property
     def n_chunks(self) -> int:
@@ -37,6 +64,15 @@ class Corpus:
     def scored_per_chunk(self) -> int:
         """Returns how many tokens of a chunk are scored: those that have half a chunk as context."""
         return scored_tokens(self.ctx)
+
+    def first(self, n: int) -> tuple[int, ...]:
+        """Returns the first ``n`` chunks; of several domains the first of each in turn, until there are ``n``.
+
+        So a part of a corpus is of all its domains, and any beginning of it too.
+        """
+        turns = zip_longest(*(part.chunks for part in self.parts or (_whole(self),)))
+        dealt = [chunk for turn in turns for chunk in turn if chunk is not None]
+        return tuple(dealt[:n])
 
     def inputs(self, chunk: int) -> Tokens:
         """Returns what the model is fed, (ctx,): the chunk, with BOS for its first token if wanted."""
@@ -68,6 +104,33 @@ def read_text(path: Path) -> bytes:
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 at byte {error.start}; convert the text first") from error
     return text
+
+
+def _whole(corpus: Corpus) -> Part:
+    return Part(domain="", path=corpus.path, sha256=corpus.sha256, chunks=range(corpus.n_chunks))
+
+
+def load_corpora(engine: Engine, model: Path, texts: Sequence[Domain], ctx: int) -> Corpus:
+    """Tokenizes texts of several domains one by one and puts their chunks together; of one text it is the corpus.
+
+    Raises BadInput as ``load_corpus`` does, for a text of any domain.
+    """
+    loaded = [load_corpus(engine, model, text.path, ctx) for text in texts]
+    if len(loaded) == 1:
+        return loaded[0]
+    parts = []
+    start = 0
+    for text, corpus in zip(texts, loaded, strict=True):
+        chunks = range(start, start + corpus.n_chunks)
+        parts.append(Part(domain=text.name, path=text.path, sha256=corpus.sha256, chunks=chunks))
+        start = chunks.stop
+    return Corpus(
+        path=loaded[0].path,
+        sha256=hashlib.sha256("\n".join(part.sha256 for part in parts).encode()).hexdigest(),
+        tokens_NT=np.concatenate([corpus.tokens_NT for corpus in loaded]),
+        bos=loaded[0].bos,
+        parts=tuple(parts),
+    )
 
 
 def load_corpus(engine: Engine, model: Path, path: Path, ctx: int) -> Corpus:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cerebellum.codec import Artifact, Record
 from cerebellum.gguf import row_bytes
 from cerebellum.plan.artifacts import Plan
 from cerebellum.source import TEMPLATE_KEY, Source, open_source
-from cerebellum.stats.paired import Perplexity, perplexity, superpopulation_interval
+from cerebellum.stats.paired import Interval, Perplexity, perplexity, superpopulation_interval
 from cerebellum.verdicts import Changes
 
 if TYPE_CHECKING:  # whoever only reads verify.json needs none of these
@@ -26,6 +28,7 @@ if TYPE_CHECKING:  # whoever only reads verify.json needs none of these
     from cerebellum.layout import Layout
     from cerebellum.measure.measurer import Measurer
     from cerebellum.shards import Shards, Variant
+    from cerebellum.texts import Part
 
 
 TEMPLATE_CHECK = "chat template"
@@ -57,8 +60,41 @@ class Measured(Record, frozen=True, kw_only=True):
         return cls(ppl=_finite(found.ppl), se=_finite(found.se), tokens=found.tokens)
 
 
+class Divergence(Record, frozen=True, kw_only=True):
+    """KL divergence from the source's predictions on ``chunks`` chunks, nats a token, with 95% intervals.
+
+    ``change`` is the finished file's against the base's on the same chunks: below zero it is nearer to the source.
+    """
+
+    chunks: int
+    base: float | None
+    base_ci: tuple[float | None, float | None]
+    result: float | None
+    result_ci: tuple[float | None, float | None]
+    change: float | None
+    change_ci: tuple[float | None, float | None]
+
+
+class DomainReport(Record, frozen=True, kw_only=True):
+    """What the report text says of one of its domains: ``delta_pct`` is the paired change of perplexity."""
+
+    name: str
+    text: str
+    chunks: int
+    of_chunks: int
+    source: Measured
+    base: Measured
+    result: Measured
+    delta_pct: float | None
+    ci_pct: tuple[float | None, float | None]
+    divergence: Divergence | None
+
+
 class Report(Record, frozen=True, kw_only=True):
-    """Perplexity of source, base and finished file on the report text, and the paired change in percent."""
+    """Perplexity of source, base and finished file on the report text, and the paired change in percent.
+
+    A report text of several domains has them in ``domains`` too; its own figures are then of all their chunks.
+    """
 
     text: str
     text_sha256: str
@@ -70,6 +106,7 @@ class Report(Record, frozen=True, kw_only=True):
     result: Measured
     delta_pct: float | None
     ci_pct: tuple[float | None, float | None]
+    domains: tuple[DomainReport, ...] = ()
 
 
 class Verified(Artifact, frozen=True, kw_only=True):
@@ -181,36 +218,118 @@ def _check_template(file: Source, source: Source, base: Base) -> list[Check]:
     return [Check(name=TEMPLATE_CHECK, ok=ok, detail=detail)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Vectors:
+    """What was measured on the report text: ``nll`` of source, base and finished file on ``chunks``, nats, each
+    (chunks, scored tokens); ``kld`` of base and finished file, a mean for each chunk that was compared.
+    """
+
+    chunks: tuple[int, ...]
+    nll: tuple[NDArray[np.float32], ...]
+    kld: Mapping[int, tuple[float, float]]
+
+    def rows(self, part: range) -> list[int]:
+        """Returns the places of a domain's chunks among those that were measured."""
+        return [place for place, chunk in enumerate(self.chunks) if chunk in part]
+
+
 def report(
-    measurer: Measurer, source: Variant, base: Variant, result: Path, chunks: int, selection: str
+    measurer: Measurer, source: Variant, base: Variant, result: Path, chunks: int, selection: frozenset[str]
 ) -> Report:
     """Measures the three on the first ``chunks`` chunks, as llama-perplexity would count them.
 
-    The interval is for text like those chunks: it speaks for the articles further on only as far as they are alike.
+    Of several domains the first chunks of each in turn are taken, and where the measurer keeps the source's
+    predictions, divergences from it are measured too. The interval is for text like those chunks: it speaks for
+    the articles further on only as far as they are alike. ``selection`` has the hashes of what has decided.
     """
+    corpus = measurer.corpus
+    wanted = corpus.first(min(chunks, corpus.n_chunks))
+    found = _measure(measurer, source, base, result, wanted)
+    mean, bounds = _change(found.nll, list(range(len(wanted))))
+    told = [Measured.of(perplexity(vector)) for vector in found.nll]
+    return Report(
+        text=corpus.name,
+        text_sha256=corpus.sha256,
+        same_as_selection=bool(corpus.texts & selection),
+        chunks=len(wanted),
+        of_chunks=corpus.n_chunks,
+        source=told[0],
+        base=told[1],
+        result=told[2],
+        delta_pct=mean,
+        ci_pct=bounds,
+        domains=tuple(_domain(part, found) for part in corpus.parts if found.rows(part.chunks)),
+    )
+
+
+def _measure(
+    measurer: Measurer, source: Variant, base: Variant, result: Path, chunks: tuple[int, ...]
+) -> _Vectors:
+    """Measures all three; the source first, for its predictions are kept while it is scored."""
     from cerebellum.measure.crew import Wish
     from cerebellum.measure.measurer import file_variant
 
-    corpus = measurer.corpus
-    wanted = range(min(chunks, corpus.n_chunks))
-    variants = (source, base, file_variant(result, "finished file"))
-    measurer.want(0, [Wish(nll=tuple(wanted), variant=variant) for variant in variants], ())
-    nll = [measurer.nll(variant, wanted) for variant in variants]
-    delta = superpopulation_interval((nll[2] - nll[1]).mean(axis=1, dtype=np.float64))
-    mean, low, high = delta.percent()
-    found = [Measured.of(perplexity(vector)) for vector in nll]
-    return Report(
-        text=corpus.path.name,
-        text_sha256=corpus.sha256,
-        same_as_selection=corpus.sha256 == selection,
-        chunks=len(wanted),
-        of_chunks=corpus.n_chunks,
-        source=found[0],
-        base=found[1],
-        result=found[2],
-        delta_pct=_finite(mean),
-        ci_pct=(_finite(low), _finite(high)),
+    finished = file_variant(result, "finished file")
+    compared = [chunk for chunk in chunks if measurer.cache is not None and chunk in measurer.cache.chunks]
+    measurer.want(0, [Wish(nll=chunks, variant=source)], ())
+    of_source = measurer.nll(source, chunks)
+    wishes = [Wish(nll=chunks, kld=tuple(compared), variant=variant) for variant in (base, finished)]
+    measurer.want(0, wishes, ())
+    klds = [measurer.kld_means(variant, compared) for variant in (base, finished)] if compared else []
+    pairs = zip(*klds, strict=True) if klds else ()
+    return _Vectors(
+        chunks=chunks,
+        nll=(of_source, measurer.nll(base, chunks), measurer.nll(finished, chunks)),
+        kld={chunk: (float(b), float(r)) for chunk, (b, r) in zip(compared, pairs, strict=False)},
     )
+
+
+def _domain(part: Part, found: _Vectors) -> DomainReport:
+    rows = found.rows(part.chunks)
+    mean, bounds = _change(found.nll, rows)
+    told = [Measured.of(perplexity(vector[rows])) for vector in found.nll]
+    return DomainReport(
+        name=part.domain,
+        text=part.path.name,
+        chunks=len(rows),
+        of_chunks=len(part.chunks),
+        source=told[0],
+        base=told[1],
+        result=told[2],
+        delta_pct=mean,
+        ci_pct=bounds,
+        divergence=_divergence(np.array([found.kld[n] for n in part.chunks if n in found.kld])),
+    )
+
+
+def _divergence(kld_N2: NDArray[np.float64]) -> Divergence | None:
+    """Returns what is known of the divergences of base and finished file, (chunks, 2), or None of no chunk."""
+    if not kld_N2.size:
+        return None
+    columns = (kld_N2[:, 0], kld_N2[:, 1], kld_N2[:, 1] - kld_N2[:, 0])
+    base, result, change = (superpopulation_interval(values) for values in columns)
+    return Divergence(
+        chunks=len(kld_N2),
+        base=_finite(base.mean),
+        base_ci=_bounds(base),
+        result=_finite(result.mean),
+        result_ci=_bounds(result),
+        change=_finite(change.mean),
+        change_ci=_bounds(change),
+    )
+
+
+def _bounds(interval: Interval) -> tuple[float | None, float | None]:
+    return (_finite(interval.low), _finite(interval.high))
+
+
+def _change(
+    nll: Sequence[NDArray[np.float32]], rows: Sequence[int]
+) -> tuple[float | None, tuple[float | None, float | None]]:
+    """Returns the paired change of perplexity from base to finished file on some rows, percent, and its bounds."""
+    difference = (nll[2][rows] - nll[1][rows]).mean(axis=1, dtype=np.float64)
+    mean, low, high = superpopulation_interval(difference).percent()
+    return _finite(mean), (_finite(low), _finite(high))
 
 
 def verified(checks: Sequence[Check], found: Report) -> Verified:

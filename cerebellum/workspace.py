@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -25,10 +25,10 @@ from cerebellum.groups import Group, Groups, given_groups, make_groups, record_o
 from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
 from cerebellum.progress import Reporter
-from cerebellum.settings import Given, Settings
+from cerebellum.settings import Domain, Given, Settings
 from cerebellum.shards import Recipe, Shards, Variant
 from cerebellum.source import Source, open_source, projectors_beside
-from cerebellum.texts import Corpus, load_corpus
+from cerebellum.texts import Corpus, load_corpora
 from cerebellum.units import size
 from cerebellum.verdicts import Changes
 
@@ -80,7 +80,7 @@ class Workspace:
         self._admit = admit
         self._hire = hire
         self._hashed_bytes = 0
-        self._corpora: dict[Path, Corpus] = {}
+        self._corpora: dict[tuple[Domain, ...], Corpus] = {}
 
     @classmethod
     def reopen(
@@ -141,7 +141,7 @@ class Workspace:
         """Tokenizes every text; raises BadInput before any work where one cannot be used."""
         texts = [self.selection, self.report_corpus]
         if self.settings.imatrix is None and self.settings.imatrix_text is not None:
-            texts.append(self._corpus(self.settings.imatrix_text))
+            texts.append(self.importance_corpus)
 
     def _refuse_another_source(self) -> None:
         if not self.path(SOURCE).exists():
@@ -231,9 +231,8 @@ class Workspace:
     @cached_property
     def importance_corpus(self) -> Corpus:
         """The text that the importance matrix and second moments are made from."""
-        if self.settings.imatrix_text in (None, self.settings.select_text):
-            return self.selection
-        return self._corpus(self.settings.imatrix_text or self.settings.select_text)
+        given = self.settings.imatrix_text
+        return self.selection if given is None else self._corpus((Domain(path=given),))
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -342,18 +341,19 @@ class Workspace:
     @cached_property
     def selection(self) -> Corpus:
         """The text that decides."""
-        return self._corpus(self.settings.select_text)
+        return self._corpus(self.settings.select_texts)
 
     @cached_property
     def report_corpus(self) -> Corpus:
         """The text that reports."""
-        return self._corpus(self.settings.report_text)
+        return self._corpus(self.settings.report_texts)
 
-    def _corpus(self, text: Path) -> Corpus:
-        """Tokenizes a text once, whatever it is used for: a large vocabulary makes that seconds."""
-        if text not in self._corpora:
-            self._corpora[text] = load_corpus(self.engine, self.source.path, text, self.settings.ctx)
-        return self._corpora[text]
+    def _corpus(self, texts: Sequence[Domain]) -> Corpus:
+        """Tokenizes texts once, whatever they are used for: a large vocabulary makes that seconds."""
+        key = tuple(texts)
+        if key not in self._corpora:
+            self._corpora[key] = load_corpora(self.engine, self.source.path, texts, self.settings.ctx)
+        return self._corpora[key]
 
     def write_source(self) -> None:
         """Writes source.json, and groups.json with the groups that a plan will name."""

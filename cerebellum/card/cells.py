@@ -229,8 +229,7 @@ def provenance(run: FinishedRun) -> list[tuple[str, str, str]]:
     """
     manifest = run.manifest
     texts = [
-        (f"{part} text", manifest.text_files.get(part, ""), manifest.texts.get(part, ""))
-        for part in manifest.texts
+        (f"{part} text", manifest.text_files.get(part, ""), digest) for part, digest in manifest.texts.items()
     ]
     return [
         ("source", ", ".join(manifest.source.files), manifest.source.sha256),

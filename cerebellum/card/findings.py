@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from cerebellum.card.domains import across_domains
 from cerebellum.card.evidence import Benchmark, Evidence, GroupRow
 from cerebellum.card.numbers import percent, points, with_interval
 from cerebellum.page.markdown import Code, Sentence
@@ -72,6 +73,12 @@ def benchmarks(evidence: Evidence) -> Iterator[Sentence]:
     if alike:
         names = ", ".join(dict.fromkeys(bench.task for bench in alike))
         yield (f"No difference to the base could be told on {names}{_could_show(alike)}.",)
+
+
+def domains(evidence: Evidence) -> Iterator[Sentence]:
+    """Says of a report text of several domains whether one gains at another's cost."""
+    for line in across_domains(evidence.run.report):
+        yield (line,)
 
 
 def _difference(bench: Benchmark, of: int) -> Iterator[Sentence]:

@@ -8,7 +8,7 @@ from itertools import chain
 
 from cerebellum.card.drawings import layers, named, predicted, sensitivity
 from cerebellum.card.evidence import Combination, GroupRow, LimitEvidence
-from cerebellum.card.findings import additivity, benchmarks, listed, outcome
+from cerebellum.card.findings import additivity, benchmarks, domains, listed, outcome
 from cerebellum.card.numbers import PERCENT, Change, percent, with_interval
 from cerebellum.card.story import Column, Shipped, Wording
 from cerebellum.page.charts import Cell, Panel, Rate, paths_chart, rates_chart, sizes_chart
@@ -95,6 +95,7 @@ class LimitStory:
             chain(
                 outcome(evidence, _UNCHANGED),
                 _over_the_limit(evidence),
+                domains(evidence),
                 _verdicts(evidence),
                 _cheap_and_dear(evidence),
                 _families(evidence),

@@ -117,7 +117,7 @@ def _measurements(workspace: Workspace, layout: Layout) -> Measurements:
         threshold_pct=3.0,
         indifference_pct=0.2,
         alpha=0.05,
-        text=corpus.path.name,
+        text=corpus.name,
         text_sha256=corpus.sha256,
         ctx=corpus.ctx,
         seed=workspace.settings.seed,
@@ -131,7 +131,7 @@ def _measurements(workspace: Workspace, layout: Layout) -> Measurements:
 
 def _verified(workspace: Workspace) -> Verified:
     report = Report(
-        text=workspace.report_corpus.path.name,
+        text=workspace.report_corpus.name,
         text_sha256=workspace.report_corpus.sha256,
         same_as_selection=False,
         chunks=_CHUNKS,

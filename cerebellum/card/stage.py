@@ -20,6 +20,7 @@ from cerebellum.card.cells import (
     provenance,
 )
 from cerebellum.card.commands import run_commands
+from cerebellum.card.domains import domain_cells
 from cerebellum.card.evidence import (
     read_budget_evidence,
     read_given_evidence,
@@ -40,6 +41,7 @@ from cerebellum.page.markdown import Code, Sentence
 from cerebellum.page.pictures import Picture
 from cerebellum.page.templates import render_html, render_markdown
 from cerebellum.plan.artifacts import BudgetPlan, GivenPlan, LimitPlan
+from cerebellum.source.origin import Origin
 from cerebellum.units import size
 from cerebellum.verify import TEMPLATE_CHECK, Report, Verified
 
@@ -129,6 +131,7 @@ def card_context(
         "untouched": _untouched(story),
         "findings": story.findings(),
         "perplexities": perplexity_cells(evidence),
+        "domains": domain_cells(run.report),
         "benchmarks": [benchmark_cells(bench) for bench in run.benchmarks],
         "architecture": architecture(run.source),
         "memory": memory_cells(evidence),
@@ -222,6 +225,7 @@ def _method(story: Story) -> list[Sentence]:
             Code(story.evidence.run.manifest.imatrix.file),
             ").",
         ),
+        *_converted(story.evidence.run.manifest.source.origin),
         *_encoder(story.evidence.run.manifest.encoder),
         story.method(),
         *_texts(story.evidence.run.manifest),
@@ -239,7 +243,7 @@ def _texts(manifest: Manifest) -> list[Sentence]:
     """Names the texts behind the numbers, by which a stranger can ask for the same ones."""
     names = manifest.text_files
     importance = names.get("importance", "")
-    if not importance:
+    if not importance or "selection" not in names:
         return []
     return [
         (
@@ -278,6 +282,27 @@ def _read(report: Report) -> str:
     return f"{told}, which speak for text further on only as far as it is like them"
 
 
+def _converted(origin: Origin | None) -> list[Sentence]:
+    """Says what the source was converted from and by what; of a GGUF that was given nothing is said."""
+    if origin is None:
+        return []
+    whence: Sentence = ("a folder of safetensors, ", Code(origin.name))
+    if origin.repository and origin.commit:
+        whence = (Code(origin.repository), " at commit ", Code(origin.commit))
+    packages = f" with {', '.join(origin.packages)}" if origin.packages else ""
+    return [
+        (
+            "The source was converted from ",
+            *whence,
+            f" to {origin.precision.upper()} by llama.cpp's converter ",
+            Code(origin.converter),
+            " (",
+            Code(origin.converter_version),
+            f"){packages}; manifest.json has the hashes of its {len(origin.files)} files.",
+        )
+    ]
+
+
 def _encoder(encoder: EncoderNamed) -> list[Sentence]:
     """Says that our encoder rounded the weights and what it fed errors back by; of ggml's nothing is said."""
     if encoder.version is None:
@@ -305,6 +330,15 @@ def limits(story: Story, stories: Sequence[Story]) -> list[Sentence]:
         lines.append(("The text that selected is the text that reports: damage elsewhere may be larger.",))
     if run.source.requantized:
         lines.append(("The source was quantized already, so its own losses are in every figure.",))
+    origin = run.manifest.source.origin
+    if origin is not None and origin.quantization:
+        lines.append(
+            (
+                "The checkpoint had been quantized before it was converted (",
+                Code(origin.quantization),
+                "), so its own losses are in every figure.",
+            )
+        )
     lines += story.doubts()
     lines.append(
         ("The intervals are about more of the same text; other languages, code or tasks may differ.",)

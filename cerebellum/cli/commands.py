@@ -18,6 +18,7 @@ from cerebellum import __version__, units
 from cerebellum.bench.tasks import LOGLIKELIHOOD, PROTOCOLS, SAMPLES, TASKS
 from cerebellum.cli import tables
 from cerebellum.cli.options import (
+    NamedText,
     PathArgument,
     Percent,
     PresetName,
@@ -32,9 +33,11 @@ from cerebellum.cli.options import (
     given_by,
     json_option,
     judge_options,
+    named_texts,
     published_options,
     recipe_option,
     refuse_beside,
+    settle_texts,
     size_options,
     source_options,
     take_goal,
@@ -54,7 +57,16 @@ from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.folder import MEASUREMENTS, SETTINGS, RunFolder
 from cerebellum.manifest import ResultNamed
 from cerebellum.plan.artifacts import AnyPlan
-from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, SELECTION_TEXT, Given, Goal, Limit, Settings
+from cerebellum.settings import (
+    DEFAULT_ENCODER,
+    DEMO_MODEL,
+    SELECTION_TEXT,
+    Domain,
+    Given,
+    Goal,
+    Limit,
+    Settings,
+)
 from cerebellum.verify import Verified
 from cerebellum.workspace import Workspace
 
@@ -132,7 +144,10 @@ def demo(
 def run(
     as_json: bool, out: Path, bench: bool, bench_limit: int, data: Path | None, timings: bool, **asked: Any
 ) -> None:
-    """The whole pipeline: SOURCE (a GGUF, or hf:owner/repo/file.gguf) to a smaller GGUF with its evidence."""
+    """The whole pipeline: SOURCE to a smaller GGUF with its evidence.
+
+    SOURCE is a GGUF, a folder of safetensors, owner/repo of the Hub, or hf:owner/repo/file.gguf.
+    """
     from cerebellum.run import tell_unknown_origin
 
     hiring = take_workers(asked)
@@ -394,8 +409,18 @@ def push(folder: Path, repo: str, dry_run: bool, private: bool, texts: bool, as_
 @click.option("--source", type=PathArgument, required=True, help="The GGUF that the manifest names.")
 @click.option("-o", "--out", type=PathArgument, help="Where to build [default: reproduced/ beside it].")
 @click.option("--base-file", type=PathArgument, help="The base, where the run was given one.")
-@click.option("--select-text", type=PathArgument, help="To compare [default: beside it, or Cerebellum's].")
-@click.option("--report-text", type=PathArgument, help="To compare [default: beside it, or Cerebellum's].")
+@click.option(
+    "--select-text",
+    type=NamedText(),
+    multiple=True,
+    help="To compare, NAME=FILE of several [default: beside it, or Cerebellum's].",
+)
+@click.option(
+    "--report-text",
+    type=NamedText(),
+    multiple=True,
+    help="To compare, NAME=FILE of several [default: beside it, or Cerebellum's].",
+)
 @threads_option
 @json_option
 def reproduce(
@@ -403,22 +428,26 @@ def reproduce(
     source: Path,
     out: Path | None,
     base_file: Path | None,
-    select_text: Path | None,
-    report_text: Path | None,
+    select_text: tuple[tuple[Domain, ...], ...],
+    report_text: tuple[tuple[Domain, ...], ...],
     threads: int,
     as_json: bool,
 ) -> None:
     """The same GGUF again, bit for bit, from a MANIFEST and its source; names what changed."""
+    from cerebellum.manifest import text_part
     from cerebellum.recipes.reproduce import Reproduction
     from cerebellum.recipes.reproduce import reproduce as make_again
 
-    texts = {"selection": select_text, "report": report_text}
+    selection = named_texts(select_text, "--select-text")
+    texts = {text_part("selection", text.name): text.path for text in selection}
+    for text in named_texts(report_text, "--report-text"):
+        texts[text_part("report", text.name)] = text.path
     request = Reproduction(
         manifest=manifest,
         source=source,
         out=out or manifest.parent / "reproduced",
         base_file=base_file,
-        texts={part: path for part, path in texts.items() if path},
+        texts=texts,
         threads=threads,
     )
     found = make_again(request, _engine(threads, 0), ProgressReporter())
@@ -609,15 +638,14 @@ def doctor(model: Path | None, threads: int, gpu_layers: int | None, as_json: bo
 
 
 def _settings(asked: dict[str, Any], folder: Path) -> Settings:
-    """Returns what a run was asked for; a source on the Hub is fetched first."""
-    from cerebellum.hub import download, is_address  # huggingface_hub takes half a second to load
-
+    """Returns what a run was asked for; a source on the Hub is fetched first, and a checkpoint converted."""
     recipe = asked.pop("recipe", None)
     goal = take_goal(asked, with_recipe=recipe is not None)
     asked["published"] = take_published(asked)
-    address = str(asked["source"])
-    if is_address(address):
-        asked["source"] = download(address, ProgressReporter().note)
+    settle_texts(asked)
+    asked["source"] = _source(
+        asked.pop("source"), asked.pop("converter"), asked.pop("converter_python"), folder
+    )
     if recipe is not None:
         goal = _given(recipe, goal, asked)
     asked["kld_cache_bytes"] = asked.pop("kld_cache")
@@ -642,6 +670,16 @@ def _given(recipe: Path, goal: Goal, asked: dict[str, Any]) -> Given:
     found = given_by(recipe, source)
     chunks = goal.chunks if isinstance(goal, Limit) else 0
     return msgspec.structs.replace(found, chunks=chunks) if given("chunks") else found
+
+
+def _source(source: Path, converter: Path | None, python: Path | None, folder: Path) -> Path:
+    """Returns the GGUF that a run starts from; whatever is no file here is fetched or converted."""
+    if source.is_file():
+        return source
+    from cerebellum.source.convert import model_file  # huggingface_hub takes half a second to load
+    from cerebellum.source.converter import Chosen
+
+    return model_file(str(source), Chosen(converter=converter, python=python), folder, ProgressReporter())
 
 
 def _engine(
@@ -780,6 +818,7 @@ def _verified_shown(names: Sequence[str], found: Sequence[Verified]) -> Iterator
             yield f"[bold]{tables.shown(name)}[/]"
         yield tables.verify_table(each)
         yield tables.report_table(each)
+        yield from tables.domain_tables(each)
 
 
 def _of_sizes(found: Sequence[Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,14 @@ from cerebellum.settings import (
     SELECTION_TEXT,
     Budget,
     Bytes,
+    Domain,
     Given,
     Goal,
     Gpu,
     Limit,
     Preset,
     Published,
+    shipped_domains,
 )
 from cerebellum.units import parse_size
 
@@ -164,6 +167,58 @@ class FileSize(click.ParamType[Any]):
             return Preset(name=preset_label(parse_preset(str(value))))
         except BadInput as error:
             self.fail(f"{value!r} is neither a size such as 13GiB nor a preset; {error}", param, ctx)
+
+
+_DOMAIN = re.compile(r"(?P<name>[\w.-]{1,40})=(?P<path>.+)", re.DOTALL)
+ALL_DOMAINS = "domains"
+"""What stands for all texts of several domains that come along."""
+
+
+class NamedText(click.ParamType[Any]):
+    """``NAME=FILE``, a text of one domain, or a file alone, or ``domains``: those that come along."""
+
+    name = "[name=]file"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Domain, ...]:
+        """Returns one text, or all of those that come along; a file whose own name has an = in it is a file."""
+        text = str(value)
+        if text == ALL_DOMAINS:
+            selects = param is not None and param.name == "select_text"
+            return shipped_domains("select" if selects else "report")
+        found = None if Path(text).exists() else _DOMAIN.fullmatch(text)
+        if found is not None:
+            return (Domain(name=found["name"], path=Path(found["path"])),)
+        return (Domain(path=PathArgument.convert(text, param, ctx)),)
+
+
+def settle_texts(asked: dict[str, Any]) -> None:
+    """Puts in place of the texts that were named what settings hold: one path, or several named domains.
+
+    Raises a usage error where several are given and one has no name, or two have the same.
+    """
+    for half in ("select", "report"):
+        texts = named_texts(asked.pop(f"{half}_text"), f"--{half}-text")
+        if len(texts) == 1 and not texts[0].name:
+            asked[f"{half}_text"] = texts[0].path.absolute()
+        elif texts:
+            asked[f"{half}_text"] = None
+            asked[f"{half}_domains"] = tuple(
+                Domain(name=text.name, path=text.path.absolute()) for text in texts
+            )
+
+
+def named_texts(given: Sequence[tuple[Domain, ...]], flag: str) -> tuple[Domain, ...]:
+    """Returns all texts that were given by one option; a usage error where they cannot be told apart."""
+    texts = tuple(text for several in given for text in several)
+    names = [text.name for text in texts]
+    if len(texts) > 1 and not all(names):
+        raise click.UsageError(f"{flag}: of several texts each needs a name, such as code=FILE")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise click.UsageError(f"{flag}: two texts are named {twice}; give each a name of its own")
+    return texts
 
 
 class WeightType(click.ParamType[str]):
@@ -414,7 +469,20 @@ published_options = options(
     click.option("--license", type=License(), help="For the card: its license, by the Hub's identifier."),
     click.option("--name", help="For the card: the model's name, instead of the metadata's."),
 )
+converter_options = options(
+    click.option(
+        "--converter",
+        type=PathArgument,
+        help="For safetensors: a checkout of llama.cpp to convert with [default: the one on PyPI].",
+    ),
+    click.option(
+        "--converter-python",
+        type=PathArgument,
+        help="Python to run the converter with, torch in it [default: one made in the cache].",
+    ),
+)
 source_options = options(
+    converter_options,
     click.option(
         "--base",
         type=PresetName(),
@@ -430,8 +498,18 @@ source_options = options(
     click.option("--imatrix-text", type=PathArgument, help="Text to make one from [default: --select-text]."),
     click.option("--imatrix-chunks", type=click.IntRange(0), default=0, help="First N of it [default: all]."),
     encoder_options,
-    click.option("--select-text", type=PathArgument, default=SELECTION_TEXT, help="Text that decides."),
-    click.option("--report-text", type=PathArgument, default=REPORT_TEXT, help="Text that reports."),
+    click.option(
+        "--select-text",
+        type=NamedText(),
+        multiple=True,
+        help="Text that decides; NAME=FILE several times, or domains [default: Wikipedia articles].",
+    ),
+    click.option(
+        "--report-text",
+        type=NamedText(),
+        multiple=True,
+        help="Text that reports; NAME=FILE several times, or domains [default: WikiText-2 test].",
+    ),
     ctx_option,
     click.option(
         "--kld-cache", type=Size(), help="Disk for predictions [default: 1GiB; with --budget 8GiB]."

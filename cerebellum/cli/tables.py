@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cerebellum.card.commands import gpu_flags
+from cerebellum.card.domains import across_domains, domain_cells
 from cerebellum.card.merged import merged_rows
 from cerebellum.errors import visible
 from cerebellum.folder import CARD, REPORT
@@ -360,6 +361,17 @@ def sizes_table(plans: Sequence[AnyPlan], verified: Sequence[Verified]) -> Table
             shown(plan.file_label), size(plan.file_bytes), told, f"{number(report.result.ppl)}, {change}"
         )
     return table
+
+
+def domain_tables(verified: Verified) -> tuple[Table | str, ...]:
+    """Shows each domain of the report text, and says where one gains at another's cost; of one text nothing."""
+    report = verified.report
+    if not report.domains:
+        return ()
+    table = Table("domain", "chunks", "base", "Cerebellum", "change", "change of KL", title="By domain")
+    for row in domain_cells(report):
+        table.add_row(shown(row.name), row.chunks, row.base, row.result, row.change, row.kld_change)
+    return (table, *map(shown, across_domains(report)))
 
 
 def card_line(folder: Path) -> str:

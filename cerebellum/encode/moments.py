@@ -221,7 +221,7 @@ def compute_or_reuse(
 
     if out.exists() and _recipe_of(out) == recipe():
         return read(out)
-    inputs = (corpus.inputs(chunk) for chunk in range(count))
+    inputs = (corpus.inputs(chunk) for chunk in corpus.first(count))
     with reporter.task("second moments", count) as tick:
         found = engine.moments(shards, corpus.ctx, inputs, watched.weights, tick)
     write(out, found, recipe())

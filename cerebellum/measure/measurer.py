@@ -32,6 +32,7 @@ from cerebellum.units import size
 from cerebellum.verdicts import NOTHING, Measurement
 
 if TYPE_CHECKING:
+    from cerebellum.settings import Settings
     from cerebellum.workspace import Workspace
 
 Vector = NDArray[np.float64]
@@ -294,19 +295,24 @@ def base_anchors(workspace: Workspace) -> Anchors:
 
 @contextmanager
 def measuring(
-    workspace: Workspace, reference: Variant, chunks: Sequence[int], corpus: Corpus | None = None
+    workspace: Workspace,
+    reference: Variant,
+    chunks: Sequence[int],
+    corpus: Corpus | None = None,
+    room: int | None = None,
 ) -> Iterator[Measurer]:
     """Opens a measurer on the selection text, or on another ``corpus``, and frees it when the block ends.
 
     Predictions of the reference (the base, or the source) for ``chunks``, as many of them as have room, are
-    kept on disk meanwhile: divergences are measured against them.
+    kept on disk meanwhile: divergences are measured against them. ``room`` is how many bytes they may take, where
+    nobody said it with --kld-cache and the goal's own is not meant.
     """
     corpus = corpus or workspace.selection
     cache = PredictionCache(
         workspace.path("predictions"),
         chunks,
         corpus.scored_per_chunk * workspace.engine.vocab_size(workspace.source.path) * 4,
-        workspace.settings.prediction_bytes,
+        _room(workspace.settings, room),
     )
     kept = f"{len(cache.chunks)} chunks, {size(cache.n_bytes)} on disk meanwhile"
     if len(cache.chunks) < len(chunks):
@@ -327,3 +333,7 @@ def measuring(
     finally:
         measurer.close()
         cache.remove()
+
+
+def _room(settings: Settings, room: int | None) -> int:
+    return room if room is not None and settings.kld_cache_bytes is None else settings.prediction_bytes

@@ -279,7 +279,7 @@ def curves_of(
     corpus = workspace.selection
     return Curves(
         base=workspace.base.label,
-        text=corpus.path.name,
+        text=corpus.name,
         text_sha256=corpus.sha256,
         ctx=corpus.ctx,
         seed=session.seed,

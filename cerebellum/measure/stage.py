@@ -180,7 +180,7 @@ def write_measurements(
         threshold_pct=limit.max_increase_pct,
         indifference_pct=limit.indifference_pct,
         alpha=limit.alpha,
-        text=corpus.path.name,
+        text=corpus.name,
         text_sha256=corpus.sha256,
         ctx=corpus.ctx,
         seed=workspace.settings.seed,

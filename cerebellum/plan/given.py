@@ -146,7 +146,7 @@ def unmeasured_given(layout: Layout, given: Given, settings: Settings, of_chunks
         bytes_saved=layout.bytes_saved(changes),
         file_bytes=layout.file_bytes(changes),
         tensor_types=layout.type_names(changes),
-        text=settings.select_text.name,
+        text=settings.select_name,
         ctx=settings.ctx,
         chunks=0,
         of_chunks=of_chunks,

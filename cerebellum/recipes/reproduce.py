@@ -184,10 +184,11 @@ def _texts(manifest: Manifest, request: Reproduction) -> Iterator[Compared]:
 def _text_here(folder: Path, name: str, wanted: str) -> Path | None:
     """The text beside the manifest, or Cerebellum's own if that is the very one that was used."""
     beside = _inside(folder, name)
-    ours = _inside(DATA, name)
     if beside.exists():
         return beside
-    return ours if ours.exists() and _text_sha256(ours) == wanted else None
+    places = (DATA, DATA / "domains" / "select", DATA / "domains" / "report")
+    ours = (path for path in (_inside(place, name) for place in places) if path.exists())
+    return next((path for path in ours if _text_sha256(path) == wanted), None)
 
 
 def _text_sha256(path: Path) -> str:

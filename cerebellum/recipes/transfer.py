@@ -128,7 +128,9 @@ def transferred_settings(run: RunFolder, finetune: Finetune) -> Settings:
         imatrix=finetune.imatrix,
         base_file=finetune.base_file,
         select_text=finetune.select_text or settings.select_text,
+        select_domains=() if finetune.select_text else settings.select_domains,
         report_text=finetune.report_text or settings.report_text,
+        report_domains=() if finetune.report_text else settings.report_domains,
     )
 
 
