@@ -60,7 +60,7 @@ class Domain(Record, frozen=True, kw_only=True):
 
 def shipped_domains(half: Literal["select", "report"]) -> tuple[Domain, ...]:
     """Returns the texts of several domains that come along: those that select, or those that report."""
-    return tuple(Domain(name=name, path=DATA / "domains" / half / f"{name}.txt") for name in DOMAINS)
+    return tuple(Domain(name=name, path=DATA / "domains" / f"{half}-{name}.txt") for name in DOMAINS)
 
 
 class Bytes(Record, frozen=True, kw_only=True, tag="bytes", tag_field="by"):

@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from cerebellum.reproduce import SAME, Reproduction, reproduce
 from click.testing import CliRunner
 from msgspec.structs import replace
 from run_folder import verify, write_run_folder
@@ -23,6 +22,7 @@ from cerebellum.cli.options import named_texts, settle_texts, source_options
 from cerebellum.engine.fake import FakeEngine
 from cerebellum.errors import BadInput
 from cerebellum.progress import Silent
+from cerebellum.recipes.reproduce import SAME, Reproduction, reproduce
 from cerebellum.run import run_all, verify_stage
 from cerebellum.settings import DOMAINS, Budget, Domain, Goal, Limit, Preset, Settings, shipped_domains
 from cerebellum.texts import Corpus, load_corpora, load_corpus
@@ -103,7 +103,7 @@ def workspace(folder: Path, goal: Goal, engine: FakeEngine | None = None) -> Wor
 
 
 @pytest.mark.parametrize(
-    "goal", [Limit(max_increase_pct=1.0), Budget(size=Preset(name="Q3_K_M"))], ids=["limit", "budget"]
+    "goal", [Limit(max_increase_pct=1.0), Budget(sizes=(Preset(name="Q3_K_M"),))], ids=["limit", "budget"]
 )
 def test_a_run_tells_loss_and_divergence_of_every_domain(tmp_path: Path, goal: Goal) -> None:
     opened = workspace(tmp_path, goal)
@@ -124,7 +124,9 @@ def test_a_run_tells_loss_and_divergence_of_every_domain(tmp_path: Path, goal: G
         assert change == pytest.approx(result - base)
     whole = sum((one.delta_pct or 0.0) * one.chunks for one in report.domains) / report.chunks
     assert report.delta_pct == pytest.approx(whole, rel=0.05)
-    assert set(manifest.texts) == {f"{half}, {name}" for half in ("selection", "report") for name in N_CHUNKS}
+    assert set(manifest.texts) == {
+        f"{use}, {name}" for use in ("selection", "report", "importance") for name in N_CHUNKS
+    }
     assert manifest.settings.select_domains[0].path == Path("code-1.txt")
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert "## By domain" in card and "| tables | 9 of 9 |" in card
@@ -315,9 +317,9 @@ def test_what_comes_along_is_small_and_named_in_the_licences() -> None:
     paths = [text.path for half in (shipped_domains("select"), shipped_domains("report")) for text in half]
     assert len({hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}) == 2 * len(DOMAINS)
     assert 200_000 < sum(path.stat().st_size for path in paths) < 400_000
-    licences = (paths[0].parents[2] / "LICENSES.md").read_text(encoding="utf-8")
+    licences = (paths[0].parents[1] / "LICENSES.md").read_text(encoding="utf-8")
     for name in DOMAINS:
-        assert f"`domains/*/{name}.txt`" in licences
+        assert f"`domains/*-{name}.txt`" in licences
 
 
 def test_settings_with_domains_are_read_back(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def main() -> None:
     help_of = {language: Help() for language in LANGUAGES.values()}
     for half in HALVES:
         for domain, documents in domains(asked.packages, asked.data, half, help_of).items():
-            out = asked.data / "domains" / half / f"{domain}.txt"
+            out = asked.data / "domains" / f"{half}-{domain}.txt"
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(taken(documents), encoding="utf-8", newline="")
             print(f"{half} {domain}: {out.stat().st_size:,} bytes")

@@ -186,7 +186,7 @@ def _text_here(folder: Path, name: str, wanted: str) -> Path | None:
     beside = _inside(folder, name)
     if beside.exists():
         return beside
-    places = (DATA, DATA / "domains" / "select", DATA / "domains" / "report")
+    places = (DATA, DATA / "domains")
     ours = (path for path in (_inside(place, name) for place in places) if path.exists())
     return next((path for path in ours if _text_sha256(path) == wanted), None)
 
