@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 from msgspec.structs import replace
@@ -18,6 +19,7 @@ from cerebellum.layout import Layout
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.measure.artifacts import Curves, Response, RoundingErrors
 from cerebellum.measure.curves import (
+    Curving,
     Probe,
     ProbeAsk,
     Reference,
@@ -33,6 +35,8 @@ from cerebellum.plan.damage import DamageModel, fit_damage
 from cerebellum.settings import DEMO_MODEL, FINE_LADDER, K_LADDER, Budget, Bytes
 from cerebellum.source import open_source
 from cerebellum.verdicts import NOTHING, Changes, drive
+
+T = TypeVar("T")
 
 ANCHOR = "Q8_0"
 TYPES = (*K_LADDER, *FINE_LADDER)
@@ -197,11 +201,19 @@ class TrueSession:
     def measure_reference(self) -> Reference:
         return self.truth.reference()
 
-    def measure(self, probe: Probe, most: int, budget: MeasurementBudget, largest: float = 0.0) -> Response:
-        assert self.probed is not None
-        self.probed.append(probe)
-        budget.charge(probe.changes(self.layout, ANCHOR), most)
-        return self.truth.measure(probe, largest)
+    @property
+    def method(self) -> Method:
+        return METHOD
+
+    def run(self, curving: Curving[T], budget: MeasurementBudget) -> T:
+        def scored(ask: ProbeAsk) -> Score:
+            assert self.probed is not None
+            if ask.probe not in self.probed:
+                self.probed.append(ask.probe)
+            budget.charge(ask.probe.changes(self.layout, ANCHOR), ask.n)
+            return self.truth.scored(ask)
+
+        return drive(curving, scored)
 
     def ahead(self, probes: Sequence[Probe]) -> AbstractContextManager[None]:
         return nullcontext()
