@@ -36,7 +36,7 @@ from cerebellum.plan.stage import (
     replan_limit,
     sizes_of,
 )
-from cerebellum.settings import Budget, Given, Goal, Limit, Published, Settings
+from cerebellum.settings import DEMO_MODEL, Budget, Given, Goal, Limit, Published, Settings
 from cerebellum.source import plain_metadata
 from cerebellum.units import size
 from cerebellum.verdicts import NOTHING
@@ -213,6 +213,7 @@ def run_all(workspace: Workspace, request: BenchRequest | None = None) -> Manife
     with workspace.locked():
         with collecting() as timings:
             check(workspace, way)
+            tell_unknown_origin(workspace)
             way.measure_and_plan(workspace)
             build_stage(workspace)
             verify_stage(workspace)
@@ -278,9 +279,14 @@ def _check(workspace: Workspace, way: Way) -> None:
 
 
 def tell_unknown_origin(workspace: Workspace) -> None:
-    """Says in a line what the card will lack, while it can still be given without a second thought."""
+    """Says in a line what the card will lack, while it can still be given without a second thought.
+
+    Nothing is said of the model that comes with Cerebellum: nobody publishes it.
+    """
     from cerebellum.card.origin import base_model
 
+    if workspace.source.path.resolve() == DEMO_MODEL.resolve():
+        return
     metadata = plain_metadata(workspace.source.files[0])
     said = workspace.settings.published.over(workspace.artifacts.published())
     lacking = []

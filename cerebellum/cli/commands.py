@@ -148,12 +148,9 @@ def run(
 
     SOURCE is a GGUF, a folder of safetensors, owner/repo of the Hub, or hf:owner/repo/file.gguf.
     """
-    from cerebellum.run import tell_unknown_origin
-
     hiring = take_workers(asked)
     request = {"limit": bench_limit, "data": data, "seed": asked["seed"]} if bench else None
     workspace = _workspace(out, _settings(asked, out), hiring)
-    tell_unknown_origin(workspace)
     _run(workspace, as_json, request, timings)
 
 
