@@ -31,7 +31,7 @@ OTHERS = ("importance matrix", "hashing the source", "rounding errors")
 def no_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Cards take seconds each and write with the same function; a card that fails has a test of its own."""
     monkeypatch.setattr(sys.modules["cerebellum.run"], "rehearse", lambda workspace: None)
-    monkeypatch.setattr(sys.modules["cerebellum.run"], "_card_if_possible", lambda workspace: None)
+    monkeypatch.setattr(sys.modules["cerebellum.run"], "card_if_possible", lambda workspace: None)
     real = files.DISK
     yield
     files.DISK = real
