@@ -127,9 +127,8 @@ def test_killed_at_ten_moments_it_ends_as_if_nothing_had_been(
     moments = [1 + total * k // 11 for k in range(10)]
     before: dict[tuple[object, ...], bytes] = {}
     while killed < len(moments):
-        log = (tmp_path / "log").open("w")
-        answer = (tmp_path / "answer").open("w")
-        process = subprocess.Popen(command(*asked, "--json"), stdout=answer, stderr=log)
+        with (tmp_path / "log").open("w") as log, (tmp_path / "answer").open("w") as answer:
+            process = subprocess.Popen(command(*asked, "--json"), stdout=answer, stderr=log)
         while killed < len(moments) and process.poll() is None:
             if len(ledger_rows(folder)) < moments[killed]:
                 time.sleep(0.01)
@@ -138,10 +137,11 @@ def test_killed_at_ten_moments_it_ends_as_if_nothing_had_been(
                 process.kill()
                 process.wait()
             else:
-                living = workers_of(process.pid)
-                if not living:
+                living = sorted(workers_of(process.pid))
+                if len(living) < 2:
+                    time.sleep(0.05)
                     continue
-                os.kill(living[killed % len(living)], signal.SIGKILL)
+                os.kill(living[0], signal.SIGKILL)  # the older one, which has something under way
             killed += 1
             now = ledger_rows(folder)
             assert {key: now[key] for key in before} == before

@@ -69,6 +69,9 @@ def connect(address: str | None, cores: int) -> Cluster:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"--ray {address}" if address else "--workers"
         raise BadInput(f"{where}: Ray cannot be reached ({error}); is `ray start` running there?") from error
+    ray._private.worker._worker_logs_enabled = (
+        False  # else it tells of dead workers on stdout, where answers go
+    )
     found = ray.cluster_resources()
     return Cluster(cores=int(found.get("CPU", 0)), cards=int(found.get("GPU", 0)))
 
