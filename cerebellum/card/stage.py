@@ -239,18 +239,22 @@ def _method(story: Story) -> list[Sentence]:
     ]
 
 
+def _text_names(manifest: Manifest, use: str) -> str:
+    """Returns the files of a text by what it was used for, those of several domains by comma."""
+    return ", ".join(name for part, name in manifest.text_files.items() if part.partition(",")[0] == use)
+
+
 def _texts(manifest: Manifest) -> list[Sentence]:
     """Names the texts behind the numbers, by which a stranger can ask for the same ones."""
-    names = manifest.text_files
-    importance = names.get("importance", "")
-    if not importance or "selection" not in names:
+    importance = _text_names(manifest, "importance")
+    if not importance:
         return []
     return [
         (
             "The importance matrix was made from ",
             Code(importance),
             ", the types were chosen on ",
-            Code(names.get("selection", "")),
+            Code(_text_names(manifest, "selection")),
             "; their hashes stand below.",
         )
     ]
