@@ -32,6 +32,9 @@ from cerebellum.texts import Corpus
 MOST_BYTES = 8 << 30
 """What moments.gguf may take of disk and memory: a dense model of 32 billion weights takes 6 GB."""
 
+MOST_CHUNKS = 100
+"""Chunks of text that moments are made from: 51,200 rows of 512-token chunks for spans of 512 columns."""
+
 _WHOLE_COLUMNS = 1024  # rows up to this are one span
 _SPANS = (512, 256)  # of longer rows; the second where the first takes too much
 _BLOCK = 256  # elements of a k-quant's block: a span is a whole number of them
@@ -210,8 +213,11 @@ def compute_or_reuse(
     out: Path,
     reporter: Reporter,
 ) -> Moments:
-    """Returns the moments at ``out`` if they were made from just this; otherwise decodes ``chunks`` chunks now."""
-    count = min(chunks, corpus.n_chunks)
+    """Returns the moments at ``out`` if they were made from just this; otherwise decodes ``chunks`` chunks now.
+
+    More than MOST_CHUNKS are never decoded: what feeding back has been shown to be worth was shown with so many.
+    """
+    count = min(chunks, corpus.n_chunks, MOST_CHUNKS)
     asked = json.dumps([[name, kept.span, kept.pooled] for name, kept in sorted(watched.weights.items())])
     digest = hashlib.sha256(asked.encode()).hexdigest()
 
