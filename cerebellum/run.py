@@ -14,6 +14,7 @@ from cerebellum.bench.scores import Examinee
 from cerebellum.bench.stage import BenchRequest, bench, examinee_from
 from cerebellum.build import build, output_path, result_paths
 from cerebellum.engine.protocols import Engine
+from cerebellum.engine.speed import Speeds
 from cerebellum.engine.timetable import time_table
 from cerebellum.engine.timings import collecting, timed
 from cerebellum.errors import BadInput
@@ -37,7 +38,7 @@ from cerebellum.plan.stage import (
     sizes_of,
 )
 from cerebellum.settings import DEMO_MODEL, Budget, Given, Goal, Limit, Published, Settings
-from cerebellum.source import plain_metadata
+from cerebellum.source import open_source, plain_metadata
 from cerebellum.units import size
 from cerebellum.verdicts import NOTHING
 from cerebellum.verify import Verified, check_file, report, verified
@@ -421,9 +422,25 @@ def _verify_one(workspace: Workspace, result: RunFolder, measurer: Measurer) -> 
         _report_chunks(workspace),
         workspace.selection.texts,
     )
-    proved = verified(checks, found)
+    proved = verified(checks, found, _speeds(workspace, out, measurer))
     result.write(VERIFY, proved)
     return proved
+
+
+def _speeds(workspace: Workspace, out: Path, measurer: Measurer) -> Speeds | None:
+    """Times the base and a finished file one after the other, where that was asked for."""
+    if not workspace.settings.tokens_per_second:
+        return None
+    measurer.close()  # each is timed with the machine to itself
+    base = workspace.shards.variant(NOTHING)
+    base.ready()
+    finished = open_source(out, allow_requantize=True)
+    with timed("tokens a second"):
+        return Speeds(
+            machine=workspace.engine.machine,
+            base=workspace.engine.speed(base.paths),
+            result=workspace.engine.speed([file.path for file in finished.files]),
+        )
 
 
 def bench_stage(workspace: Workspace, request: BenchRequest) -> tuple[BenchResults, ...]:

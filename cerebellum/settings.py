@@ -226,7 +226,7 @@ class Settings(Artifact, frozen=True, kw_only=True):
 
     ``gpu_layers`` go onto the GPU (-1: all), but for the routed experts of the first
     ``cpu_expert_layers``; both as they were worked out, so that a run goes on with the numbers it began with.
-    ``keep_shards`` leaves on the disk what only measuring needed.
+    ``keep_shards`` leaves on the disk what only measuring needed; ``tokens_per_second`` times base and result.
     Where ``select_domains`` or ``report_domains`` name texts of several domains, these are read in place of the one
     text, which is None then.
     ``encoder`` rounds weights and ``feedback`` lets ours make up for errors by other columns; a folder that
@@ -257,6 +257,7 @@ class Settings(Artifact, frozen=True, kw_only=True):
     encoder: EncoderName = GGML
     feedback: bool = True
     keep_shards: bool = False
+    tokens_per_second: bool = False
     split_above_bytes: int = SPLIT_ABOVE_BYTES
     published: Published = Published()
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cerebellum.codec import Artifact, Record
+from cerebellum.engine.speed import Speeds
 from cerebellum.gguf import row_bytes
 from cerebellum.plan.artifacts import Plan
 from cerebellum.source import TEMPLATE_KEY, Source, open_source
@@ -110,12 +111,13 @@ class Report(Record, frozen=True, kw_only=True):
 
 
 class Verified(Artifact, frozen=True, kw_only=True):
-    """verify.json: every check, and what the report text says."""
+    """verify.json: every check, what the report text says, and the speed where it was asked for."""
 
     format: Literal[1] = 1
     ok: bool
     checks: tuple[Check, ...]
     report: Report
+    speeds: Speeds | None = None
 
 
 def check_file(path: Path, plan: Plan, source: Source, layout: Layout, shards: Shards) -> list[Check]:
@@ -332,7 +334,7 @@ def _change(
     return _finite(mean), (_finite(low), _finite(high))
 
 
-def verified(checks: Sequence[Check], found: Report) -> Verified:
+def verified(checks: Sequence[Check], found: Report, speeds: Speeds | None = None) -> Verified:
     """Returns verify.json; a perplexity that is not finite is a failed check."""
     finite = Check(
         name="finite logits",
@@ -340,7 +342,7 @@ def verified(checks: Sequence[Check], found: Report) -> Verified:
         detail=f"{found.result.tokens} tokens scored",
     )
     everything = (*checks, finite)
-    return Verified(ok=all(check.ok for check in everything), checks=everything, report=found)
+    return Verified(ok=all(check.ok for check in everything), checks=everything, report=found, speeds=speeds)
 
 
 def _finite(value: float) -> float | None:

@@ -156,3 +156,10 @@ def test_the_fake_counts_what_it_scored(hybrid: Path) -> None:
         model.logits(tokens)
     assert engine.opened == 1
     assert list(engine.scored.values()) == [2]
+
+
+def test_the_speed_of_a_model_is_measured(llama_engine: LlamaEngine, embedded: Path) -> None:
+    speed = llama_engine.speed([embedded])
+    assert speed.prompt > speed.generation > 0
+    low, high = speed.generation_range
+    assert low <= speed.generation <= high and llama_engine.machine.endswith("threads")

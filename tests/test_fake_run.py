@@ -12,6 +12,7 @@ from tiny import Recorder, ledger_rows, small_text, write_hybrid
 
 from cerebellum import open_run
 from cerebellum.engine.fake import FakeEngine
+from cerebellum.engine.speed import Speeds, speed_of
 from cerebellum.gguf import TensorInfo, bits_per_weight, is_quantized, read_gguf
 from cerebellum.run import run_all
 from cerebellum.settings import Budget, Goal, Limit, Preset, Settings
@@ -131,3 +132,25 @@ def test_no_llama_cpp_is_loaded(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_speeds_are_measured_where_asked_and_said_on_card_and_report(tmp_path: Path) -> None:
+    opened = workspace(tmp_path, Limit(max_increase_pct=50.0))
+    opened.settings = msgspec.structs.replace(opened.settings, tokens_per_second=True)
+    run_all(opened)
+    speeds = open_run(tmp_path / "run").verified().speeds
+    assert speeds is not None and speeds.machine == "a fake machine"
+    assert speeds.result.generation > speeds.base.generation  # fewer bytes, and a fake takes a time for each
+    assert "% faster than the base" in speeds.told()
+    told = f"{speeds.base.prompt:,.0f}, {speeds.base.generation:,.1f}"
+    assert f"| tokens/s of a prompt, generated | {told} |" in (tmp_path / "run" / "README.md").read_text()
+    assert "tokens/s of a prompt and" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_speed_is_the_median_of_its_repeats() -> None:
+    speed = speed_of([0.5, 1.0, 2.0], [64.0, 16.0, 32.0])
+    assert (speed.prompt, speed.prompt_range) == (512.0, (256.0, 1024.0))
+    assert (speed.generation, speed.generation_range) == (2.0, (1.0, 4.0))
+    slow = speed_of([1.0] * 3, [64.0] * 3)
+    assert "50% slower than the base, as IQ types are" in Speeds(machine="m", base=speed, result=slow).told()
+    assert "slower" not in Speeds(machine="m", base=speed, result=speed).told()

@@ -815,6 +815,8 @@ def _verified_shown(names: Sequence[str], found: Sequence[Verified]) -> Iterator
             yield f"[bold]{tables.shown(name)}[/]"
         yield tables.verify_table(each)
         yield tables.report_table(each)
+        if each.speeds is not None:
+            yield tables.shown(each.speeds.told())
         yield from tables.domain_tables(each)
 
 

@@ -525,6 +525,11 @@ source_options = options(
         help="Write a larger result as splits of at most this SIZE, named as llama.cpp names them.",
     ),
     click.option("--allow-requantize", is_flag=True, help="Accept a source that is quantized already."),
+    click.option(
+        "--tokens-per-second",
+        is_flag=True,
+        help="Time the finished file and its base: prompt and generation.",
+    ),
     click.option("--keep-shards", is_flag=True, help="Leave on the disk what only measuring needed."),
     published_options,
 )

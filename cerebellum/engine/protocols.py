@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
 from cerebellum.engine.asking import Asker
+from cerebellum.engine.speed import Speed
 from cerebellum.errors import CerebellumError
 
 Tokens = NDArray[np.int32]
@@ -258,6 +259,15 @@ class Engine(Protocol):
 
     def round_trip(self, job: QuantizeJob) -> Floats:
         """Returns a small tensor's values as they come back from its new type, worked out on this thread alone."""
+        ...
+
+    @property
+    def machine(self) -> str:
+        """Names for people what a speed was measured on."""
+        ...
+
+    def speed(self, paths: Sequence[Path]) -> Speed:
+        """Times a prompt and generation on a model."""
         ...
 
     def asker(self, paths: Sequence[Path]) -> AbstractContextManager[Asker]:

@@ -75,6 +75,21 @@ class Context:
             raise CerebellumError(f"llama_decode returned {status}: {LOG.last_error()}")
         self._lib.llama_synchronize(self.address)
 
+    def extend(self, token: int, position: int) -> None:
+        """Decodes one more token of the first sequence, behind what was decoded last, with its logits."""
+        batch = self._batch
+        batch.n_tokens = 1
+        batch.token[0] = token
+        batch.pos[0] = position
+        batch.n_seq_id[0] = 1
+        batch.seq_id[0][0] = 0
+        batch.logits[0] = 1
+        self._laid_out = (0, 0, 0)
+        status = self._lib.llama_decode(self.address, batch)
+        if status != 0:
+            raise CerebellumError(f"llama_decode returned {status}: {LOG.last_error()}")
+        self._lib.llama_synchronize(self.address)
+
     def _lay_out(self, chunks: int, length: int, first: int) -> None:
         """Positions and sequences of a batch, which are the same for all batches of one form."""
         if self._laid_out == (chunks, length, first):

@@ -25,6 +25,7 @@ from cerebellum.engine.protocols import (
     Tokens,
     Watch,
 )
+from cerebellum.engine.speed import Speed
 from cerebellum.engine.timings import timed
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.llama.activations import sum_squares
@@ -33,6 +34,7 @@ from cerebellum.llama.model import ContextShape, LlamaModel, ResidentModel
 from cerebellum.llama.moments import column_products
 from cerebellum.llama.presets import preset_types
 from cerebellum.llama.quantize import quantize, round_trip, to_float
+from cerebellum.llama.speed import measure_speed
 
 _UBATCH = 512  # llama.cpp's default; on a CPU a larger one is no faster
 GPU_TOKENS = 2048  # tokens of one decode on a GPU: llama-perplexity's own number
@@ -136,6 +138,17 @@ class LlamaEngine:
 
     def round_trip(self, job: QuantizeJob) -> Floats:
         return round_trip(job)
+
+    def speed(self, paths: Sequence[Path]) -> Speed:
+        """Times a prompt and generation on the model over ``paths``."""
+        with self.weights(paths) as model:
+            return measure_speed(model, self.settings.threads)
+
+    @property
+    def machine(self) -> str:
+        """Names the graphics card that is used, or the threads of the processor."""
+        cards = [device.description for device in gpus()] if self.on_gpu else []
+        return ", ".join(cards) if cards else f"{self.settings.threads} threads"
 
     def asker(self, paths: Sequence[Path]) -> AbstractContextManager[Asker]:
         from cerebellum.llama.asker import open_asker  # it opens models through this engine
