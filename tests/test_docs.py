@@ -202,6 +202,22 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
     assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
+def test_the_formats_of_artifacts_are_those_of_the_code() -> None:
+    rows = re.findall(r"^\| `[\w.]+\.json`.*", (DOCS / "ARTIFACTS.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 11
+    for row in rows:
+        _, _, number, *_, record, _ = (cell.strip() for cell in row.split("|"))
+        [path] = PATHS.findall(record)
+        formats = re.findall(r"format: Literal\[(\d+)\]", _artifact(ROOT / path, record))
+        assert formats == [number], row
+
+
+def _artifact(path: Path, record: str) -> str:
+    """Returns the code of the class that a row names first; a plan's number stands in the class that all share."""
+    name = record.split("`")[1].replace("LimitPlan", "Plan")
+    return next(part for part in path.read_text().split("\nclass ") if part.startswith(f"{name}("))
+
+
 def test_the_readme_is_short() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= README_LINES
