@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs slow clean
+.PHONY: demo test docs site slow clean
 
 demo: $(VENV)/installed
 	$(BIN)/cerebellum demo
@@ -28,6 +28,10 @@ docs: demo
 		--disable-background-networking --no-first-run --hide-scrollbars --window-size=1280,1500 \
 		--user-data-dir=$$(mktemp -d) --screenshot=docs/demo/report.png file://$(CURDIR)/docs/demo/report.html; fi
 
+# The pages of docs/ as a site in site/; whatever leads nowhere is an error. `.venv/bin/mkdocs serve` shows it while you write.
+site: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m slow
 
@@ -42,5 +46,9 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test]'
 	touch $@
 
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) cerebellum-demo
+	rm -rf $(VENV) cerebellum-demo site

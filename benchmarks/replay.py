@@ -402,7 +402,7 @@ def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def plot(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Chunks of each rule against the limit, and family errors on every text -> results/replay.svg."""
+    """Chunks of each rule against the limit, and family errors on every text -> docs/replay.svg."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=(2, 3))
@@ -428,7 +428,7 @@ def plot(results: dict[str, list[dict[str, Any]]]) -> None:
     right.axvline(100 * ALPHA * SINGLES_SHARE, color="grey", linestyle="--", label="allowed to the groups")
     right.set(xscale="log", xlabel="runs with a wrong verdict when every group lies on the wrong side, %")
     right.legend(fontsize="small")
-    figure.savefig(Path(__file__).parent / "results" / "replay.svg")
+    figure.savefig(Path(__file__).parents[1] / "docs" / "replay.svg")
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
