@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import MATRIX_Q2, MATRIX_Q3, Bench, T, hybrid_base, hybrid_shapes, measured, run_sweep, write_hybrid
 
@@ -156,6 +156,7 @@ UNITS = st.lists(st.tuples(DAMAGE, st.integers(1, 10**9)), max_size=8)
 
 
 @given(UNITS, st.lists(DAMAGE, min_size=12, max_size=12))
+@example(rows=[(0.0, 1), (2.8e-155, 1)], answers=[0.0625] + [None] * 11)  # its square is no normal number
 @settings(max_examples=300, deadline=None)
 def test_nothing_ships_that_was_measured_at_or_over_the_limit(
     rows: list[tuple[float | None, int]], answers: list[float | None]

@@ -33,6 +33,7 @@ _MODEL_SD = 0.05
 """What the whole does beyond the sum of its parts, as a share: common to all combinations, and of each."""
 
 _UNKNOWN_NATS = 1.0  # the spread of a damage about which nothing is known
+_LEAST_VARIANCE = 1e-200  # nats squared: below it nothing is left to learn, and a division by it overflows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class Foretold:
         """Conditions the belief on ``row @ truth = seen``, with an error."""
         spread = self._cov @ row
         variance = float(row @ spread) + error**2
-        if variance <= 0:
+        if variance < _LEAST_VARIANCE:
             return
         self._mean = self._mean + spread * ((seen - float(row @ self._mean)) / variance)
         self._cov = self._cov - np.outer(spread, spread) / variance
