@@ -25,7 +25,7 @@ from cerebellum.settings import DEMO_MODEL
 _SMALL = ("--imatrix-chunks", "4", "--report-chunks", "4", "--threads", "1", "--keep-shards")
 _GOALS = {
     "limit": ("--max-increase", "3%", "--max-chunks", "6"),
-    "budget": ("--budget", "Q3_K_M", "--passes", "0.2", "--types", "Q2_K,Q4_K", "--no-fine-types"),
+    "budget": ("--budget", "Q3_K_M", "--types", "Q2_K,Q4_K", "--no-fine-types"),
 }
 _FIRST = 2.0  # seconds before which a run has hardly begun
 
