@@ -202,7 +202,7 @@ def reference(engine: Engine, source: Source, corpus: Corpus, chunks: int) -> tu
     predictions: list[Kept] = []
     jobs = [Job(tokens_T=corpus.inputs(chunk), keep=True) for chunk in range(chunks)]
     nll = []
-    for scores in scored(engine, [file.path for file in source.files], corpus.ctx, jobs):
+    for scores in scored(engine, source.paths, corpus.ctx, jobs):
         assert scores.kept is not None
         predictions.append(scores.kept)
         nll.append(scores.nll_S.mean())
@@ -272,7 +272,7 @@ def importance_of(
         return read(asked.imatrix)
     return compute_or_reuse(
         engine=engine,
-        shards=[file.path for file in source.files],
+        shards=source.paths,
         source_sha256=source.sha256,
         corpus=selection,
         chunks=asked.imatrix_chunks,
@@ -313,7 +313,7 @@ def main() -> None:
         matrix = importance_of(asked, engine, source, selection, Path(scratch))
         moments = moments_of(
             engine=engine,
-            shards=[file.path for file in source.files],
+            shards=source.paths,
             source_sha256=source.sha256,
             watched=watch(source.tensors),
             corpus=selection,

@@ -310,7 +310,7 @@ def check_output(workspace: Workspace, labels: Sequence[str]) -> None:
         settings.imatrix_text,
         *(text.path for text in (*settings.select_texts, *settings.report_texts)),
     )
-    inputs = [*(file.path for file in workspace.source.files), *(path for path in given if path is not None)]
+    inputs = [*workspace.source.paths, *(path for path in given if path is not None)]
     for out in (output_path(workspace.folder, workspace.source, label) for label in labels):
         if is_one_of(out, inputs):
             raise BadInput(
@@ -439,7 +439,7 @@ def _speeds(workspace: Workspace, out: Path, measurer: Measurer) -> Speeds | Non
         return Speeds(
             machine=workspace.engine.machine,
             base=workspace.engine.speed(base.paths),
-            result=workspace.engine.speed([file.path for file in finished.files]),
+            result=workspace.engine.speed(finished.paths),
         )
 
 

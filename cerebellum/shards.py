@@ -53,6 +53,11 @@ class Variant:
     digest: str
     ready: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
 
+    @classmethod
+    def of_source(cls, source: Source, label: str) -> Variant:
+        """Returns a finished GGUF, with all of its splits, as a variant, to be measured like any other."""
+        return cls(label=label, paths=source.paths, digest=source.sha256())
+
     def __reduce__(self) -> tuple[Callable[[], Variant], tuple[()]]:
         """Travels to a worker without ``ready``: whoever sends it has seen to it."""
         return partial(Variant, label=self.label, paths=self.paths, digest=self.digest), ()

@@ -220,7 +220,7 @@ class Workspace:
         corpus = self.importance_corpus
         return imatrix.compute_or_reuse(
             engine=self.engine,
-            shards=[file.path for file in self.source.files],
+            shards=self.source.paths,
             source_sha256=lambda: self.source_sha256,
             corpus=corpus,
             chunks=self.settings.imatrix_chunks or corpus.n_chunks,
@@ -252,7 +252,7 @@ class Workspace:
         corpus = self.importance_corpus
         return moments.compute_or_reuse(
             engine=self.engine,
-            shards=[file.path for file in self.source.files],
+            shards=self.source.paths,
             source_sha256=lambda: self.source_sha256,
             watched=self.watched,
             corpus=corpus,
@@ -335,8 +335,7 @@ class Workspace:
     @cached_property
     def source_variant(self) -> Variant:
         """The source itself, to be measured like any variant."""
-        paths = tuple(file.path for file in self.source.files)
-        return Variant(label="source", paths=paths, digest=self.source_sha256)
+        return Variant(label="source", paths=self.source.paths, digest=self.source_sha256)
 
     @cached_property
     def selection(self) -> Corpus:

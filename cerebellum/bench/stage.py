@@ -106,8 +106,7 @@ def examinee_from(path: Path, name: str | None = None) -> Examinee:
     Reads every byte for the SHA-256. Raises BadInput where the files cannot be read or are no model.
     """
     source = open_source(path, allow_requantize=True)
-    paths = tuple(file.path for file in source.files)
-    return Examinee(name=name or path.name, paths=paths, sha256=source.sha256())
+    return Examinee(name=name or path.name, paths=source.paths, sha256=source.sha256())
 
 
 def make_exams(request: BenchRequest) -> list[Exam]:

@@ -198,7 +198,7 @@ def imatrix(
     corpus = load_corpus(engine, source, imatrix_text, ctx)
     matrix = compute_or_reuse(
         engine=engine,
-        shards=[file.path for file in opened.files],
+        shards=opened.paths,
         source_sha256=opened.sha256,
         corpus=corpus,
         chunks=chunks or corpus.n_chunks,
@@ -702,8 +702,7 @@ def _offload(model: Path, ctx: int) -> Offload:
 
     if not gpus():
         return auto_offload([], ctx)
-    files = open_source(model, allow_requantize=True).files
-    placed = auto_offload([file.path for file in files], ctx)
+    placed = auto_offload(open_source(model, allow_requantize=True).paths, ctx)
     ProgressReporter().note(f"graphics card: {placed.line}")
     return placed
 

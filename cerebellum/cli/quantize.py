@@ -118,7 +118,7 @@ def quantize(request: Quantizing, engine: Engine, reporter: Reporter) -> Quantiz
 
 def _refuse_output(request: Quantizing, source: Source) -> None:
     out = request.out
-    given = [file.path for file in source.files] + [request.imatrix or request.source, request.text]
+    given = [*source.paths, request.imatrix or request.source, request.text]
     if is_one_of(out, given):
         raise BadInput(f"{out}: is an input and would be replaced; give another -o")
     if out.exists() and not request.force and not _is_ours(out):
@@ -155,7 +155,7 @@ def _moments(
     corpus = load_corpus(engine, source.path, request.text, request.ctx)
     return moments.compute_or_reuse(
         engine=engine,
-        shards=[file.path for file in source.files],
+        shards=source.paths,
         source_sha256=source.sha256,
         watched=watched,
         corpus=corpus,

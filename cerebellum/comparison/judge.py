@@ -175,9 +175,11 @@ class _Desk:
         self._texts = texts
         self._source = source
         self._sources = files
-        self._reference = _variant(source, "source")
+        self._reference = Variant.of_source(source, "source")
         self._names = _names(request.files)
-        self._variants = [_variant(file, name) for file, name in zip(files, self._names, strict=True)]
+        self._variants = [
+            Variant.of_source(file, name) for file, name in zip(files, self._names, strict=True)
+        ]
         self._done = 0
         self.settings = self._settings()
 
@@ -403,10 +405,6 @@ def percentile(values_NS: Matrix, share: float, level: float) -> tuple[float, Bo
         return at, None
     low, high = (float(np.quantile(tokens, min(max(share + step, 0.0), 1.0))) for step in (-half, half))
     return at, (low, high)
-
-
-def _variant(source: Source, label: str) -> Variant:
-    return Variant(label=label, paths=tuple(file.path for file in source.files), digest=source.sha256())
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -153,8 +153,8 @@ def score_pairs(
     engine: Engine, a: Source, b: Source, corpus: Corpus, order: Sequence[int]
 ) -> Iterator[PairScore]:
     """Yields a score for every chunk of ``order``; both models stay open and take turns on each chunk."""
-    files_a = [file.path for file in a.files]
-    files_b = [file.path for file in b.files]
+    files_a = a.paths
+    files_b = b.paths
     with engine.open(files_a, corpus.ctx) as model_a, engine.open(files_b, corpus.ctx) as model_b:
 
         def decoded() -> Iterator[tuple[Logits, Logits, Tokens]]:
@@ -218,7 +218,7 @@ def perplexity_of(
     corpus = load_corpus(engine, model, text, ctx)
     count = min(chunks or corpus.n_chunks, corpus.n_chunks)
     with (
-        engine.open([file.path for file in source.files], ctx) as opened,
+        engine.open(source.paths, ctx) as opened,
         reporter.task("perplexity", count) as tick,
     ):
         decoded = ((opened.logits(corpus.inputs(i)), corpus.targets(i)) for i in range(count))

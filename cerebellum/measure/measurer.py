@@ -261,8 +261,7 @@ class Measurer:
 
 def file_variant(path: Path, label: str) -> Variant:
     """A finished GGUF, with all of its splits, as a variant, to be measured like any other."""
-    file = open_source(path, allow_requantize=True)
-    return Variant(label=label, paths=tuple(part.path for part in file.files), digest=file.sha256())
+    return Variant.of_source(open_source(path, allow_requantize=True), label)
 
 
 def with_divergence(

@@ -117,7 +117,7 @@ def _gpu_room(gpu: Gpu, source: Source, layout: Layout) -> _GpuRoom:
         len(recurrent_layers(source)),
         _bytes_on_gpu(layout, NOTHING, elsewhere),
     )
-    beside = ask(shape, [file.path for file in source.files], gpu.context)
+    beside = ask(shape, source.paths, gpu.context)
     return _GpuRoom(gpu=gpu, layout=layout, elsewhere=elsewhere, shape=shape, beside=beside)
 
 

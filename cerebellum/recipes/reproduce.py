@@ -246,7 +246,7 @@ def _out(request: Reproduction, wanted: ResultNamed, source: Source) -> Path:
     """Where a new file goes, without the numbers of splits: never over the one it is compared with."""
     split = SPLIT_NAME.match(wanted.file)
     out = _inside(request.out, f"{split['stem']}.gguf" if split else wanted.file)
-    inputs = [file.path for file in source.files] + ([request.base_file] if request.base_file else [])
+    inputs = [*source.paths, *([request.base_file] if request.base_file else [])]
     if any(is_one_of(_inside(request.out, named.file), inputs) for named in wanted.files):
         raise BadInput(
             f"{out}: is an input, and the manifest would have it replaced; choose another folder with -o"

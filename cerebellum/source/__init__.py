@@ -88,6 +88,11 @@ class Source:
         return self.files[0].kv_records
 
     @property
+    def paths(self) -> tuple[Path, ...]:
+        """Returns the files, the one with the metadata first."""
+        return tuple(file.path for file in self.files)
+
+    @property
     def n_bytes(self) -> int:
         """Returns the size of all files together in bytes, headers and padding included."""
         return sum(file.n_bytes for file in self.files)
@@ -115,7 +120,7 @@ class Source:
         ``progress`` hears of the bytes read so far, because a large model takes minutes.
         """
         if not self._hashed:
-            self._hashed.append(sha256_files([file.path for file in self.files], progress))
+            self._hashed.append(sha256_files(self.paths, progress))
         return self._hashed[0]
 
 
