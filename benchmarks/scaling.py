@@ -18,7 +18,7 @@ import tempfile
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +93,6 @@ RATES = {
         travel=0.003,
         on_cards=True,
     ),
-    # As if the workers of a host shared the predictions of the reference, which they do not: what that would bring.
-    "h100-32b-shared": Rates(
-        decode=0.58,
-        at_once=4,
-        load=2.6,
-        load_source=11.0,
-        stage=6e9,
-        scale=2200,
-        swap=0.005,
-        travel=0.003,
-        on_cards=False,
-    ),
     "h100-32b": Rates(
         decode=0.58,
         at_once=4,
@@ -117,6 +105,8 @@ RATES = {
         on_cards=True,
     ),
 }
+# As if the workers of a host shared the predictions of the reference, which they do not: what that would bring.
+RATES["h100-32b-shared"] = replace(RATES["h100-32b"], on_cards=False)
 
 
 @dataclass(kw_only=True)

@@ -97,6 +97,10 @@ class Layout:
             return ILLEGAL
         return None if self.bytes_saved({name: qtype}) > 0 else NOTHING_TO_SAVE
 
+    def demotions(self, qtype: str) -> list[Changes]:
+        """Returns one change for every group that can be demoted to a type."""
+        return [{name: qtype} for name in self.groups if self.why_not(name, qtype) is None]
+
     def ladder(self, name: str, qtypes: Sequence[str]) -> list[str]:
         """Returns those of ``qtypes`` that a group's rows can take.
 

@@ -165,7 +165,7 @@ def drive_together(
     Each goes on as soon as all that it asked is answered, whatever the others wait for, so the order in which
     answers come is nothing that it could see.
     """
-    return _drive([_Talk(asking=asking, batch=_next(asking)) for asking in askings], desk)
+    return _drive([_Talk.begun(asking) for asking in askings], desk)
 
 
 @dataclass(frozen=True)
@@ -182,10 +182,25 @@ class _Talk(Generic[Asked, Answer, Result]):
     asking: Asking[Asked, Answer, Result]
     batch: Batch[Asked] | _End[Result]
 
+    @classmethod
+    def begun(cls, asking: Asking[Asked, Answer, Result]) -> _Talk[Asked, Answer, Result]:
+        """Starts a generator, up to what it asks first."""
+        return cls(asking=asking, batch=_moved(lambda: next(asking)))
 
-def _next(asking: Generator[Batch[Asked], Answer, Result]) -> Batch[Asked] | _End[Result]:
+    def hear(self, answers: tuple[Answer, ...]) -> None:
+        """Sends the generator what it asked for, and goes on to what it asks next."""
+        self.batch = _moved(lambda: self.asking.send(answers))
+
+    @property
+    def result(self) -> Result:
+        """What the generator returned, once it has ended."""
+        return cast(_End[Result], self.batch).result
+
+
+def _moved(step: Callable[[], Batch[Asked]]) -> Batch[Asked] | _End[Result]:
+    """Takes a generator one step on."""
     try:
-        return next(asking)
+        return step()
     except StopIteration as stop:
         return _End(stop.value)
 
@@ -198,15 +213,11 @@ def _drive(talks: Sequence[_Talk[Asked, Answer, Result]], desk: Desk[Asked, Answ
         for who, talk in going:
             while isinstance(talk.batch, Batch) and all(map(desk.ready, talk.batch.asks)):
                 moved = True
-                answers = tuple(desk.answer(ask) for ask in talk.batch.asks)
-                try:
-                    talk.batch = talk.asking.send(answers)
-                except StopIteration as stop:
-                    talk.batch = _End(stop.value)
+                talk.hear(tuple(desk.answer(ask) for ask in talk.batch.asks))
                 _tell(who, talk, desk)
         if not moved:
             desk.wait()
-    return tuple(cast(_End[Result], talk.batch).result for talk in talks)
+    return tuple(talk.result for talk in talks)
 
 
 def _tell(who: int, talk: _Talk[Asked, Answer, Result], desk: Desk[Asked, Answer]) -> None:
@@ -220,7 +231,7 @@ def side_by_side(
     *askings: Asking[Asked, Answer, Result], likely: tuple[Asked, ...] = ()
 ) -> Asking[Asked, Answer, tuple[Result, ...]]:
     """Asks for several generators at once, as one: each batch holds what all of them want now."""
-    talks = [_Talk(asking=asking, batch=_next(asking)) for asking in askings]
+    talks = [_Talk.begun(asking) for asking in askings]
     while going := [talk for talk in talks if isinstance(talk.batch, Batch)]:
         batches = [cast(Batch[Asked], talk.batch) for talk in going]
         answers = iter(
@@ -232,9 +243,5 @@ def side_by_side(
             )
         )
         for talk, batch in zip(going, batches, strict=True):
-            own = tuple(next(answers) for _ in batch.asks)
-            try:
-                talk.batch = talk.asking.send(own)
-            except StopIteration as stop:
-                talk.batch = _End(stop.value)
-    return tuple(cast(_End[Result], talk.batch).result for talk in talks)
+            talk.hear(tuple(next(answers) for _ in batch.asks))
+    return tuple(talk.result for talk in talks)

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 from test_fake_run import workspace
-from tiny import MATRIX_Q3, Bench, Recorder, make_bench, measured, n_measured, run_sweep
+from tiny import MATRIX_Q3, Bench, Recorder, make_bench, measure_fixed, measured, n_measured, run_sweep
 
 from cerebellum.codec import as_json
 from cerebellum.engine.fake import FakeEngine, FakeModel
@@ -23,7 +23,7 @@ from cerebellum.errors import BadInput
 from cerebellum.ledger import Ledger
 from cerebellum.measure.artifacts import MeasurementRow
 from cerebellum.measure.measurer import Measurer, file_variant
-from cerebellum.measure.race import ChunkAsk, ChunkScores, chunk_order, fresh_order, measure_fixed
+from cerebellum.measure.race import ChunkAsk, ChunkScores, chunk_order, fresh_order
 from cerebellum.measure.stage import measure_against_limit
 from cerebellum.settings import Limit
 from cerebellum.verdicts import (

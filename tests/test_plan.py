@@ -12,19 +12,28 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import MATRIX_Q2, MATRIX_Q3, Bench, T, hybrid_base, hybrid_shapes, measured, run_sweep, write_hybrid
+from tiny import (
+    MATRIX_Q2,
+    MATRIX_Q3,
+    Bench,
+    T,
+    hybrid_base,
+    hybrid_shapes,
+    measure_fixed,
+    measured,
+    run_sweep,
+    write_hybrid,
+)
 
 from cerebellum import codec
 from cerebellum.errors import BadInput
 from cerebellum.groups import make_groups
 from cerebellum.layout import Layout
 from cerebellum.measure.artifacts import MeasurementRow, read_recorded
-from cerebellum.measure.race import measure_fixed
 from cerebellum.plan.foretold import Foretold, Part, frontier
 from cerebellum.plan.limit import (
     Chosen,
     Unit,
-    demotable,
     limit_plan,
     make_units,
     plan_from,
@@ -250,12 +259,12 @@ def test_what_saves_nothing_or_does_not_fit_is_no_candidate(tmp_path: Path) -> N
     source = open_source(write_hybrid(tmp_path / "odd.gguf", shapes))
     groups = {g.name: g for g in make_groups(source) if not g.protected}
     layout = Layout(tensors=source.tensors, groups=groups, base=hybrid_base(source))
-    assert {"attn_q": "Q2_K"} not in demotable(layout, "Q2_K")
-    assert {"ssm_in": "Q2_K"} in demotable(layout, "Q2_K")
+    assert {"attn_q": "Q2_K"} not in layout.demotions("Q2_K")
+    assert {"ssm_in": "Q2_K"} in layout.demotions("Q2_K")
     assert layout.why_not("attn_q", "Q2_K") == "illegal"
     assert layout.why_not("ssm_in", "Q4_K") == "nothing to save"
     assert layout.why_not("ssm_in", "Q3_K") == "nothing to save"
-    assert demotable(layout, "Q6_K") == [{"attn_q": "Q6_K"}] or demotable(layout, "Q6_K") == []
+    assert layout.demotions("Q6_K") == [{"attn_q": "Q6_K"}] or layout.demotions("Q6_K") == []
     plan = plan_from([measured({"ssm_in": "Q2_K"}, 0.01)], layout, ASKED)
     rows = {row["name"]: row for row in as_json(limit_plan(plan, layout, ASKED))["groups"]}
     assert rows["attn_q"]["verdict"] == "illegal" and rows["attn_q"]["bytes_saved"] == 0
@@ -334,7 +343,7 @@ def test_on_the_fake_engine_the_tolerant_are_demoted_and_the_whole_is_measured(b
     layout, chunks = bench.layout, tuple(range(6))
     ledger, measurer, shards = bench.session()
     with ledger:
-        singles = run_sweep(measure_fixed(demotable(layout, "Q2_K"), chunks, 20), measurer, shards)
+        singles = run_sweep(measure_fixed(layout.demotions("Q2_K"), chunks, 20), measurer, shards)
         units = make_units(singles, layout)
         plan, asked = followed(
             units, lambda c: run_sweep(measure_fixed([c], chunks, 20), measurer, shards)[0]

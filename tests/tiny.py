@@ -7,7 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,13 +32,14 @@ from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
 from cerebellum.llama.native import LlamaEngine
 from cerebellum.measure.measurer import Measurer
-from cerebellum.measure.race import ChunkAsk, ChunkScores, Sweep
+from cerebellum.measure.race import ChunkAsk, ChunkScores, RaceSettings, Sweep, race
 from cerebellum.settings import DEMO_MODEL
 from cerebellum.shards import Recipe, Shards
 from cerebellum.source import Source, open_source
 from cerebellum.stats.paired import Interval
+from cerebellum.stats.sequential import SpendingRule
 from cerebellum.texts import Corpus, load_corpus
-from cerebellum.verdicts import Measurement, drive
+from cerebellum.verdicts import Changes, Measurement, Threshold, drive
 
 T, V = GGMLQuantizationType, GGUFValueType
 Found = TypeVar("Found")
@@ -237,6 +238,26 @@ class Bench:
             threads=2,
         )
         return ledger, Measurer(self.engine, ledger, self.corpus()), Shards(recipe, ledger)
+
+
+def measure_fixed(
+    candidates: Iterable[Changes],
+    chunks: tuple[int, ...],
+    population: int,
+    *,
+    alpha: float = 0.025,
+    scored_per_chunk: int = 1,
+) -> Sweep[tuple[Measurement, ...]]:
+    """Every candidate on the same ``chunks``: a race with one look, at which each bound is wrong with ``alpha``."""
+    looks = (len(chunks),)
+    settings = RaceSettings(
+        order=chunks,
+        looks=looks,
+        threshold=Threshold(limit_pct=0.0),
+        rule=SpendingRule(alpha=alpha, population=population, looks=looks),
+        scored_per_chunk=scored_per_chunk,
+    )
+    return (yield from race(list(candidates), settings))
 
 
 def run_sweep(sweep: Sweep[Found], measurer: Measurer, shards: Shards) -> Found:

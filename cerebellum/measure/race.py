@@ -9,7 +9,7 @@ workers have scored ahead change no verdict.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cerebellum.stats.paired import Interval
-from cerebellum.stats.sequential import Rule, Sample, SpendingRule, foretold_sd
+from cerebellum.stats.sequential import Rule, Sample, foretold_sd
 from cerebellum.stats.unusual import unusual
 from cerebellum.verdicts import SENSITIVE, UNDECIDED, Asking, Batch, Changes, Measurement, Threshold
 
@@ -164,26 +164,6 @@ def _batch(
         likely += [ChunkAsk(changes=runner.changes, chunks=chunks) for runner in reversed(undecided)]
         look = later
     return Batch(asks=tuple(asks), likely=tuple(likely))
-
-
-def measure_fixed(
-    candidates: Iterable[Changes],
-    chunks: tuple[int, ...],
-    population: int,
-    *,
-    alpha: float = 0.025,
-    scored_per_chunk: int = 1,
-) -> Sweep[tuple[Measurement, ...]]:
-    """Every candidate on the same ``chunks``: a race with one look, at which each bound is wrong with ``alpha``."""
-    looks = (len(chunks),)
-    settings = RaceSettings(
-        order=chunks,
-        looks=looks,
-        threshold=Threshold(limit_pct=0.0),
-        rule=SpendingRule(alpha=alpha, population=population, looks=looks),
-        scored_per_chunk=scored_per_chunk,
-    )
-    return (yield from race(list(candidates), settings))
 
 
 def _look(runners: Sequence[_Runner], undecided: Sequence[_Runner], settings: RaceSettings) -> None:

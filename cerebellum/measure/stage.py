@@ -51,10 +51,7 @@ def measure_against_limit(workspace: Workspace, limit: Limit) -> Measurements:
 
 def demotions(workspace: Workspace, limit: Limit) -> list[Changes]:
     """Returns one change for every group that can be demoted; BadInput where the disk cannot hold them."""
-    layout = workspace.layout
-    found: list[Changes] = [
-        {name: limit.demote} for name in layout.groups if layout.why_not(name, limit.demote) is None
-    ]
+    found = workspace.layout.demotions(limit.demote)
     workspace.check_space(found)
     return found
 

@@ -68,11 +68,6 @@ class Chosen:
         return sum(unit.measurement.delta.mean for unit in chosen if unit.measurement.delta is not None)
 
 
-def demotable(layout: Layout, qtype: str) -> list[Changes]:
-    """Returns one change for every group that can be demoted to a type."""
-    return [{name: qtype} for name in layout.groups if layout.why_not(name, qtype) is None]
-
-
 def make_units(measurements: Sequence[Measurement], layout: Layout) -> tuple[Unit, ...]:
     """Single groups where they were measured alone; a joint measurement only for groups that were not."""
     for measurement in measurements:
