@@ -28,6 +28,7 @@ from cerebellum.engine.timings import collecting
 from cerebellum.llama.library import build_id, devices
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.progress import Silent
+from cerebellum.settings import SELECTION_TEXT
 
 
 def arguments() -> argparse.Namespace:
@@ -164,8 +165,6 @@ def main() -> None:
             result[name] = ours(asked, folder / name, goal)
             save(asked.name, result)
         if not asked.no_stock:
-            from cerebellum.settings import SELECTION_TEXT
-
             groups = result["threshold"]["groups"] if "threshold" in result else 7
             result["stock"] = theirs(asked, folder, asked.text or SELECTION_TEXT, groups)
         print(save(asked.name, result))

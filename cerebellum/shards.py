@@ -136,16 +136,14 @@ class Shards:
 
     def weights_missing(self, wanted: Iterable[Changes]) -> int:
         """Returns how many weights are still to be quantized before these variants can be measured."""
-        missing: set[tuple[str, str]] = set()
-        for name, qtype in {change for changes in wanted for change in changes.items()}:
-            if not self._is_known(self._job(name, qtype)):
-                missing.add((name, qtype))
-        tensors = self._recipe.source.tensors
-        return sum(
-            tensors[tensor].n_elements
-            for name, _ in missing
-            for tensor in self._recipe.layout.groups[name].tensors
-        )
+        return sum(self._weights(job) for job in self._unmade(wanted))
+
+    def _unmade(self, wanted: Iterable[Changes]) -> Iterator[ShardJob]:
+        """Yields the shards of changes whose content nobody knows yet, each once, in the order given."""
+        for name, qtype in dict.fromkeys(change for changes in wanted for change in changes.items()):
+            job = self._job(name, qtype)
+            if job.path not in self._hashes and not self._is_known(job):
+                yield job
 
     def checked(self, changes: Changes, label: str = "") -> Variant:
         """Returns the variant once every one of its files has the content that was recorded when it was made.
@@ -281,10 +279,8 @@ class Shards:
         """
         self._ahead = Ahead()
         try:
-            for name, qtype in dict.fromkeys(change for changes in wanted for change in changes.items()):
-                job = self._job(name, qtype)
-                if job.path not in self._hashes and not self._is_known(job):
-                    self._ahead.begin(job.path, partial(self._write, job))
+            for job in self._unmade(wanted):
+                self._ahead.begin(job.path, partial(self._write, job))
             yield
         finally:
             self._ahead.close()

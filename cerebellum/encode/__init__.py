@@ -38,6 +38,7 @@ __all__ = [
     "decode",
     "encode",
     "feed_back",
+    "rows_together",
     "unavailable_because",
     "unshrink",
 ]
@@ -293,10 +294,18 @@ def _spread(task: Callable[[slice], None], n_rows: int, columns: int, threads: i
         list(pool.map(task, parts))
 
 
+def rows_together(n_rows: int, columns: int, threads: int, most_elements: int) -> int:
+    """Return how many rows of a table one thread takes at a time: whole searches, and some for every thread.
+
+    They have `most_elements` at most, unless a single search has more.
+    """
+    wanted = min(most_elements // columns, -(-n_rows // threads))
+    return max(_ROWS_TOGETHER, wanted // _ROWS_TOGETHER * _ROWS_TOGETHER)
+
+
 def _parts(n_rows: int, columns: int, threads: int) -> Iterator[slice]:
     """As many rows as fit a task, fewer where there would be less than one for each thread."""
-    wanted = min(_ELEMENTS_TOGETHER // columns, -(-n_rows // threads))
-    step = max(_ROWS_TOGETHER, wanted // _ROWS_TOGETHER * _ROWS_TOGETHER)
+    step = rows_together(n_rows, columns, threads, _ELEMENTS_TOGETHER)
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
 

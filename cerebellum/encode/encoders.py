@@ -31,7 +31,6 @@ FED_BACK = frozenset({_T.Q2_K, _T.Q3_K, _T.Q4_K, _T.Q5_K})
 """Types that errors are fed back in; at finer ones there is next to nothing to win (docs/LOG.md)."""
 
 _TASK_ELEMENTS = 1 << 20  # at most: 4 MiB of float32, and moments are scaled once for so many weights
-_ROWS_TOGETHER = 32  # rows that the encoder searches side by side
 
 
 class Encoder(Protocol):
@@ -81,7 +80,7 @@ class OurEncoder:
 
     def _tasks(self, job: QuantizeJob, threads: int) -> Iterator[Callable[[], Bytes]]:
         columns, per_expert, experts = (*job.shape, 1, 1)[:3]
-        step = _rows_a_task(columns, per_expert, experts, threads)
+        step = encode.rows_together(per_expert * experts, columns, threads, _TASK_ELEMENTS)
         for expert in range(experts):
             importance = _part(job.importance, expert, columns)
             spans = self._spans(job, expert)
@@ -160,13 +159,6 @@ def round_rows(
         at = slice(row_bytes(kind, columns.start), row_bytes(kind, columns.stop))
         raw[:, at] = encode.feed_back(raw[:, at], rows[:, columns], span.moments, kind, threads=threads)
     return raw
-
-
-def _rows_a_task(columns: int, per_expert: int, experts: int, threads: int) -> int:
-    """Returns how many rows of an expert one thread takes at a time, so that all have some."""
-    share = -(-per_expert * experts // threads)
-    wanted = min(_TASK_ELEMENTS // columns, share, per_expert)
-    return max(_ROWS_TOGETHER, -(-wanted // _ROWS_TOGETHER) * _ROWS_TOGETHER)
 
 
 def _part(importance: Floats | None, expert: int, columns: int) -> Floats | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from cerebellum.engine.protocols import ColumnSquares, Floats, Tokens
 from cerebellum.engine.timings import timed
 from cerebellum.errors import BadInput
-from cerebellum.llama.graphs import BF16, F32, Arena, Block, Graph, Workbench, device_of, fill
+from cerebellum.llama.graphs import BF16, F32, Graph, Sums, Workbench, device_of
 from cerebellum.llama.library import GgmlTensor, Pointer, ggml
 from cerebellum.llama.model import Context, ContextShape
 
@@ -192,17 +192,45 @@ class ActivationCollector(Collector):
         self._device.close()
 
 
-class _DeviceSums:
-    """Sums that stay on the GPU: one (columns, matrices) tensor for each first reader."""
+class DeviceTotals:
+    """Sums that stay on the GPU that the first activation lies on, until all chunks are through."""
 
     def __init__(self) -> None:
         self._bench: Workbench | None = None
-        self._sums: dict[str, tuple[int, Block]] = {}
+        self._kept: list[Sums] = []
+
+    def bench(self, activation: int) -> Workbench:
+        """Returns what runs graphs where the activations are."""
+        if self._bench is None:
+            self._bench = Workbench(device_of(buffer_of(GgmlTensor.from_address(activation))))
+        return self._bench
+
+    def sums(self, bench: Workbench, shape: Sequence[int]) -> Sums:
+        """Returns sums of nothing yet; MemoryError where the GPU has no room for them."""
+        self._kept.append(Sums(bench, shape))
+        return self._kept[-1]
+
+    def close(self) -> None:
+        """Frees what lies on the GPU."""
+        for sums in self._kept:
+            sums.close()
+        self._kept.clear()
+        if self._bench is not None:
+            self._bench.close()
+            self._bench = None
+
+
+class _DeviceSums(DeviceTotals):
+    """Sums of squares: one (columns, matrices) tensor for each first reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sums: dict[str, Sums] = {}
         self._counts: dict[str, NDArray[np.int64]] = {}
 
     def add(self, name: str, activation: int, ids_TK: NDArray[np.int32] | None, matrices: int) -> None:
         """Adds an activation's squares, (columns, rows), times the routing, (matrices, rows)."""
-        bench = self._opened(activation)
+        bench = self.bench(activation)
         struct = GgmlTensor.from_address(activation)
         columns = int(struct.ne[0])
         per_token = int(struct.ne[1])
@@ -212,7 +240,8 @@ class _DeviceSums:
             counts = np.array([n_rows])
         else:
             routing_RE, counts = _routing(ids_TK, matrices, per_token)
-        total = self._total(name, bench, columns, matrices)
+        if name not in self._sums:
+            self._sums[name] = self.sums(bench, (columns, matrices))
         self._counts[name] = self._counts.get(name, 0) + counts.astype(np.int64)
         graph = Graph(bench, f"{columns} x {n_rows} x {matrices}")
         routing = graph.given(routing_RE)
@@ -221,39 +250,15 @@ class _DeviceSums:
         high = graph.node("cast", graph.node("cast", squares, BF16), F32)
         low = graph.node("sub", squares, high)
         both = graph.node("add", graph.node("out_prod", high, routing), graph.node("out_prod", low, routing))
-        there = graph.over(total, (columns, matrices))
-        graph.keep(graph.node("cpy", graph.node("add", both, there), total))
+        self._sums[name].grow(graph, both)
         graph.run()
 
-    def _total(self, name: str, bench: Workbench, columns: int, matrices: int) -> int:
-        if name not in self._sums:
-            arena = Arena(1)
-            tensor = arena.tensor(F32, (columns, matrices))
-            self._sums[name] = (tensor, Block(arena, bench.buffer_type))
-            fill(tensor, np.zeros(columns * matrices, np.float32))
-        return self._sums[name][0]
-
     def read(self) -> dict[str, ColumnSquares]:
-        found = {}
-        for name, (tensor, _) in self._sums.items():
-            columns, matrices = (int(n) for n in GgmlTensor.from_address(tensor).ne[:2])
-            squares = np.empty((matrices, columns), np.float32)
-            ggml().ggml_backend_tensor_get(tensor, squares.ctypes.data, 0, squares.nbytes)
-            found[name] = ColumnSquares(squares=squares.astype(np.float64), counts=self._counts[name])
-        return found
-
-    def _opened(self, activation: int) -> Workbench:
-        if self._bench is None:
-            self._bench = Workbench(device_of(buffer_of(GgmlTensor.from_address(activation))))
-        return self._bench
-
-    def close(self) -> None:
-        for _, block in self._sums.values():
-            block.close()
-        self._sums.clear()
-        if self._bench is not None:
-            self._bench.close()
-            self._bench = None
+        """Returns the sums of every first reader."""
+        return {
+            name: ColumnSquares(squares=sums.read().astype(np.float64), counts=self._counts[name])
+            for name, sums in self._sums.items()
+        }
 
 
 def _routing(

@@ -107,6 +107,32 @@ class Workbench:
         ggml().ggml_backend_free(self._backend)
 
 
+class Sums:
+    """A float32 tensor of ``shape``, row length first, that stays on a device and that graphs add to; zero at first."""
+
+    def __init__(self, bench: Workbench, shape: Sequence[int]) -> None:
+        arena = Arena(1)
+        self.shape = tuple(shape)
+        self.tensor = arena.tensor(F32, shape)
+        self._block = Block(arena, bench.buffer_type)
+        fill(self.tensor, np.zeros(self.shape[::-1], np.float32))
+
+    def grow(self, graph: Graph, addend: int) -> None:
+        """Adds a tensor of the same shape when the graph runs."""
+        there = graph.over(self.tensor, self.shape)
+        graph.keep(graph.node("cpy", graph.node("add", addend, there), self.tensor))
+
+    def read(self) -> NDArray[np.float32]:
+        """Returns the sums, the row length last."""
+        values = np.empty(self.shape[::-1], np.float32)
+        ggml().ggml_backend_tensor_get(self.tensor, values.ctypes.data, 0, values.nbytes)
+        return values
+
+    def close(self) -> None:
+        """Frees the tensor."""
+        self._block.close()
+
+
 class Graph:
     """One small graph, built node by node, run once."""
 

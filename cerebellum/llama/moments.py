@@ -18,7 +18,7 @@ from cerebellum.errors import BadInput
 from cerebellum.llama.activations import (
     MIN_ROWS,
     Collector,
-    buffer_of,
+    DeviceTotals,
     is_packed,
     on_host,
     read_f32,
@@ -27,8 +27,8 @@ from cerebellum.llama.activations import (
     watch,
     weight_name,
 )
-from cerebellum.llama.graphs import F32, Arena, Block, Graph, Workbench, device_of, fill
-from cerebellum.llama.library import GgmlTensor, Pointer, ggml
+from cerebellum.llama.graphs import F32, Graph, Sums, Workbench
+from cerebellum.llama.library import GgmlTensor, Pointer
 from cerebellum.llama.model import ContextShape
 
 
@@ -111,80 +111,56 @@ class MomentCollector(Collector):
 
 @dataclass(frozen=True, kw_only=True)
 class _Total:
-    """One tensor of sums on the GPU: of ``n_spans`` spans of ``span`` columns, from column ``start`` on."""
+    """Sums of the products within some spans of columns, from column ``start`` on: (span, span, n_spans)."""
 
-    tensor: int
-    block: Block
     start: int
-    span: int
-    n_spans: int
-
-    @classmethod
-    def zero(cls, bench: Workbench, start: int, span: int, n_spans: int) -> _Total:
-        """Returns sums of nothing yet; MemoryError where the GPU has no room for them."""
-        arena = Arena(1)
-        tensor = arena.tensor(F32, (span, span, n_spans))
-        total = cls(
-            tensor=tensor,
-            block=Block(arena, bench.buffer_type),
-            start=start,
-            span=span,
-            n_spans=n_spans,
-        )
-        fill(tensor, np.zeros(span * span * n_spans, np.float32))
-        return total
+    sums: Sums
 
     def grow(self, graph: Graph, rows: int, n_rows: int, columns: int) -> None:
         """Adds the products of rows, a float32 tensor of (columns, n_rows), to the sums when the graph runs."""
-        shape = (self.span, n_rows, self.n_spans)
-        view = graph.node("view_3d", rows, *shape, 4 * columns, 4 * self.span, 4 * self.start)
+        span, _, n_spans = self.sums.shape
+        strides = (4 * columns, 4 * span, 4 * self.start)
+        view = graph.node("view_3d", rows, span, n_rows, n_spans, *strides)
         packed = graph.node("cont", view)
-        there = graph.over(self.tensor, (self.span, self.span, self.n_spans))
-        products = graph.node("out_prod", packed, packed)
-        graph.keep(graph.node("cpy", graph.node("add", products, there), self.tensor))
-
-    def read(self) -> Floats:
-        """Returns the sums, (n_spans, span, span)."""
-        values = np.empty((self.n_spans, self.span, self.span), np.float32)
-        ggml().ggml_backend_tensor_get(self.tensor, values.ctypes.data, 0, values.nbytes)
-        return values
+        self.sums.grow(graph, graph.node("out_prod", packed, packed))
 
 
-class _DeviceProducts:
-    """Sums of products that stay on the GPU: of whole spans, and of what is left, for each first reader.
+class _DeviceProducts(DeviceTotals):
+    """Sums of products: of whole spans, and of what is left, for each first reader.
 
     The GPU multiplies with ten bits or more of each factor; a mean over thousands of rows hardly feels that.
     """
 
     def __init__(self) -> None:
-        self._bench: Workbench | None = None
+        super().__init__()
         self._totals: dict[str, tuple[_Total, ...]] = {}
         self._counts: dict[str, int] = {}
         self._readers: dict[str, int] = {}
 
     def add(self, name: str, activation: int, span: int, readers: int) -> None:
         """Adds an activation's products, each row as often as it has ``readers``."""
+        bench = self.bench(activation)
         struct = GgmlTensor.from_address(activation)
         columns = int(struct.ne[0])
         n_rows = int(np.prod(struct.ne[1:4]))
-        if self._bench is None:
-            self._bench = Workbench(device_of(buffer_of(struct)))
         if name not in self._totals:
-            self._totals[name] = self._zeros(self._bench, columns, span)
+            self._totals[name] = self._zeros(bench, columns, span)
         self._counts[name] = self._counts.get(name, 0) + n_rows * readers
         self._readers[name] = readers
-        graph = Graph(self._bench, f"products, {columns} x {n_rows} by {span}")
+        graph = Graph(bench, f"products, {columns} x {n_rows} by {span}")
         rows = graph.over(activation, (columns, n_rows))
         for total in self._totals[name]:
             total.grow(graph, rows, n_rows, columns)
         graph.run()
 
-    @staticmethod
-    def _zeros(bench: Workbench, columns: int, span: int) -> tuple[_Total, ...]:
-        n_spans = columns // span
-        rest = columns % span
-        whole = (_Total.zero(bench, 0, span, n_spans),) if n_spans else ()
-        return (*whole, _Total.zero(bench, n_spans * span, rest, 1)) if rest else whole
+    def _zeros(self, bench: Workbench, columns: int, span: int) -> tuple[_Total, ...]:
+        n_spans, rest = divmod(columns, span)
+        totals = []
+        if n_spans:
+            totals.append(_Total(start=0, sums=self.sums(bench, (span, span, n_spans))))
+        if rest:
+            totals.append(_Total(start=n_spans * span, sums=self.sums(bench, (rest, rest, 1))))
+        return tuple(totals)
 
     def read(self) -> dict[str, ColumnProducts]:
         """Returns the sums of every first reader."""
@@ -194,23 +170,13 @@ class _DeviceProducts:
         totals = self._totals[name]
         last = totals[-1]
         readers = self._readers[name]
-        columns = last.start + last.span * last.n_spans
-        sums = ColumnProducts.empty(1, columns, totals[0].span, same_rows=readers > 1)
+        columns = last.start + last.sums.shape[0] * last.sums.shape[2]
+        sums = ColumnProducts.empty(1, columns, totals[0].sums.shape[0], same_rows=readers > 1)
         for total in totals:
             into = sums.rest if total.start else sums.spans[0]
-            into[:] = total.read() * np.float32(readers)
+            into[:] = total.sums.read() * np.float32(readers)
         sums.counts[0] = self._counts[name]
         return sums
-
-    def close(self) -> None:
-        """Frees the sums."""
-        for totals in self._totals.values():
-            for total in totals:
-                total.block.close()
-        self._totals.clear()
-        if self._bench is not None:
-            self._bench.close()
-            self._bench = None
 
 
 def _readers(node: GgmlTensor, watch: Watch, n_experts: int, *, routed: bool) -> int:
