@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cerebellum.codec import Artifact, Record
 from cerebellum.measure.artifacts import Bounds, Effect, Response
 from cerebellum.settings import Objective
 from cerebellum.verdicts import Changes
 
+if TYPE_CHECKING:  # whoever only reads plan.json needs no layout
+    from cerebellum.layout import Layout
+
 KEPT_TYPE = "base"
+
+KEPT = "kept"
+DEMOTED = "demoted"
+PROMOTED = "promoted"
+CHANGED = "changed"
 """How plan.json writes that a group stays at its base types. In code, that is absence."""
 
 
@@ -65,6 +73,25 @@ class PlanRow(Record, frozen=True, kw_only=True):
     kld_ci: Bounds | None = None
     top1_agreement: float | None = None
     kld_change: float | None = None
+
+    @classmethod
+    def kept(cls, layout: Layout, name: str) -> PlanRow:
+        """Returns a group as it is at the base, of which nothing was seen."""
+        group = layout.groups[name]
+        return cls(
+            name=name,
+            role=group.role,
+            layers=group.layers,
+            tensors=len(group.tensors),
+            base_type="+".join(layout.base_types([name])),
+            chosen_type=KEPT_TYPE,
+            bytes_saved=0,
+            delta_pct=None,
+            ci_pct=None,
+            chunks=None,
+            verdict=KEPT,
+            decision=KEPT,
+        )
 
     @staticmethod
     def told(qtype: str | None) -> str:

@@ -34,7 +34,16 @@ from cerebellum.layout import Layout
 from cerebellum.measure.artifacts import Bounds, Curves, Effect, Look, Response, finite_pair
 from cerebellum.measure.curves import Curving, Probe, ProbeAsk, Reference, Score, measure_response
 from cerebellum.plan import knapsack
-from cerebellum.plan.artifacts import BudgetPlan, CandidateRow, FrontierRow, PlanRow, PointRow
+from cerebellum.plan.artifacts import (
+    DEMOTED,
+    KEPT,
+    PROMOTED,
+    BudgetPlan,
+    CandidateRow,
+    FrontierRow,
+    PlanRow,
+    PointRow,
+)
 from cerebellum.plan.damage import DamageModel, WholePlan, base_point, fit_damage
 from cerebellum.plan.knapsack import Choice, Option, solve
 from cerebellum.plan.target import Target, target_of
@@ -407,17 +416,12 @@ def _plan_of(
 
 
 def _row(point: PointRow, layout: Layout) -> PlanRow:
-    group = layout.groups[point.group]
     changes = {} if point.type is None else {point.group: point.type}
     saved = layout.bytes_saved(changes)
-    verdict = "kept" if point.type is None else ("demoted" if saved > 0 else "promoted")
+    verdict = KEPT if point.type is None else (DEMOTED if saved > 0 else PROMOTED)
     alone = _look(point.nll)
-    return PlanRow(
-        name=point.group,
-        role=group.role,
-        layers=group.layers,
-        tensors=len(group.tensors),
-        base_type="+".join(layout.base_types([point.group])),
+    return replace_fields(
+        PlanRow.kept(layout, point.group),
         chosen_type=PlanRow.told(point.type),
         bytes_saved=saved,
         delta_pct=alone.delta_pct,

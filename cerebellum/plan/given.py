@@ -10,25 +10,19 @@ from msgspec.structs import replace
 from cerebellum.base import preset_base
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
-from cerebellum.folder import PLAN
 from cerebellum.groups import given_groups
 from cerebellum.layout import Layout
 from cerebellum.measure.artifacts import Bounds, finite_pair
 from cerebellum.measure.measurer import Measurer, measuring
 from cerebellum.measure.race import chunk_order
-from cerebellum.plan.artifacts import GivenPlan, PlanRow
-from cerebellum.plan.stage import forget_sizes
+from cerebellum.plan.artifacts import CHANGED, DEMOTED, PROMOTED, GivenPlan, PlanRow
+from cerebellum.plan.stage import written
 from cerebellum.settings import Given, Settings
 from cerebellum.shards import Variant
 from cerebellum.source import open_source
 from cerebellum.stats.paired import Interval, superpopulation_interval
 from cerebellum.verdicts import NOTHING, Changes
 from cerebellum.workspace import Workspace
-
-PROMOTED = "promoted"
-DEMOTED = "demoted"
-CHANGED = "changed"
-KEPT = "kept"
 
 
 def given_changes(layout: Layout, given: Given) -> Changes:
@@ -90,14 +84,6 @@ def given_header(settings: Settings, given: Given, engine: Engine) -> GivenPlan:
     return unmeasured_given(layout, given, settings, of_chunks=0)
 
 
-def written(workspace: Workspace, plan: GivenPlan) -> GivenPlan:
-    """Writes plan.json with the importance matrix that it rests on, and returns it."""
-    resting = replace(plan, imatrix_sha256=workspace.matrix.sha256)
-    workspace.artifacts.write(PLAN, resting)
-    forget_sizes(workspace)
-    return resting
-
-
 def _measured(
     plan: GivenPlan, measurer: Measurer, pair: tuple[Variant, Variant], order: Sequence[int]
 ) -> GivenPlan:
@@ -154,22 +140,14 @@ def unmeasured_given(layout: Layout, given: Given, settings: Settings, of_chunks
 
 
 def _row(name: str, qtype: str | None, layout: Layout) -> PlanRow:
-    group = layout.groups[name]
-    saved = layout.bytes_saved({name: qtype}) if qtype else 0
-    decision = KEPT
-    if qtype:
-        decision = DEMOTED if saved > 0 else PROMOTED if saved < 0 else CHANGED
-    return PlanRow(
-        name=name,
-        role=group.role,
-        layers=group.layers,
-        tensors=len(group.tensors),
-        base_type="+".join(layout.base_types([name])),
-        chosen_type=PlanRow.told(qtype),
+    kept = PlanRow.kept(layout, name)
+    if qtype is None:
+        return replace(kept, verdict="at the base already")
+    saved = layout.bytes_saved({name: qtype})
+    return replace(
+        kept,
+        chosen_type=qtype,
         bytes_saved=saved,
-        delta_pct=None,
-        ci_pct=None,
-        chunks=None,
-        verdict="as the recipe says" if qtype else "at the base already",
-        decision=decision,
+        verdict="as the recipe says",
+        decision=DEMOTED if saved > 0 else PROMOTED if saved < 0 else CHANGED,
     )

@@ -12,18 +12,16 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace as replace_fields
 
 from cerebellum.errors import BadInput
 from cerebellum.layout import ILLEGAL, Layout
 from cerebellum.measure.artifacts import Look, MeasurementRow
-from cerebellum.plan.artifacts import KEPT_TYPE, LimitPlan, PlanRow
+from cerebellum.plan.artifacts import DEMOTED, KEPT, KEPT_TYPE, LimitPlan, PlanRow
 from cerebellum.plan.foretold import Foretold, Mask, Part, frontier
 from cerebellum.settings import Limit
 from cerebellum.stats.paired import as_percent
 from cerebellum.verdicts import SENSITIVE, SET_ASIDE, TOLERANT, Changes, Measurement, Threshold, drive
-
-KEPT = "kept"
-DEMOTED = "demoted"
 
 _MOST_TRIES = 12
 """Combinations that are measured at most; the level of the last is 1/156 of their share."""
@@ -235,13 +233,8 @@ def _row(name: str, chosen: Chosen, layout: Layout, limit: Limit) -> PlanRow:
     unit = next((unit for unit in chosen.units if name in unit.changes), None)
     seen = MeasurementRow.of_measurement(unit.measurement, limit.threshold) if unit else None
     refusal = layout.why_not(name, limit.demote)
-    group = layout.groups[name]
-    return PlanRow(
-        name=name,
-        role=group.role,
-        layers=group.layers,
-        tensors=len(group.tensors),
-        base_type="+".join(layout.base_types([name])),
+    return replace_fields(
+        PlanRow.kept(layout, name),
         chosen_type=chosen.changes.get(name, KEPT_TYPE),
         bytes_saved=0 if refusal == ILLEGAL else layout.bytes_saved({name: limit.demote}),
         delta_pct=seen.delta_pct if seen else None,

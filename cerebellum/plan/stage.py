@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -19,7 +20,7 @@ from cerebellum.measure.artifacts import Curves, read_recorded
 from cerebellum.measure.probe import Session
 from cerebellum.measure.race import chunk_order, fresh_order
 from cerebellum.measure.stage import SINGLES_SHARE, Racing, against_base, write_measurements
-from cerebellum.plan.artifacts import BudgetPlan, LimitPlan
+from cerebellum.plan.artifacts import BudgetPlan, LimitPlan, Plan
 from cerebellum.plan.budget import plan_budget, plan_unmeasured
 from cerebellum.plan.labels import Sized, sized
 from cerebellum.plan.limit import limit_plan, make_units, plan_from, threshold_plan
@@ -30,6 +31,8 @@ from cerebellum.source import Source, open_source
 from cerebellum.stats.sequential import combination_share
 from cerebellum.verdicts import Changes, Measurement, drive
 from cerebellum.workspace import Workspace
+
+P = TypeVar("P", bound=Plan)
 
 
 def plan_against_limit(workspace: Workspace, limit: Limit) -> LimitPlan:
@@ -54,7 +57,7 @@ def plan_against_limit(workspace: Workspace, limit: Limit) -> LimitPlan:
         chosen = drive(threshold_plan(make_units(singles, workspace.layout), limit.threshold), measured)
         of_groups = chunk_order(workspace.selection.n_chunks, workspace.settings.seed)
         write_measurements(workspace, limit, {of_groups: singles, order: combinations})
-    return _written(workspace, limit_plan(chosen, workspace.layout, limit))
+    return written(workspace, limit_plan(chosen, workspace.layout, limit))
 
 
 def plan_for_budget(
@@ -78,7 +81,7 @@ def replan_limit(workspace: Workspace, limit: Limit, measurements: Path | None =
     found = read_recorded(measurements or workspace.path(MEASUREMENTS))
     layout = workspace.layout
     workspace.write_groups()
-    return _written(workspace, limit_plan(plan_from(found, layout, limit), layout, limit))
+    return written(workspace, limit_plan(plan_from(found, layout, limit), layout, limit))
 
 
 def replan_budget(
@@ -108,7 +111,7 @@ def _planned(
     for view, each in zip(views, made, strict=True):
         view.write(PLAN, each)
     if len(sizes) == 1:
-        forget_sizes(workspace)
+        _forget_sizes(workspace)
     else:
         rows = (_size_row(*each) for each in zip(sizes, made, views, strict=True))
         workspace.artifacts.write(SIZES, Sizes(sizes=tuple(rows)))
@@ -142,17 +145,17 @@ def _size_row(one: Sized, plan: BudgetPlan, view: RunFolder) -> SizeRow:
     )
 
 
-def forget_sizes(workspace: Workspace) -> None:
+def _forget_sizes(workspace: Workspace) -> None:
     """Removes the list of sizes that an earlier run of the folder left, for now there is a single plan."""
     if workspace.path(SIZES).exists():
         files.DISK.unlink(workspace.path(SIZES))
 
 
-def _written(workspace: Workspace, plan: LimitPlan) -> LimitPlan:
-    """Writes plan.json with the matrix that it rests on, and returns it."""
-    resting = msgspec.structs.replace(plan, imatrix_sha256=workspace.matrix.sha256)
+def written(workspace: Workspace, plan: P) -> P:
+    """Writes the one plan of a run as plan.json, with the matrix that it rests on, and returns it."""
+    resting: P = msgspec.structs.replace(plan, imatrix_sha256=workspace.matrix.sha256)
     workspace.artifacts.write(PLAN, resting)
-    forget_sizes(workspace)
+    _forget_sizes(workspace)
     return resting
 
 
