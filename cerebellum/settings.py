@@ -224,8 +224,8 @@ class Published(Artifact, frozen=True, kw_only=True):
 class Settings(Artifact, frozen=True, kw_only=True):
     """Everything that was asked. A count of 0 chunks means all that there are.
 
-    ``gpu_layers`` go onto the GPU (-1: all), but for the routed experts of the first
-    ``cpu_expert_layers``; both as they were worked out, so that a run goes on with the numbers it began with.
+    ``gpu_layers`` go onto the GPU (-1: all), but of each model no more than ``gpu_room`` bytes of weights (None: no
+    end); both as they were worked out, so that a run goes on with the numbers it began with.
     ``keep_shards`` leaves on the disk what only measuring needed; ``tokens_per_second`` times base and result.
     Where ``select_domains`` or ``report_domains`` name texts of several domains, these are read in place of the one
     text, which is None then.
@@ -234,7 +234,7 @@ class Settings(Artifact, frozen=True, kw_only=True):
     each no larger than that.
     """
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     source: Path
     goal: Limit | Budget | Given = Limit()
     base: str = "Q3_K_M"
@@ -251,7 +251,7 @@ class Settings(Artifact, frozen=True, kw_only=True):
     report_chunks: int = 0
     threads: int = os.cpu_count() or 1
     gpu_layers: int = 0
-    cpu_expert_layers: int = 0
+    gpu_room: int | None = None
     seed: int = 1
     allow_requantize: bool = False
     encoder: EncoderName = GGML

@@ -363,6 +363,16 @@ class Workspace:
         """Writes groups.json; it follows the goal, since a budget cuts roles into spans of layers."""
         self.artifacts.write(GROUPS, Groups(groups=tuple(record_of(group) for group in self.groups)))
 
+    def can_swap(self, model: Changes, tried: Iterable[Changes]) -> bool:
+        """Whether changes are expected to be swapped in place into a model with the changes ``model``.
+
+        It depends on sizes and on the engine alone, never on what was measured.
+        """
+        staged = (
+            self.layout.group_bytes(name, qtype) for changes in tried for name, qtype in changes.items()
+        )
+        return self.engine.can_swap(self.layout.file_bytes(model), max(staged, default=0))
+
     def tell_memory(self) -> None:
         """Notes it where the source is larger than this machine's memory, and weights are read over and over."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -58,6 +58,53 @@ def test_a_whole_run_works_on_the_fake(tmp_path: Path, goal: Goal) -> None:
     assert (tmp_path / "run" / "README.md").exists() and (tmp_path / "run" / "report.html").exists()
 
 
+class Unaware(FakeEngine):
+    """Cannot swap and does not say so, so that looks are those of an engine that can."""
+
+    def can_swap(self, weights: int, staged: int) -> bool:
+        """Says that it can."""
+        return True
+
+
+def test_looks_are_late_and_few_where_every_switch_opens_a_model(tmp_path: Path) -> None:
+    opened = []
+    for number, kind in enumerate((FakeEngine, Unaware)):
+        engine = kind(damage=damage, cannot_swap="its weights lie on 2 devices")
+        run_all(workspace(tmp_path / str(number), Limit(max_increase_pct=3.0), engine))
+        opened.append(engine.opened)
+        rows = open_run(tmp_path / str(number) / "run").measurements().measurements
+        firsts = {row.trace[0].chunks for row in rows if row.trace}
+        assert min(firsts) == (8 if kind is FakeEngine else 2)
+    assert opened[0] < opened[1], opened
+
+
+def test_a_budget_looks_late_where_every_switch_opens_a_model(tmp_path: Path) -> None:
+    engine = FakeEngine(damage=damage, cannot_swap="its weights lie on 2 devices")
+    run_all(workspace(tmp_path, Budget(sizes=(Preset(name="Q3_K_M"),)), engine))
+    assert open_run(tmp_path / "run").curves().method.first_look == 8
+
+
+class Small(FakeEngine):
+    """Has room for a model of a little more than Q6_K."""
+
+    def can_swap(self, weights: int, staged: int) -> bool:
+        """Whether the model leaves room."""
+        return weights < self.room
+
+    room = 0
+
+
+def test_a_smaller_anchor_is_proposed_where_only_that_fits(tmp_path: Path) -> None:
+    engine = Small(damage=damage)
+    (tmp_path / "run").mkdir()
+    opened = workspace(tmp_path, Budget(sizes=(Preset(name="Q3_K_M"),)), engine)
+    sizes = {qtype: opened.layout.file_bytes(opened.layout.anchored(qtype)) for qtype in ("Q8_0", "Q6_K")}
+    engine.room = (sizes["Q8_0"] + sizes["Q6_K"]) // 2
+    run_all(opened)
+    [note] = [note for note in opened.reporter.notes if "--anchor" in note]  # type: ignore[attr-defined]
+    assert "--anchor Q6_K" in note and "times as wide" in note
+
+
 def test_by_limit_the_sensitive_group_is_kept(tmp_path: Path) -> None:
     run_all(workspace(tmp_path, Limit(max_increase_pct=3.0)))
     rows = {row.name: row for row in open_run(tmp_path / "run").plan().groups}

@@ -126,7 +126,7 @@ def demo(
         report_chunks=200,
         threads=threads,
         gpu_layers=placed.gpu_layers if gpu_layers is None else gpu_layers,
-        cpu_expert_layers=placed.cpu_expert_layers if gpu_layers is None else 0,
+        gpu_room=placed.gpu_room if gpu_layers is None else None,
         encoder=DEFAULT_ENCODER,
     )
     _run(_workspace(out, settings, hiring), as_json, _DEMO_BENCH if bench else None, timings)
@@ -492,7 +492,7 @@ def transfer(
         settings,
         threads=threads,
         gpu_layers=placed.gpu_layers if placed else gpu_layers or 0,
-        cpu_expert_layers=placed.cpu_expert_layers if placed else 0,
+        gpu_room=placed.gpu_room if placed else None,
     )
     done = carried(run, settings, lambda asked: _workspace(out, asked), chunks, revise=revise)
     path = out / done.manifest.result.file
@@ -649,7 +649,7 @@ def _settings(asked: dict[str, Any], folder: Path) -> Settings:
     asked["split_above_bytes"] = asked.pop("split_above")
     if asked["gpu_layers"] is None:
         placed = _placed(folder, Path(asked["source"]), asked["ctx"])
-        asked |= {"gpu_layers": placed.gpu_layers, "cpu_expert_layers": placed.cpu_expert_layers}
+        asked |= {"gpu_layers": placed.gpu_layers, "gpu_room": placed.gpu_room}
     values: dict[str, Any] = {
         key: value.absolute() if isinstance(value, Path) else value for key, value in asked.items()
     }
@@ -680,7 +680,7 @@ def _source(source: Path, converter: Path | None, python: Path | None, folder: P
 
 
 def _engine(
-    threads: int, gpu_layers: int | None, model: Path | None = None, ctx: int = 512, experts: int = 0
+    threads: int, gpu_layers: int | None, model: Path | None = None, ctx: int = 512, room: int | None = None
 ) -> LlamaEngine:
     """Returns llama.cpp. Without a number of layers, as much of ``model`` as fits goes onto the graphics card."""
     from cerebellum.llama.native import EngineSettings, LlamaEngine
@@ -689,8 +689,8 @@ def _engine(
     if gpu_layers is None and model is not None:
         placed = _offload(model, ctx)
         gpu_layers = placed.gpu_layers
-        experts = placed.cpu_expert_layers
-    settings = EngineSettings(threads=threads, gpu_layers=gpu_layers or 0, cpu_expert_layers=experts)
+        room = placed.gpu_room
+    settings = EngineSettings(threads=threads, gpu_layers=gpu_layers or 0, gpu_room=room)
     return LlamaEngine(settings, tell)
 
 
@@ -708,7 +708,7 @@ def _offload(model: Path, ctx: int) -> Offload:
 
 
 def _engine_for(settings: Settings) -> Engine:
-    return _engine(settings.threads, settings.gpu_layers, experts=settings.cpu_expert_layers)
+    return _engine(settings.threads, settings.gpu_layers, room=settings.gpu_room)
 
 
 def _placed(folder: Path, source: Path, ctx: int) -> Settings | Offload:

@@ -119,7 +119,7 @@ def _hire(hiring: Hiring, settings: Settings, packed: PackedRecipe) -> Pool:
     engine = EngineSettings(
         threads=hiring.threads,
         gpu_layers=settings.gpu_layers,
-        cpu_expert_layers=settings.cpu_expert_layers,
+        gpu_room=settings.gpu_room,
     )
     room = MakeWorkRoom(packed=packed, make_engine=partial(LlamaEngine, engine), threads=hiring.threads)
     cards = hiring.cluster.cards if settings.gpu_layers else 0

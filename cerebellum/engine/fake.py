@@ -82,6 +82,10 @@ class FakeEngine:
         read_gguf(path)
         return Tokenized(tokens=np.frombuffer(text, np.uint8).astype(np.int32), bos=None)
 
+    def can_swap(self, weights: int, staged: int) -> bool:
+        """Whether it was not told to refuse."""
+        return not self.cannot_swap
+
     def chunks_together(self, ctx: int) -> int:
         return self.chunks_at_once
 

@@ -219,6 +219,13 @@ class Engine(Protocol):
         """Opens shards (first the one with the metadata) for chunks of ``ctx`` tokens."""
         ...
 
+    def can_swap(self, weights: int, staged: int) -> bool:
+        """Whether groups are expected to be swapped in place on a model of ``weights`` bytes, ``staged`` bytes at once.
+
+        Where not, every change of groups opens a model anew, which takes as long as many chunks.
+        """
+        ...
+
     def resident(self, paths: Sequence[Path], ctx: int) -> AbstractContextManager[Resident]:
         """Opens shards like ``open``, to be swapped one by one."""
         ...

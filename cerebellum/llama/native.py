@@ -33,6 +33,7 @@ from cerebellum.llama.activations import sum_squares
 from cerebellum.llama.library import LOG, Bindings, Pointer, build_id, cpu_device, ggml, gpus, llama
 from cerebellum.llama.model import ContextShape, LlamaModel, ResidentModel
 from cerebellum.llama.moments import column_products
+from cerebellum.llama.placement import Placement, place
 from cerebellum.llama.presets import preset_types
 from cerebellum.llama.quantize import quantize, round_trip, to_float
 from cerebellum.llama.speed import measure_speed
@@ -50,14 +51,15 @@ _EXPERTS = (
 class EngineSettings:
     """How models are run; none of it touches a file.
 
-    ``threads`` of the CPU; ``gpu_layers`` to offload (-1: all); ``cpu_expert_layers`` first layers whose
-    routed experts stay in main memory all the same. ``decode_tokens`` go into one decode (0: what suits the
-    machine), ``staged_bytes`` of shards are kept ready to be swapped in (None: what the device has left).
+    ``threads`` of the CPU; ``gpu_layers`` to offload (-1: all). With ``gpu_room`` the GPU takes no more than so many
+    bytes of weights: of each model as many layers as fit, the routed experts of the first ones leaving first.
+    ``decode_tokens`` go into one decode (0: what suits the machine), ``staged_bytes`` of shards are kept ready to
+    be swapped in (None: what the device has left).
     """
 
     threads: int = os.cpu_count() or 1
     gpu_layers: int = 0
-    cpu_expert_layers: int = 0
+    gpu_room: int | None = None
     decode_tokens: int = 0
     staged_bytes: int | None = None
 
@@ -77,6 +79,7 @@ class LlamaEngine:
     ) -> None:
         self.settings = settings or EngineSettings()
         self.note = note
+        self._told: set[str] = set()
 
     @property
     def on_gpu(self) -> bool:
@@ -90,8 +93,8 @@ class LlamaEngine:
         parts = [build_id()]
         if settings.gpu_layers:
             parts.append(f"{settings.gpu_layers} layers offloaded")
-        if settings.cpu_expert_layers:
-            parts.append(f"experts of {settings.cpu_expert_layers} layers on the host")
+        if settings.gpu_room is not None:
+            parts.append(f"what fits into {settings.gpu_room >> 20} MiB")
         if self._decode_tokens:
             parts.append(f"{self._decode_tokens} tokens a decode")
         if self.on_gpu:
@@ -160,6 +163,14 @@ class LlamaEngine:
 
         return open_asker(self, paths)
 
+    def can_swap(self, weights: int, staged: int) -> bool:
+        """Whether all weights lie on one device: all on the CPU, or all on the only GPU, beside those staged."""
+        if not self.on_gpu:
+            return True
+        if self.settings.gpu_layers > 0 or len(gpus()) > 1:
+            return False
+        return self.settings.gpu_room is None or weights + staged <= self.settings.gpu_room
+
     def chunks_together(self, ctx: int) -> int:
         """Several chunks a decode on a GPU, one on a CPU."""
         return max(1, self._decode_tokens // ctx)
@@ -220,9 +231,10 @@ class LlamaEngine:
         lib = llama()
         params = lib.llama_model_default_params()
         params.vocab_only = vocab_only
-        params.n_gpu_layers = 0 if vocab_only else self._gpu_layers()
-        overrides = self._overrides()  # must outlive the load
-        if overrides is not None and not vocab_only:
+        placed = Placement(gpu_layers=0) if vocab_only else self._place(paths)
+        params.n_gpu_layers = 9999 if placed.gpu_layers < 0 else placed.gpu_layers
+        overrides = _overrides(placed.cpu_expert_layers)  # must outlive the load
+        if overrides is not None:
             params.tensor_buft_overrides = ctypes.addressof(overrides)
         if no_alloc:
             params.no_alloc = True
@@ -246,25 +258,33 @@ class LlamaEngine:
             raise BadInput(f"{paths[0]}: llama.cpp cannot load it: {LOG.last_error()}")
         return model
 
-    def _gpu_layers(self) -> int:
-        return 9999 if self.settings.gpu_layers < 0 else self.settings.gpu_layers
-
-    def _overrides(self) -> ctypes.Array[_Override] | None:
-        """Where weights go against the rule: the experts of the first layers into main memory."""
-        n_layers = self.settings.cpu_expert_layers
-        if not n_layers:
-            return None
-        host = ggml().ggml_backend_dev_buffer_type(cpu_device())
-        overrides = (_Override * (n_layers + 1))()  # the last one is empty and ends the list
-        for layer in range(n_layers):
-            overrides[layer] = _Override(b"blk\\.%d%s" % (layer, _EXPERTS), host)
-        return overrides
+    def _place(self, paths: Sequence[Path]) -> Placement:
+        """Where the weights of the model over ``paths`` go; a model that does not fit whole is told of, once a form."""
+        room = self.settings.gpu_room
+        if room is None or self.settings.gpu_layers == 0:
+            return Placement(gpu_layers=self.settings.gpu_layers)
+        placed = place(paths, room)
+        if not placed.whole and placed.line not in self._told:
+            self._told.add(placed.line)
+            self.note(f"{paths[0].name}: {placed.line}")
+        return placed
 
 
 class _Override(ctypes.Structure):
     """``struct llama_model_tensor_buft_override``."""
 
     _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
+
+
+def _overrides(n_layers: int) -> ctypes.Array[_Override] | None:
+    """Where weights go against the rule: the experts of the first layers into main memory."""
+    if not n_layers:
+        return None
+    host = ggml().ggml_backend_dev_buffer_type(cpu_device())
+    overrides = (_Override * (n_layers + 1))()  # the last one is empty and ends the list
+    for layer in range(n_layers):
+        overrides[layer] = _Override(b"blk\\.%d%s" % (layer, _EXPERTS), host)
+    return overrides
 
 
 def _tokenize(lib: Bindings, vocab: Pointer, text: bytes) -> Tokens:

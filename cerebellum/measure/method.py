@@ -52,3 +52,8 @@ class Method(Record, frozen=True, kw_only=True):
     learned: int = 2
     drawn: int = 2
     frontier_steps: int = 24
+
+    @classmethod
+    def of_slow_switches(cls) -> Method:
+        """Returns the tuning for where every change of groups opens a model anew: fewer and later looks."""
+        return cls(first_look=8, growth=3.0)

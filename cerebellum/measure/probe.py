@@ -33,10 +33,14 @@ from cerebellum.measure.pace import Left, Work, time_left
 from cerebellum.measure.race import chunk_order
 from cerebellum.measure.rounding import read_or_make_errors
 from cerebellum.settings import Budget
+from cerebellum.units import size
 from cerebellum.verdicts import NOTHING, Changes, drive_together
 from cerebellum.workspace import Workspace
 
 _NAMED = 6  # groups that a note still names
+
+WIDER_BY = {"Q6_K": 2.0, "Q5_K": 4.0}
+"""Coarser anchors, finest first: how many times as wide they make the intervals of damages (docs/LOG.md)."""
 
 
 @dataclass(kw_only=True)
@@ -198,7 +202,9 @@ def open_session(workspace: Workspace, goal: Budget, method: Method | None = Non
 
     Raises BadInput where the text, the disk for predictions or the source itself allow no comparison.
     """
-    method = method or Method()
+    if method is None:
+        swaps = _swaps(workspace, goal.types, goal.anchor)
+        method = Method() if swaps else Method.of_slow_switches()
     corpus = workspace.selection
     if corpus.n_chunks < 2:
         raise BadInput(
@@ -233,6 +239,7 @@ def measure_curves(workspace: Workspace, session: Session) -> Curves:
     method = session.method
     probes = check_probes(workspace.layout, goal, str(workspace.settings.source))
     _tell_left_out(workspace, goal.anchor)
+    _tell_anchor(workspace, goal)
     tried = [probe.part.at(probe.qtype) for probe in probes]
     anchored = workspace.layout.anchored(goal.anchor)
     workspace.check_space([anchored, *tried])
@@ -293,6 +300,31 @@ def curves_of(
         rounding=errors,
         method=session.method,
     )
+
+
+def _tell_anchor(workspace: Workspace, goal: Budget) -> None:
+    """Proposes a smaller anchor where only with that the GPU holds the whole model, and tells what it costs."""
+    if _swaps(workspace, goal.types, goal.anchor):
+        return
+    sizes = {anchor: _anchored_bytes(workspace, anchor) for anchor in (goal.anchor, *WIDER_BY)}
+    for anchor, wider in WIDER_BY.items():
+        if sizes[anchor] < sizes[goal.anchor] and _swaps(workspace, goal.types, anchor):
+            workspace.reporter.note(
+                f"anchor: a model at {goal.anchor} ({size(sizes[goal.anchor])}) does not fit on the GPU, so that every "
+                f"change opens a model anew. --anchor {anchor} ({size(sizes[anchor])}) fits, and groups are swapped "
+                f"in place; intervals of damages are then some {wider:.1f} times as wide"
+            )
+            return
+
+
+def _anchored_bytes(workspace: Workspace, anchor: str) -> int:
+    return workspace.layout.file_bytes(workspace.layout.anchored(anchor))
+
+
+def _swaps(workspace: Workspace, types: Sequence[str], anchor: str) -> bool:
+    """Whether the probes of a budget are swapped in place on a model at ``anchor``."""
+    tried = [probe.part.at(probe.qtype) for probe in role_probes(workspace.layout, types, anchor)]
+    return workspace.can_swap(workspace.layout.anchored(anchor), tried)
 
 
 def check_probes(layout: Layout, goal: Budget, source: str) -> Sequence[Probe]:

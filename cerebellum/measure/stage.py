@@ -31,10 +31,12 @@ _ASIDE = 0.1
 _KLD_CHUNKS = 8  # the first chunks of a race: the divergence of more would not foretell the spread any better
 
 _FIRST_LOOK = 2
-_FIRST_LOOK_WITHOUT_KLD = 8
+_LATE_FIRST_LOOK = 8
 _GROWTH = 1.5
+_STEEP_GROWTH = 2.5
 """Chunks at the first look, and how blocks grow. Two are enough where the divergence foretells the spread, and
-pay since weights stay resident and a switch of groups costs less than a chunk."""
+pay where weights stay resident and a switch of groups costs less than a chunk. Where every switch opens a model
+anew, looks are late and few."""
 
 
 def measure_against_limit(workspace: Workspace, limit: Limit) -> Measurements:
@@ -93,8 +95,9 @@ class Racing:
         A candidate that is probably over the limit is set aside, where it may be, without a verdict.
         """
         shards = self.workspace.shards
+        settings = self._settings(alpha, self._looks(candidates), may_set_aside)
         with self.workspace.shards_ahead(candidates):
-            (found,) = drive_together([race(candidates, self._settings(alpha, may_set_aside))], self)
+            (found,) = drive_together([race(candidates, settings)], self)
         return tuple(with_divergence(one, self.measurer, shards, self.order) for one in found)
 
     def want(self, who: int, asks: Sequence[ChunkAsk], likely: Sequence[ChunkAsk]) -> None:
@@ -113,30 +116,33 @@ class Racing:
         compared = tuple(chunk for chunk in ask.chunks if chunk in self._compared)
         return Wish(nll=ask.chunks, kld=compared, changes=ask.changes)
 
-    def _settings(self, alpha: float, may_set_aside: bool) -> RaceSettings:
+    def _settings(self, alpha: float, at: tuple[int, ...], may_set_aside: bool) -> RaceSettings:
         return RaceSettings(
             order=self.order,
-            looks=self._looks(),
+            looks=at,
             threshold=self.limit.threshold,
-            rule=self._rule(alpha),
+            rule=self._rule(alpha, at),
             scored_per_chunk=self.workspace.selection.scored_per_chunk,
-            aside=self._rule(_ASIDE) if may_set_aside and not self.limit.chunks else None,
+            aside=self._rule(_ASIDE, at) if may_set_aside and not self.limit.chunks else None,
         )
 
-    def _rule(self, alpha: float) -> Rule:
+    def _rule(self, alpha: float, at: tuple[int, ...]) -> Rule:
         """Without a divergence the wider bounds: on skewed differences the sharp ones are three times as often off."""
         population = len(self.order)
         if self._foretells or self.limit.chunks:
-            return SpendingRule(alpha=alpha, population=population, looks=self._looks())
+            return SpendingRule(alpha=alpha, population=population, looks=at)
         return StoppingRule(alpha=alpha, population=population)
 
-    def _looks(self) -> tuple[int, ...]:
+    def _looks(self, candidates: Sequence[Changes]) -> tuple[int, ...]:
+        """How many chunks are in at each look; what the data say has no part in it, as the rules want it."""
         population = len(self.order)
         if self.limit.chunks:
             return (min(self.limit.chunks, population),)
-        first = _FIRST_LOOK if self._foretells else _FIRST_LOOK_WITHOUT_KLD
+        swaps = self.workspace.can_swap(NOTHING, candidates)
+        first = _FIRST_LOOK if swaps and self._foretells else _LATE_FIRST_LOOK
+        growth = _GROWTH if swaps else _STEEP_GROWTH
         together = self.workspace.engine.chunks_together(self.workspace.selection.ctx)
-        return looks(first, _GROWTH, min(self.limit.max_chunks or population, population), together)
+        return looks(first, growth, min(self.limit.max_chunks or population, population), together)
 
     @property
     def _foretells(self) -> bool:
