@@ -273,7 +273,7 @@ def importance_of(
     return compute_or_reuse(
         engine=engine,
         shards=source.paths,
-        source_sha256=source.sha256,
+        fingerprint=lambda: source.fingerprint,
         corpus=selection,
         chunks=asked.imatrix_chunks,
         out=folder / "imatrix.gguf",
@@ -314,7 +314,7 @@ def main() -> None:
         moments = moments_of(
             engine=engine,
             shards=source.paths,
-            source_sha256=source.sha256,
+            fingerprint=lambda: source.fingerprint,
             watched=watch(source.tensors),
             corpus=selection,
             chunks=asked.imatrix_chunks,

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +29,8 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) as a long read goes on."""
 
 _HASH_BLOCK_BYTES = 4 << 20
+_PIECE_BYTES = 64 << 20
+_MOST_HASHING = 16  # threads; more wait for the memory
 _PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial")
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
@@ -204,6 +207,41 @@ def sha256_file(path: str | os.PathLike[str], progress: Progress | None = None) 
         BadInput: the file cannot be read.
     """
     return sha256_files([path], progress)
+
+
+def fingerprint_files(paths: Sequence[str | os.PathLike[str]]) -> str:
+    """Returns a SHA-256 over the SHA-256s of all pieces of 64 MiB of the files, in hex, read on several threads.
+
+    It names the content as surely as ``sha256_files`` does and takes a fraction of the time, but no other program
+    prints it. Raises BadInput where a file cannot be read.
+    """
+    pieces = []
+    path: str | os.PathLike[str] = ""
+    try:
+        for path in paths:
+            n_bytes = os.stat(path).st_size
+            pieces += [(path, start) for start in range(0, n_bytes, _PIECE_BYTES)]
+            pieces.append((path, n_bytes))  # an empty piece, so that two files are not one
+    except OSError as error:
+        raise read_refusal(path, error) from error
+    with timed("hashing"), ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, _MOST_HASHING)) as pool:
+        return hashlib.sha256(b"".join(pool.map(_hash_piece, pieces))).hexdigest()
+
+
+def _hash_piece(piece: tuple[str | os.PathLike[str], int]) -> bytes:
+    path, start = piece
+    digest = hashlib.sha256()
+    block = bytearray(_HASH_BLOCK_BYTES)
+    left = _PIECE_BYTES
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            stream.seek(start)
+            while left and (n_read := stream.readinto(memoryview(block)[:left])):
+                digest.update(memoryview(block)[:n_read])
+                left -= n_read
+    except OSError as error:
+        raise read_refusal(path, error) from error
+    return digest.digest()
 
 
 def sha256_files(paths: Sequence[str | os.PathLike[str]], progress: Progress | None = None) -> str:

@@ -185,12 +185,14 @@ class SourceFile(ModelFacts, Artifact, frozen=True, kw_only=True):
 
     ``path`` is the file's name without its folder, because an artifact does not say where things lie.
     ``requantized`` says that the source was quantized already, which the card tells its readers. ``origin`` is
-    what it was converted from, where that was done here.
+    what it was converted from, where that was done here. ``fingerprint`` names its content as well as ``sha256``,
+    which is None until a run has read all of it.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     path: str
-    sha256: str
+    sha256: str | None
+    fingerprint: str
     header_sha256: str
     requantized: bool
     metadata: dict[str, Scalar | list[Scalar]]
@@ -363,13 +365,14 @@ def describe(source: Source, groups: Sequence[Group]) -> Description:
     )
 
 
-def source_file(source: Source, sha256: str) -> SourceFile:
-    """Returns what source.json says of a model whose content has this SHA-256."""
+def source_file(source: Source, fingerprint: str, sha256: str | None) -> SourceFile:
+    """Returns what source.json says of a model whose content has this fingerprint and, once known, this SHA-256."""
     facts = _facts(source)
     return SourceFile(
         **{name: getattr(facts, name) for name in facts.__struct_fields__},
         path=source.path.name,
         sha256=sha256,
+        fingerprint=fingerprint,
         header_sha256=source.header_sha256,
         requantized=source.is_quantized,
         metadata=dict(plain_metadata(source.files[0])),

@@ -99,7 +99,7 @@ def compute_or_reuse(
     *,
     engine: Engine,
     shards: Sequence[Path],
-    source_sha256: Callable[[], str],
+    fingerprint: Callable[[], str],
     corpus: Corpus,
     chunks: int,
     out: Path,
@@ -112,7 +112,7 @@ def compute_or_reuse(
     count = min(chunks, corpus.n_chunks)
 
     def recipe() -> str:
-        return f"{source_sha256()} {corpus.sha256} {corpus.ctx} {count} {engine.identity}"
+        return f"{fingerprint()} {corpus.sha256} {corpus.ctx} {count} {engine.identity}"
 
     if out.exists() and _recipe_of(out) == recipe():
         return read(out)

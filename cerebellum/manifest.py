@@ -156,6 +156,7 @@ def make_manifest(workspace: Workspace, timings: TimeTable | None = None) -> Man
     """Writes manifest.json of a finished run; a matrix from elsewhere is put beside it."""
     from cerebellum.folder import EVIDENCE, MANIFEST
 
+    workspace.finish_source()
     first, *further = workspace.artifacts.results()
     plan = first.plan()
     matrix = _beside(workspace.matrix.path, workspace.folder)

@@ -16,7 +16,7 @@ from cerebellum.build import build, output_path, result_paths
 from cerebellum.engine.protocols import Engine
 from cerebellum.engine.speed import Speeds
 from cerebellum.engine.timetable import time_table
-from cerebellum.engine.timings import collecting, timed
+from cerebellum.engine.timings import collecting, stage, timed
 from cerebellum.errors import BadInput
 from cerebellum.files import is_one_of
 from cerebellum.folder import BENCH, PLAN, VERIFY, RunFolder
@@ -213,13 +213,20 @@ def run_all(workspace: Workspace, request: BenchRequest | None = None) -> Manife
     way = way_of(workspace.settings.goal)
     with workspace.locked():
         with collecting() as timings:
-            check(workspace, way)
-            tell_unknown_origin(workspace)
-            way.measure_and_plan(workspace)
-            build_stage(workspace)
-            verify_stage(workspace)
+            with stage("checking"):
+                check(workspace, way)
+                tell_unknown_origin(workspace)
+            with stage("preparing"):
+                workspace.prepare()
+            with stage("measuring"):
+                way.measure_and_plan(workspace)
+            with stage("building"):
+                build_stage(workspace)
+            with stage("verifying"):
+                verify_stage(workspace)
             if request is not None:
-                bench_stage(workspace, request)
+                with stage("questions"):
+                    bench_stage(workspace, request)
         manifest = make_manifest(workspace, time_table(timings))
         drop_shards(workspace)
         card_if_possible(workspace)
@@ -339,6 +346,7 @@ def measure_stage(workspace: Workspace) -> Measuring:
         before = workspace.ledger.n_chunks()
         with collecting():
             found = way.measure(workspace)
+            workspace.finish_source()
         return Measuring(found=found, measured=workspace.ledger.n_chunks() - before, reused=before)
 
 

@@ -113,8 +113,8 @@ class Shards:
         self.weights_made = 0
         base = recipe.layout.base
         self._origin = [
-            recipe.source.sha256(),
-            base.file.sha256() if base.file else "",
+            recipe.source.fingerprint,
+            base.file.fingerprint if base.file else "",
             recipe.matrix.sha256 if recipe.matrix else "",
             recipe.engine.build,
         ]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING
 
 from cerebellum import imatrix
@@ -28,6 +27,7 @@ from cerebellum.progress import Reporter
 from cerebellum.settings import Domain, Given, Settings
 from cerebellum.shards import Recipe, Shards, Variant
 from cerebellum.source import Source, open_source, projectors_beside
+from cerebellum.source.hashing import Hashing
 from cerebellum.texts import Corpus, load_corpora
 from cerebellum.units import size
 from cerebellum.verdicts import Changes
@@ -79,7 +79,6 @@ class Workspace:
         self._planning = planning
         self._admit = admit
         self._hire = hire
-        self._hashed_bytes = 0
         self._corpora: dict[tuple[Domain, ...], Corpus] = {}
 
     @classmethod
@@ -173,41 +172,39 @@ class Workspace:
         return Ledger(self.path(LEDGER))
 
     @cached_property
-    def source_sha256(self) -> str:
-        """The full content hash, read once, with progress where it is long."""
+    def source_fingerprint(self) -> str:
+        """Names the content of the source, every byte of it, wherever something that was made of it is kept."""
         if self._planning and self.path(SOURCE).exists():
-            return self.artifacts.source().sha256
+            return self.artifacts.source().fingerprint
+        with self.reporter.task("reading the source", 1) as tick, timed("hashing"):
+            found = self._hashing.fingerprint.result()
+            tick()
+        return found
+
+    @cached_property
+    def source_sha256(self) -> str:
+        """The SHA-256 of the source, as sha256sum prints it, for those who look at the results."""
+        if self._planning and self.path(SOURCE).exists() and (known := self.artifacts.source().sha256):
+            return known
         hashing = self._hashing
         with self.reporter.task("hashing the source", max(1, self.source.n_bytes >> 20)) as tick:
             told = 0
             with timed("hashing"):
-                while not hashing.done():
-                    wait([hashing], timeout=_TOLD_SECONDS)
-                    for _ in range(told, self._hashed_bytes >> 20):
+                while not hashing.sha256.done():
+                    wait([hashing.sha256], timeout=_TOLD_SECONDS)
+                    for _ in range(told, hashing.n_bytes >> 20):
                         tick()
-                    told = self._hashed_bytes >> 20
-        return hashing.result()
+                    told = hashing.n_bytes >> 20
+        return hashing.sha256.result()
 
     def begin_hashing(self) -> None:
-        """Begins to hash the source on a thread of its own: what comes first needs a model, and no hash."""
+        """Begins to read the source on threads of its own: what comes first needs a model, and no hash."""
         if not (self._planning and self.path(SOURCE).exists()):
             _ = self._hashing
 
     @cached_property
-    def _hashing(self) -> Future[str]:
-        def progress(n_bytes: int, _total: int) -> None:
-            self._hashed_bytes = n_bytes
-
-        begun: Future[str] = Future()
-
-        def work() -> None:
-            try:
-                begun.set_result(self.source.sha256(progress))
-            except BaseException as error:  # it is raised where the hash is asked for
-                begun.set_exception(error)
-
-        Thread(target=work, name="hashing", daemon=True).start()  # nobody waits for it who was interrupted
-        return begun
+    def _hashing(self) -> Hashing:
+        return Hashing(self.source)
 
     @cached_property
     def matrix(self) -> imatrix.ImportanceMatrix:
@@ -221,7 +218,7 @@ class Workspace:
         return imatrix.compute_or_reuse(
             engine=self.engine,
             shards=self.source.paths,
-            source_sha256=lambda: self.source_sha256,
+            fingerprint=lambda: self.source_fingerprint,
             corpus=corpus,
             chunks=self.settings.imatrix_chunks or corpus.n_chunks,
             out=self.path("imatrix.gguf"),
@@ -253,7 +250,7 @@ class Workspace:
         return moments.compute_or_reuse(
             engine=self.engine,
             shards=self.source.paths,
-            source_sha256=lambda: self.source_sha256,
+            fingerprint=lambda: self.source_fingerprint,
             watched=self.watched,
             corpus=corpus,
             chunks=self.settings.imatrix_chunks or corpus.n_chunks,
@@ -324,8 +321,8 @@ class Workspace:
             yield
 
     def _hash_with_progress(self) -> str:
-        """Hashes the source here, where progress can be shown, before others ask for the hash."""
-        return self.source_sha256
+        """Reads the source here, where progress can be shown, before others ask for its fingerprint."""
+        return self.source_fingerprint
 
     @cached_property
     def projectors(self) -> tuple[Path, ...]:
@@ -335,7 +332,7 @@ class Workspace:
     @cached_property
     def source_variant(self) -> Variant:
         """The source itself, to be measured like any variant."""
-        return Variant(label="source", paths=self.source.paths, digest=self.source_sha256)
+        return Variant(label="source", paths=self.source.paths, digest=self.source_fingerprint)
 
     @cached_property
     def selection(self) -> Corpus:
@@ -355,13 +352,26 @@ class Workspace:
         return self._corpora[key]
 
     def write_source(self) -> None:
-        """Writes source.json, and groups.json with the groups that a plan will name."""
-        self.artifacts.write(SOURCE, source_file(self.source, self.source_sha256))
+        """Writes source.json, and groups.json with the groups that a plan will name; no SHA-256 is waited for."""
+        if not self._planning:
+            known = self._hashing.sha256.result() if self._hashing.sha256.done() else None
+            self._write_source(known)
         self.write_groups()
+
+    def finish_source(self) -> None:
+        """Writes source.json with its SHA-256, which a run has had the time to work out by now."""
+        self._write_source(self.source_sha256)
+
+    def _write_source(self, sha256: str | None) -> None:
+        self.artifacts.write(SOURCE, source_file(self.source, self.source_fingerprint, sha256))
 
     def write_groups(self) -> None:
         """Writes groups.json; it follows the goal, since a budget cuts roles into spans of layers."""
         self.artifacts.write(GROUPS, Groups(groups=tuple(record_of(group) for group in self.groups)))
+
+    def prepare(self) -> None:
+        """Makes what all measuring needs: importance matrix, second moments, the list of the base's types."""
+        _ = self.shards
 
     def can_swap(self, model: Changes, tried: Iterable[Changes]) -> bool:
         """Whether changes are expected to be swapped in place into a model with the changes ``model``.

@@ -131,6 +131,7 @@ def source(**changed: object) -> SourceFile:
         bytes=64_400_000_000,
         path="granite-4.0-h-small-F16.gguf",
         sha256="a" * 64,
+        fingerprint="c" * 64,
         header_sha256="b" * 64,
         requantized=False,
         metadata=metadata,

@@ -19,6 +19,7 @@ from sparse import write_sparse_granite
 
 from cerebellum.codec import Artifact, Record, as_json, read_artifact, write_artifact
 from cerebellum.errors import BadInput
+from cerebellum.files import fingerprint_files
 from cerebellum.gguf import (
     GGMLQuantizationType,
     GGUFValueType,
@@ -493,7 +494,7 @@ def written(granite: Path, tmp_path: Path) -> Path:
     """A folder with the source.json and groups.json of the large hybrid."""
     source = open_source(granite)
     records = tuple(record_of(group) for group in make_groups(source))
-    write_artifact(tmp_path / "source.json", source_file(source, "a" * 64))
+    write_artifact(tmp_path / "source.json", source_file(source, "b" * 64, "a" * 64))
     write_artifact(tmp_path / "groups.json", Groups(groups=records))
     return tmp_path
 
@@ -501,7 +502,7 @@ def written(granite: Path, tmp_path: Path) -> Path:
 def test_source_and_groups_are_read_back_as_written(written: Path, granite: Path) -> None:
     source = open_source(granite)
     found = read_artifact(written / "source.json", SourceFile, "run it again")
-    assert found == source_file(source, "a" * 64)
+    assert found == source_file(source, "b" * 64, "a" * 64)
     assert found.path == granite.name and found.metadata["chat_template"] is False
     groups = read_artifact(written / "groups.json", Groups, "run it again").groups
     assert [group.name for group in groups] == [group.name for group in make_groups(source)]
@@ -516,7 +517,7 @@ def spoil(path: Path, change: Callable[[Any], Any]) -> None:
     ("name", "change", "words"),
     [
         ("source", lambda raw: [raw], r"source\.json: holds an array where an object was wanted; run it"),
-        ("source", lambda raw: raw | {"format": 2}, r"has format 2, this version reads format 1"),
+        ("source", lambda raw: raw | {"format": 3}, r"has format 3, this version reads format 2"),
         ("source", lambda raw: {k: v for k, v in raw.items() if k != "format"}, "has no format number"),
         ("source", lambda raw: {k: v for k, v in raw.items() if k != "sha256"}, "has no key 'sha256'"),
         ("source", lambda raw: raw | {"layers": "40"}, "layers: wanted int, got str"),
@@ -540,3 +541,25 @@ def test_a_damaged_artifact_is_one_line(
     with pytest.raises(BadInput, match=words) as caught:
         read_artifact(path, wanted, "run it again")
     assert str(caught.value).startswith(str(path)) and str(caught.value).endswith("run it again")
+
+
+def test_the_fingerprint_names_every_byte_whatever_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cerebellum.files._PIECE_BYTES", 1 << 10)
+    content = bytes(range(256)) * 41
+    one = tmp_path / "one"
+    one.write_bytes(content)
+    known = fingerprint_files([one])
+    monkeypatch.setattr("cerebellum.files._MOST_HASHING", 1)
+    assert fingerprint_files([one]) == known
+    for at in (0, 1023, 1024, len(content) - 1):
+        one.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert fingerprint_files([one]) != known
+    parts = [tmp_path / "a", tmp_path / "b"]
+    found = set()
+    for cut in (1024, 2048, 5000):  # the same bytes in two files are another model
+        parts[0].write_bytes(content[:cut])
+        parts[1].write_bytes(content[cut:])
+        found.add(fingerprint_files(parts))
+    assert len(found) == 3 and known not in found

@@ -309,7 +309,7 @@ def made(
     asked = {
         "engine": engine,
         "shards": [embedded],
-        "source_sha256": lambda: "abc",
+        "fingerprint": lambda: "abc",
         "corpus": corpus,
         "chunks": 1,
         "out": out,
@@ -327,8 +327,8 @@ def test_it_is_reused_only_while_nothing_changed(
     first, decoded = made(embedded, llama_engine, corpus, out)
     assert decoded == 1
     assert made(embedded, llama_engine, corpus, out) == (first, 0)
-    assert made(embedded, llama_engine, corpus, out, source_sha256=lambda: "def")[1] == 1
-    assert made(embedded, llama_engine, corpus, out, source_sha256=lambda: "def", chunks=2)[1] == 2
+    assert made(embedded, llama_engine, corpus, out, fingerprint=lambda: "def")[1] == 1
+    assert made(embedded, llama_engine, corpus, out, fingerprint=lambda: "def", chunks=2)[1] == 2
     other = load_corpus(llama_engine, embedded, report_text, CTX)
     changed, decoded = made(embedded, llama_engine, other, out)
     assert decoded == 1 and changed != first

@@ -58,7 +58,7 @@ def _made_up(workspace: Workspace) -> dict[str, Artifact]:
     groups = workspace.groups
     layout = Layout.of(workspace.source, groups, workspace.base_of_shapes)
     return {
-        SOURCE: source_file(workspace.source, _NO_SHA256),
+        SOURCE: source_file(workspace.source, _NO_SHA256, _NO_SHA256),
         GROUPS: Groups(groups=tuple(record_of(group) for group in groups)),
         MEASUREMENTS: _measurements(workspace, layout),
         PLAN: _plan(layout),

@@ -199,7 +199,7 @@ def imatrix(
     matrix = compute_or_reuse(
         engine=engine,
         shards=opened.paths,
-        source_sha256=opened.sha256,
+        fingerprint=lambda: opened.fingerprint,
         corpus=corpus,
         chunks=chunks or corpus.n_chunks,
         out=out,

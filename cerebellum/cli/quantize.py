@@ -156,7 +156,7 @@ def _moments(
     return moments.compute_or_reuse(
         engine=engine,
         shards=source.paths,
-        source_sha256=source.sha256,
+        fingerprint=lambda: source.fingerprint,
         watched=watched,
         corpus=corpus,
         chunks=request.chunks or corpus.n_chunks,

@@ -206,7 +206,7 @@ def compute_or_reuse(
     *,
     engine: Engine,
     shards: Sequence[Path],
-    source_sha256: Callable[[], str],
+    fingerprint: Callable[[], str],
     watched: Watched,
     corpus: Corpus,
     chunks: int,
@@ -222,7 +222,7 @@ def compute_or_reuse(
     digest = hashlib.sha256(asked.encode()).hexdigest()
 
     def recipe() -> str:
-        made_from = f"{source_sha256()} {corpus.sha256} {corpus.ctx} {count} {engine.identity}"
+        made_from = f"{fingerprint()} {corpus.sha256} {corpus.ctx} {count} {engine.identity}"
         return f"{_VERSION} {made_from} {digest}"
 
     if out.exists() and _recipe_of(out) == recipe():

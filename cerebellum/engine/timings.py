@@ -1,8 +1,8 @@
 """Where the time goes: seconds by part of the work, each second counted once.
 
 ``with timed("decoding")`` adds to the collector that is open, if any; a part inside a part is taken from the
-outer one. Only the thread that opened the collector is counted by parts: what other threads do beside it is
-summed apart, since it costs no time of its own.
+outer one. ``with stage("measuring")`` tells which of those seconds fell into a stage. Only the thread that opened
+the collector is counted by parts: what other threads do beside it is summed apart, since it costs no time of its own.
 """
 
 from __future__ import annotations
@@ -29,13 +29,25 @@ PARTS = (
 """The parts in the order of a table; anything else that is timed follows them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageSeconds:
+    """What a stage took, and how much of it fell into each part."""
+
+    wall: float
+    parts: dict[str, float]
+
+
 @dataclass
 class Timings:
-    """``seconds`` and ``times`` by part, of the opening thread; ``beside``, seconds of other threads and workers."""
+    """``seconds`` and ``times`` by part, of the opening thread; ``beside``, seconds of other threads and workers.
+
+    ``stages`` has the same seconds of the opening thread by stage.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
     times: dict[str, int] = field(default_factory=dict)
     beside: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, StageSeconds] = field(default_factory=dict)
     wall: float = 0.0
 
     @property
@@ -126,6 +138,26 @@ def timed(part: str) -> Iterator[None]:
         finally:
             _OPEN.lap(timings)
             _OPEN.under_way.pop()
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Notes what the block took, by part, as a stage; free where nothing collects. Stages do not nest."""
+    timings = _OPEN.timings
+    if timings is None:
+        yield
+        return
+    _OPEN.lap(timings)
+    before = dict(timings.seconds)
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        _OPEN.lap(timings)
+        spent = {part: seconds - before.get(part, 0.0) for part, seconds in timings.seconds.items()}
+        timings.stages[name] = StageSeconds(
+            wall=time.perf_counter() - started, parts={part: left for part, left in spent.items() if left > 0}
+        )
 
 
 def book_beside(seconds: Mapping[str, float]) -> None:

@@ -72,9 +72,9 @@ def read_or_make_errors(workspace: Workspace, goal: Budget, method: Method) -> R
     path = workspace.path("rounding.json")
     recipe = RoundingRecipe(
         engine=workspace.encoder.build,
-        source=workspace.source_sha256,
+        source=workspace.source_fingerprint,
         matrix=workspace.matrix.sha256,
-        base=base.file.sha256() if base.file else workspace.layout.type_names(),
+        base=base.file.fingerprint if base.file else workspace.layout.type_names(),
         groups=tuple(workspace.layout.groups),
         types=goal.offered,
         anchor=goal.anchor,

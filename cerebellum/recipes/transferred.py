@@ -50,7 +50,7 @@ class Transferred(Artifact, frozen=True, kw_only=True):
     format: Literal[1] = 1
     run: str
     run_source: str
-    run_source_sha256: str
+    run_source_sha256: str | None
     source: str
     source_sha256: str
     promise: str

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES
 
 from cerebellum.errors import BadInput
-from cerebellum.files import Progress, sha256_files
+from cerebellum.files import Progress, fingerprint_files, sha256_files
 from cerebellum.gguf import GgufFile, TensorInfo, is_quantized, read_gguf
 
 SPLIT_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.DOTALL)
@@ -113,6 +113,11 @@ class Source:
         if len(hashes) == 1:
             return hashes[0]
         return hashlib.sha256("".join(hashes).encode("ascii")).hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the content, every byte of it, for whoever has to know it again: quicker than ``sha256``."""
+        return fingerprint_files(self.paths)
 
     def sha256(self, progress: Progress | None = None) -> str:
         """Returns the SHA-256 of the content (splits one after the other), reading it only once.
