@@ -39,8 +39,9 @@ from cerebellum.workspace import Workspace
 
 _NAMED = 6  # groups that a note still names
 
-WIDER_BY = {"Q6_K": 2.0, "Q5_K": 4.0}
-"""Coarser anchors, finest first: how many times as wide they make the intervals of damages (docs/LOG.md)."""
+WIDER_BY = {"Q6_K": 1.1, "Q5_K": 1.3}
+"""Coarser anchors, finest first: how many times as wide as from Q8_0 they make the intervals of damages at Q4_K, the
+median over the roles of the embedded model; at Q2_K and Q3_K they make no difference (docs/LOG.md)."""
 
 
 @dataclass(kw_only=True)
@@ -312,7 +313,7 @@ def _tell_anchor(workspace: Workspace, goal: Budget) -> None:
             workspace.reporter.note(
                 f"anchor: a model at {goal.anchor} ({size(sizes[goal.anchor])}) does not fit on the GPU, so that every "
                 f"change opens a model anew. --anchor {anchor} ({size(sizes[anchor])}) fits, and groups are swapped "
-                f"in place; intervals of damages are then some {wider:.1f} times as wide"
+                f"in place; intervals of small damages are then some {wider:.1f} times as wide"
             )
             return
 
