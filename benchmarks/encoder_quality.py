@@ -4,6 +4,9 @@ Every variant is a way to round: ggml's codes or our encoder's, as they are, wit
 up (`Unshrink`), or with their errors fed back between columns (`feed_back`, by second moments of the
 activations on the selection text). All are compared with the first, paired by chunk; intervals are over
 chunks, 95%.
+
+The entropy of every model's predictions is measured too. What the loss has beyond the KL divergence is zero on
+average for a source that is as sure as it should be, and below zero where an overconfident one is flattened.
 """
 
 from __future__ import annotations
@@ -197,29 +200,40 @@ class Model:
             yield rounding(matrix).ravel()
 
 
-def reference(engine: Engine, source: Source, corpus: Corpus, chunks: int) -> tuple[list[Kept], Vector]:
-    """Returns the source's predictions of the first ``chunks``, and its mean NLL of each, nats a token."""
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Means of each chunk, nats a token: NLL, entropy of the predictions, KL divergence from the source."""
+
+    nll: Vector
+    entropy: Vector
+    kld: Vector
+
+
+def reference(engine: Engine, source: Source, corpus: Corpus, chunks: int) -> tuple[list[Kept], Scored]:
+    """Returns the source's predictions of the first ``chunks``, and what they score."""
     predictions: list[Kept] = []
-    jobs = [Job(tokens_T=corpus.inputs(chunk), keep=True) for chunk in range(chunks)]
-    nll = []
+    jobs = [Job(tokens_T=corpus.inputs(chunk), keep=True, entropy=True) for chunk in range(chunks)]
+    nll, entropy = [], []
     for scores in scored(engine, source.paths, corpus.ctx, jobs):
-        assert scores.kept is not None
+        assert scores.kept is not None and scores.entropy_S is not None
         predictions.append(scores.kept)
         nll.append(scores.nll_S.mean())
-    return predictions, np.array(nll)
+        entropy.append(scores.entropy_S.mean())
+    return predictions, Scored(nll=np.array(nll), entropy=np.array(entropy), kld=np.zeros(chunks))
 
 
-def score(engine: Engine, path: Path, corpus: Corpus, predictions: Sequence[Kept]) -> tuple[Vector, Vector]:
-    """Returns (mean NLL, mean KL divergence from the source) of each chunk, nats a token."""
+def score(engine: Engine, path: Path, corpus: Corpus, predictions: Sequence[Kept]) -> Scored:
+    """Returns what a model scores on the chunks that there are predictions of."""
     jobs = [
-        Job(tokens_T=corpus.inputs(chunk), against=prediction) for chunk, prediction in enumerate(predictions)
+        Job(tokens_T=corpus.inputs(chunk), against=prediction, entropy=True)
+        for chunk, prediction in enumerate(predictions)
     ]
-    nll, kld = [], []
+    rows = []
     for scores in scored(engine, [path], corpus.ctx, jobs):
-        assert scores.kld_S is not None
-        nll.append(scores.nll_S.mean())
-        kld.append(scores.kld_S.mean())
-    return np.array(nll), np.array(kld)
+        assert scores.kld_S is not None and scores.entropy_S is not None
+        rows.append((scores.nll_S.mean(), scores.entropy_S.mean(), scores.kld_S.mean()))
+    nll, entropy, kld = np.array(rows).T
+    return Scored(nll=nll, entropy=entropy, kld=kld)
 
 
 def scored(engine: Engine, paths: Sequence[Path], ctx: int, jobs: Sequence[Job]) -> Iterator[Scores]:
@@ -229,13 +243,14 @@ def scored(engine: Engine, paths: Sequence[Path], ctx: int, jobs: Sequence[Job])
             yield from model.score(jobs[start : start + model.chunks_at_once])
 
 
-def report(nll: Mapping[str, Vector], kld: Mapping[str, Vector], source: Vector) -> dict[str, dict[str, Any]]:
-    first = next(iter(nll))
-    loss = {name: float((vector - source).mean()) for name, vector in nll.items()}
+def report(found: Mapping[str, Scored], source: Scored) -> dict[str, dict[str, Any]]:
+    first = next(iter(found))
+    loss = {name: float((one.nll - source.nll).mean()) for name, one in found.items()}
+    kld = {name: one.kld for name, one in found.items()}
     rows = {}
-    for name in nll:
-        change = superpopulation_interval(nll[name] - nll[first])
-        kld_change = superpopulation_interval(kld[name] - kld[first])
+    for name, one in found.items():
+        change = superpopulation_interval(one.nll - found[first].nll)
+        kld_change = superpopulation_interval(one.kld - found[first].kld)
         rows[name] = {
             "loss_nats": loss[name],
             "loss_change_pct": 100 * (loss[name] / loss[first] - 1),
@@ -243,16 +258,34 @@ def report(nll: Mapping[str, Vector], kld: Mapping[str, Vector], source: Vector)
             "kld_nats": float(kld[name].mean()),
             "kld_change_pct": 100 * float(kld[name].mean() / kld[first].mean() - 1),
             "kld_change_nats": [kld_change.mean, kld_change.low, kld_change.high],
+            "entropy_change_nats": _with_interval(one.entropy - source.entropy),
+            "loss_beyond_kld_nats": _with_interval(one.nll - source.nll - one.kld),
         }
     return rows
 
 
+def confidence(one: Scored) -> dict[str, Any]:
+    """A model's loss beside the entropy of its predictions, nats a token."""
+    return {
+        "loss_nats": float(one.nll.mean()),
+        "entropy_nats": float(one.entropy.mean()),
+        "loss_less_entropy_nats": _with_interval(one.nll - one.entropy),
+    }
+
+
+def _with_interval(values: Vector) -> list[float]:
+    found = superpopulation_interval(values)
+    return [found.mean, found.low, found.high]
+
+
 def show(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    table = Table("rounding", "loss, nats", "change", "±", "KL, nats", "change", "±", title=title)
+    words = ("rounding", "loss", "change", "±", "KL", "change", "±", "entropy", "loss - KL", "±")
+    table = Table(*words, title=title)
     first = next(iter(rows.values()))
     for name, row in rows.items():
         _, low, high = row["loss_change_nats"]
         _, kld_low, kld_high = row["kld_change_nats"]
+        beyond, beyond_low, beyond_high = row["loss_beyond_kld_nats"]
         table.add_row(
             name,
             f"{row['loss_nats']:.5f}",
@@ -261,8 +294,11 @@ def show(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
             f"{row['kld_nats']:.5f}",
             f"{row['kld_change_pct']:+.1f}%",
             f"{50 * (kld_high - kld_low) / first['kld_nats']:.1f}",
+            f"{row['entropy_change_nats'][0]:+.4f}",
+            f"{beyond:+.4f}",
+            f"{(beyond_high - beyond_low) / 2:.4f}",
         )
-    Console(width=110).print(table)
+    Console(width=130).print(table)
 
 
 def importance_of(
@@ -322,25 +358,31 @@ def main() -> None:
             reporter=Silent(),
         )
         corpus = load_corpus(engine, asked.model, asked.text, asked.ctx)
-        predictions, nll_source = reference(engine, source, corpus, min(asked.chunks, corpus.n_chunks))
+        predictions, of_source = reference(engine, source, corpus, min(asked.chunks, corpus.n_chunks))
+        print(f"source: {confidence(of_source)}", file=sys.stderr)
         for preset in asked.presets:
             base = preset_base(engine, source, preset, matrix)
             model = Model(source=source, base=base, matrix=matrix, moments=moments, threads=asked.threads)
-            nll, kld = {}, {}
+            scores: dict[str, Scored] = {}
             for name, rounding in chosen.items():
                 path = Path(scratch) / "variant.gguf"
                 started = time.perf_counter()
                 model.write(path, rounding)
                 took = time.perf_counter() - started
-                nll[name], kld[name] = score(engine, path, corpus, predictions)
+                scores[name] = score(engine, path, corpus, predictions)
                 path.unlink()
                 print(
-                    f"{preset}, {name}: KL {kld[name].mean():.5f} nats, written in {took:.1f} s",
+                    f"{preset}, {name}: KL {scores[name].kld.mean():.5f} nats, written in {took:.1f} s",
                     file=sys.stderr,
                 )
-            results[preset] = report(nll, kld, nll_source)
+            results[preset] = report(scores, of_source)
             show(f"{preset}, {len(predictions)} chunks", results[preset])
-            found = {"model": asked.model.name, "chunks": len(predictions), "presets": results}
+            found = {
+                "model": asked.model.name,
+                "chunks": len(predictions),
+                "source": confidence(of_source),
+                "presets": results,
+            }
             print(save(asked.name, found))
 
 

@@ -68,6 +68,9 @@ def other(engine: LlamaEngine, embedded: Path, tmp_path_factory: pytest.TempPath
 
 def same(a: Scores, b: Scores) -> None:
     np.testing.assert_allclose(a.nll_S, b.nll_S, rtol=0, atol=1e-6)
+    assert (a.entropy_S is None) == (b.entropy_S is None)
+    if a.entropy_S is not None and b.entropy_S is not None:
+        np.testing.assert_allclose(a.entropy_S, b.entropy_S, rtol=0, atol=1e-5)
     assert (a.kld_S is None) == (b.kld_S is None)
     if a.kld_S is not None and b.kld_S is not None:
         np.testing.assert_allclose(a.kld_S, b.kld_S, rtol=0, atol=1e-6)
@@ -81,13 +84,14 @@ def test_the_card_scores_as_the_host_does(
     found: dict[bool, list[Scores]] = {}
     for on_gpu in (False, True):
         with opened(engine, embedded, on_gpu=on_gpu, sequences=sequences) as base:
-            kept = base.score([Job(tokens_T=chunk, keep=True) for chunk in chunks])
+            kept = base.score([Job(tokens_T=chunk, keep=True, entropy=True) for chunk in chunks])
         assert all(isinstance(scores.kept, OnDevice if on_gpu else Prediction) for scores in kept)
         jobs = [Job(tokens_T=c, against=s.kept) for c, s in zip(chunks, kept, strict=True)]
         with opened(engine, other, on_gpu=on_gpu, sequences=sequences) as variant:
             found[on_gpu] = [*kept, *variant.score(jobs)]
         for scores in kept:
             assert scores.kept is not None and scores.kept.n_bytes > 0
+            assert scores.entropy_S is not None and (scores.entropy_S > 0).all()
             scores.kept.close()
     for ours, theirs in zip(found[True], found[False], strict=True):
         same(ours, theirs)
