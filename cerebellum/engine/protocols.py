@@ -247,6 +247,18 @@ class Engine(Protocol):
         """
         ...
 
+    def importance_and_moments(
+        self,
+        paths: Sequence[Path],
+        ctx: int,
+        chunks: Iterable[Tokens],
+        watched: Mapping[str, Watch],
+        n_watched: int,
+        tick: Callable[[], None],
+    ) -> tuple[Mapping[str, ColumnSquares], Mapping[str, ColumnProducts]]:
+        """Does both in one pass over the chunks: ``importance`` of all, ``moments`` of the first ``n_watched``."""
+        ...
+
     def preset_types(
         self, source: Path, preset: LlamaFileType, *, has_imatrix: bool, allow_requantize: bool = False
     ) -> dict[str, GGMLQuantizationType]:

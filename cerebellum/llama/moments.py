@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cerebellum.engine.protocols import ColumnProducts, Floats, Tokens, Watch
+from cerebellum.engine.protocols import ColumnProducts, ColumnSquares, Floats, Tokens, Watch
 from cerebellum.errors import BadInput
 from cerebellum.llama.activations import (
     MIN_ROWS,
+    ActivationCollector,
     Collector,
     DeviceTotals,
     is_packed,
@@ -47,10 +48,32 @@ def column_products(
     """Decodes chunks and sums the products of the columns that the watched weights read."""
     collector = MomentCollector(watched)
     try:
-        watch(collector, model, shape, chunks, tick)
+        watch((collector,), model, shape, chunks, tick)
         return collector.products()
     finally:
         collector.close()
+
+
+def squares_and_products(
+    model: Pointer,
+    shape: ContextShape,
+    chunks: Iterable[Tokens],
+    watched: Mapping[str, Watch],
+    n_watched: int,
+    tick: Callable[[], None],
+) -> tuple[Mapping[str, ColumnSquares], Mapping[str, ColumnProducts]]:
+    """Decodes chunks once, and sums the squares that every weight meets in all of them, products in the first."""
+    squares = ActivationCollector()
+    products = MomentCollector(watched)
+    inputs = list(chunks)
+    try:
+        watch((squares, products), model, shape, inputs[:n_watched], tick)
+        if inputs[n_watched:]:
+            watch((squares,), model, shape, inputs[n_watched:], tick)
+        return squares.sums(), products.products()
+    finally:
+        squares.close()
+        products.close()
 
 
 class MomentCollector(Collector):
@@ -218,8 +241,11 @@ class _DeviceProducts(DeviceTotals):
         if name not in self._inputs:
             columns = int(GgmlTensor.from_address(activation).ne[0])
             totals = self._zeros(activation, columns, span, kept[0])
-            self._inputs[name] = totals and _Input(
-                totals=totals, counts=np.zeros(kept[0], np.int64), readers=kept[1], same_rows=same_rows
+            counts = np.zeros(kept[0], np.int64)
+            self._inputs[name] = (
+                None
+                if totals is None
+                else _Input(totals=totals, counts=counts, readers=kept[1], same_rows=same_rows)
             )
         return self._inputs[name]
 
