@@ -225,18 +225,26 @@ class Ledger:
         return BadInput(f"{self.path}: is damaged ({why}); move it away to measure anew")
 
     def record(
-        self, series: int, chunk: int, nll: NDArray[np.floating], divergence: Divergence | None = None
+        self,
+        series: int,
+        chunk: int,
+        nll: NDArray[np.floating],
+        divergence: Divergence | None = None,
+        entropy: NDArray[np.floating] | None = None,
     ) -> None:
-        """Commits one finished chunk with its divergence, if there is one, in the same commit.
+        """Commits one finished chunk with its divergence and the entropy of its predictions, where there are any, in
+        the same commit.
 
-        ``nll`` is in nats for each scored token. A second measurement of the same chunk is a bug and raises
-        ``sqlite3.IntegrityError``.
+        ``nll`` and ``entropy`` are in nats for each scored token. A second measurement of the same chunk is a bug
+        and raises ``sqlite3.IntegrityError``.
         """
         blob = np.asarray(nll, "<f4").tobytes()
         with self._commit():
             self._db.execute("INSERT INTO chunk VALUES (?, ?, ?)", (series, chunk, blob))
             if divergence is not None:
                 self._insert_divergence(series, chunk, divergence)
+            if entropy is not None:
+                self._insert_entropy(series, chunk, entropy)
         self._measured.get(series, set()).add(chunk)
         self._note_divergence(series, chunk, divergence)
 
@@ -245,10 +253,13 @@ class Ledger:
             self._diverged.get((series, divergence.base_series), set()).add(chunk)
 
     def record_entropy(self, series: int, chunk: int, nats: NDArray[np.floating]) -> None:
-        """Commits how unsure a chunk's predictions are, nats for each scored token; a chunk that has it keeps it."""
-        blob = np.asarray(nats, "<f4").tobytes()
+        """Commits how unsure the predictions are of a chunk whose NLL is known already; one that has it keeps it."""
         with self._commit():
-            self._db.execute("INSERT OR IGNORE INTO entropy VALUES (?, ?, ?)", (series, chunk, blob))
+            self._insert_entropy(series, chunk, nats)
+
+    def _insert_entropy(self, series: int, chunk: int, nats: NDArray[np.floating]) -> None:
+        blob = np.asarray(nats, "<f4").tobytes()
+        self._db.execute("INSERT OR IGNORE INTO entropy VALUES (?, ?, ?)", (series, chunk, blob))
 
     def entropies(self, series: int) -> dict[int, float]:
         """Returns the mean entropy of the predictions, nats a token, of every chunk that it was asked of."""

@@ -137,12 +137,13 @@ class Measurer:
         """Writes a chunk into the ledger as one commit, or what the ledger lacks of it."""
         series = self._series(variant)
         divergence = self._divergence(variant, found)
+        if self.ledger.lacking(series, [found.chunk]):
+            self.ledger.record(series, found.chunk, found.nll, divergence, found.entropy)
+            self.measured += 1
+            return
         if found.entropy is not None:
             self.ledger.record_entropy(series, found.chunk, found.entropy)
-        if self.ledger.lacking(series, [found.chunk]):
-            self.ledger.record(series, found.chunk, found.nll, divergence)
-            self.measured += 1
-        elif divergence is not None and self._undiverged(variant, [found.chunk]):
+        if divergence is not None and self._undiverged(variant, [found.chunk]):
             self.ledger.record_divergence(series, found.chunk, divergence)
         elif divergence is None and not self._is_reference(variant) and found.entropy is None:
             raise CerebellumError(
