@@ -1,6 +1,7 @@
 """The best model that fits, against the presets and two other ways to spend the same bytes.
 
-At the size of each preset, files from the same source and importance matrix: the preset, Cerebellum's
+At the size of each preset, files from the same source and importance matrix: the preset by ggml's encoder (which all
+others are compared with) and by the program's, Cerebellum's
 plan, an allocation over four depth bands (every tensor of a band gets one type; damages measured as ours
 are), and a per-tensor allocation that minimises the squared error weighted by the importance matrix (no
 model is run for it). All are scored on the report text, which chose nothing within these runs; the default
@@ -15,7 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from cerebellum.plan.artifacts import BudgetPlan
 from cerebellum.plan.knapsack import Option, solve
 from cerebellum.progress import Silent
 from cerebellum.settings import DEMO_MODEL, FINE_LADDER, K_LADDER, Budget, Settings
-from cerebellum.shards import Variant
+from cerebellum.shards import Shards, Variant
 from cerebellum.stats.estimate import Estimate
 from cerebellum.workspace import Workspace
 
@@ -55,10 +56,14 @@ class Bench:
     workspace: Workspace
     folder: Path
 
-    def write(self, name: str, types: Types) -> Path:
-        """Writes the source at these types as a GGUF, with the base's metadata."""
+    def write(self, name: str, types: Types, *, by_ggml: bool = False) -> Path:
+        """Writes the source at these types as a GGUF, with the base's metadata, rounded as the run rounds."""
         path = self.folder / f"{name}.gguf"
-        tensors = [self.workspace.shards.tensor(tensor, type_) for tensor, type_ in types.items()]
+        shards = self.workspace.shards
+        if by_ggml:
+            recipe = replace(self.workspace.recipe, engine=self.workspace.engine)
+            shards = Shards(recipe, self.workspace.ledger, lambda _: None)
+        tensors = [shards.tensor(tensor, type_) for tensor, type_ in types.items()]
         write_gguf(path, self.workspace.base.records, tensors, self.workspace.base.alignment)
         return path
 
@@ -147,15 +152,19 @@ def score(bench: Bench, variants: Mapping[str, Variant], chunks: int) -> dict[st
     source_variant = bench.workspace.source_variant
     corpus = bench.workspace.report_corpus
     wanted = range(min(chunks or corpus.n_chunks, corpus.n_chunks))
-    with measuring(bench.workspace, source_variant, wanted, corpus) as measurer:
+    unsure = frozenset(variant.digest for variant in (source_variant, *variants.values()))
+    with measuring(bench.workspace, source_variant, wanted, corpus, unsure=unsure) as measurer:
         source = measurer.chunk_means(source_variant, wanted)
+        entropy = measurer.entropy_means(source_variant, wanted)
         kld = {name: measurer.kld_means(variant, wanted) for name, variant in variants.items()}
         nll = {name: measurer.chunk_means(variant, wanted) for name, variant in variants.items()}
+        unsurer = {name: measurer.entropy_means(one, wanted) - entropy for name, one in variants.items()}
     loss = {name: float((vector - source).mean()) for name, vector in nll.items()}
     rows = {}
     for name in variants:
         change = Estimate.of(nll[name] - nll["preset"]).interval()
         kld_change = Estimate.of(kld[name] - kld["preset"]).interval()
+        beyond = Estimate.of(nll[name] - source - kld[name]).interval()
         rows[name] = {
             "loss_nats": loss[name],
             "less_loss_than_preset_pct": 100 * (1 - loss[name] / loss["preset"]),
@@ -163,6 +172,8 @@ def score(bench: Bench, variants: Mapping[str, Variant], chunks: int) -> dict[st
             "kld_nats": float(kld[name].mean()),
             "less_kld_than_preset_pct": 100 * (1 - float(kld[name].mean() / kld["preset"].mean())),
             "kld_change_nats": [kld_change.mean, kld_change.low, kld_change.high],
+            "entropy_change_nats": float(unsurer[name].mean()),
+            "loss_beyond_kld_nats": [beyond.mean, beyond.low, beyond.high],
             "chunks": len(wanted),
         }
     return rows
@@ -225,6 +236,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--imatrix", type=Path, help="one made already")
     parser.add_argument("--imatrix-chunks", type=int, default=100)
     parser.add_argument("--report-chunks", type=int, default=0, help="0: the whole text")
+    parser.add_argument("--short", action="store_true", help="the presets and our plan, none of the rivals")
     parser.add_argument("--gpu-layers", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--name", default="budget", help="of the JSON in results/, one for each budget")
@@ -234,8 +246,10 @@ def arguments() -> argparse.Namespace:
 def one_budget(asked: argparse.Namespace, scratch: Path, budget: str) -> dict[str, Any]:
     """Measures all rivals at one size on the report text."""
     folder = scratch / "run"
-    by_ppl = our_plan(folder, asked, budget, "--objective", "ppl")
-    shutil.copyfile(by_ppl["file"], scratch / "ppl.gguf")
+    by_ppl = None
+    if not asked.short:
+        by_ppl = our_plan(folder, asked, budget, "--objective", "ppl")
+        shutil.copyfile(by_ppl["file"], scratch / "ppl.gguf")
     ours = our_plan(folder, asked, budget)
     workspace = Workspace.reopen(folder, engine_for, Silent())
     plan = open_run(folder).plan()
@@ -245,13 +259,17 @@ def one_budget(asked: argparse.Namespace, scratch: Path, budget: str) -> dict[st
     with workspace.locked():
         preset = preset_base(workspace.engine, workspace.source, budget, workspace.matrix)
         files = {
-            "preset": bench.write("preset", preset.types),
+            "preset": bench.write("preset", preset.types, by_ggml=True),
+            "preset, rounded as here": bench.write("rounded", preset.types),
             "Cerebellum": Path(ours["file"]),
-            "by perplexity": scratch / "ppl.gguf",
-            "depth bands": bench.write("bands", band_types(bench, size, band_damages(bench))),
-            "weighted MSE": bench.write("mse", mse_types(bench, size, ALL_TYPES)),
-            "weighted MSE, K-quants": bench.write("mse-k", mse_types(bench, size, K_LADDER)),
         }
+        if not asked.short:
+            files |= {
+                "by perplexity": scratch / "ppl.gguf",
+                "depth bands": bench.write("bands", band_types(bench, size, band_damages(bench))),
+                "weighted MSE": bench.write("mse", mse_types(bench, size, ALL_TYPES)),
+                "weighted MSE, K-quants": bench.write("mse-k", mse_types(bench, size, K_LADDER)),
+            }
         variants = {name: file_variant(path, name) for name, path in files.items()}
         rows = score(bench, variants | without_iq(workspace, plan), asked.report_chunks)
     for name, row in rows.items():

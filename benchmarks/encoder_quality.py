@@ -4,24 +4,28 @@ Every variant is a way to round: ggml's codes or our encoder's, as they are, wit
 up (`Unshrink`), or with their errors fed back between columns (`feed_back`, by second moments of the
 activations on the selection text). All are compared with the first, paired by chunk; intervals are over
 chunks, 95%.
+
+The entropy of every model's predictions is measured too. What the loss has beyond the KL divergence is zero on
+average for a source that is as sure as it should be, and below zero where an overconfident one is flattened.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import save
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -29,10 +33,10 @@ from rich.table import Table
 from cerebellum.base import Base, preset_base
 from cerebellum.encode import RESCALABLE, SUPPORTED, Unshrink, encode, feed_back, unshrink
 from cerebellum.encode.encoders import FED_BACK, round_rows
-from cerebellum.encode.moments import Moments, Span, watch
+from cerebellum.encode.moments import Asked, Moments, Span, watch
 from cerebellum.encode.moments import compute_or_reuse as moments_of
-from cerebellum.engine.protocols import Engine, Job, Kept, QuantizeJob, Scores
-from cerebellum.gguf import TensorSource, is_quantized, row_bytes, write_gguf
+from cerebellum.engine.protocols import Engine, Job, Kept, QuantizeJob, Scores, Watch
+from cerebellum.gguf import TensorSource, block_size, is_quantized, row_bytes, write_gguf
 from cerebellum.imatrix import ImportanceMatrix, compute_or_reuse, read
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.llama.quantize import quantize, to_float
@@ -62,7 +66,20 @@ class Matrix:
 Rounding = Callable[[Matrix], Bytes]
 
 
+_BY_GGML: dict[
+    str, Bytes
+] = {}  # of one preset: several variants begin with ggml's codes, and those take longest
+
+
 def by_ggml(matrix: Matrix) -> Bytes:
+    weights = b"" if matrix.importance is None else matrix.importance.tobytes()
+    key = hashlib.sha256(matrix.values.tobytes() + weights + bytes([int(matrix.kind)])).hexdigest()
+    if key not in _BY_GGML:
+        _BY_GGML[key] = _by_ggml(matrix)
+    return _BY_GGML[key].copy()
+
+
+def _by_ggml(matrix: Matrix) -> Bytes:
     job = QuantizeJob(
         name="matrix",
         raw=matrix.values.view(np.uint8).ravel(),
@@ -88,6 +105,47 @@ def rescaled(matrix: Matrix, rounding: Rounding, how: Unshrink) -> Bytes:
     if matrix.kind not in RESCALABLE:
         return raw
     return unshrink(raw, matrix.values, matrix.importance, matrix.kind, how, threads=matrix.threads)
+
+
+def rescaled_iq(matrix: Matrix, how: Unshrink | None) -> Bytes:
+    """The product's codes, IQ types with their blocks scaled anew: to keep the projection on the original, or
+    without ``how`` to lose the least of what rows give for the activations (`scaled_by_moments`)."""
+    if matrix.kind in SUPPORTED or matrix.kind not in RESCALABLE:
+        return by_product(matrix)
+    if how is None:
+        return scaled_by_moments(matrix, by_ggml(matrix))
+    return rescaled(matrix, by_ggml, how)
+
+
+def scaled_by_moments(matrix: Matrix, raw: Bytes, damping: float = 0.1) -> Bytes:
+    """Blocks scaled by factors f that make (x - f y)' M (x - f y) least over all blocks of a span together.
+
+    x are a row's exact values, y what its blocks read back as, M the second moments with damping as in
+    `feed_back`. A factor goes into the block's fp16 scale, the first two bytes of all IQ types.
+    """
+    size = block_size(matrix.kind)
+    n_bytes = row_bytes(matrix.kind, size)
+    blocks = raw.reshape(len(raw), -1, n_bytes)
+    exact = matrix.values
+    rounded = np.asarray(quants.dequantize(raw, matrix.kind), np.float32).reshape(exact.shape)
+    factors = np.ones(blocks.shape[:2], np.float32)
+    for span in matrix.moments:
+        for number, own in enumerate(span.moments):
+            width = len(own)
+            metric = own + np.eye(width, dtype=np.float32) * damping * float(np.trace(own)) / width
+            first = span.start + number * width
+            at = slice(first // size, (first + width) // size)
+            x = exact[:, first : first + width]
+            y = rounded[:, first : first + width].reshape(len(x), -1, size)
+            lines = np.einsum("rbi,bij->rbj", y, metric.reshape(-1, size, width), optimize=True)
+            inner = np.einsum("rbci,rci->rbc", lines.reshape(*y.shape[:2], -1, size), y, optimize=True)
+            inner += np.eye(y.shape[1]) * 1e-6 * (np.einsum("rbb->r", inner)[:, None, None] + 1e-30)
+            wanted = np.einsum("rbj,rj->rb", lines, x, optimize=True)
+            factors[:, at] = np.linalg.solve(inner, wanted[..., None])[..., 0]
+    scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+    changed = (scales * np.clip(factors, 0.9, 1.2)).astype(np.float16)
+    blocks[..., :2] = changed[..., None].view(np.uint8)
+    return raw
 
 
 def fed_back(matrix: Matrix, rounding: Rounding, near: int = 0, damping: float = 0.1) -> Bytes:
@@ -119,12 +177,16 @@ def by_product(matrix: Matrix) -> Bytes:
 
 
 def variants() -> dict[str, Rounding]:
-    """Every way to round by name; the first is what the others are compared with."""
+    """Every way to round by name."""
     by_row = Unshrink(share="row")
     fed = partial(fed_back, rounding=by_ours)
     return {
         "ggml": by_ggml,
         "the product": by_product,
+        "IQ unshrunk by block": partial(rescaled_iq, how=Unshrink()),
+        "IQ unshrunk by row": partial(rescaled_iq, how=by_row),
+        "IQ half unshrunk by row": partial(rescaled_iq, how=Unshrink(strength=0.5, share="row")),
+        "IQ scaled by moments": partial(rescaled_iq, how=None),
         "ggml, unshrunk": partial(rescaled, rounding=by_ggml, how=by_row),
         "ggml, fed back": partial(fed_back, rounding=by_ggml),
         "ours": by_ours,
@@ -197,29 +259,40 @@ class Model:
             yield rounding(matrix).ravel()
 
 
-def reference(engine: Engine, source: Source, corpus: Corpus, chunks: int) -> tuple[list[Kept], Vector]:
-    """Returns the source's predictions of the first ``chunks``, and its mean NLL of each, nats a token."""
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Means of each chunk, nats a token: NLL, entropy of the predictions, KL divergence from the source."""
+
+    nll: Vector
+    entropy: Vector
+    kld: Vector
+
+
+def reference(engine: Engine, source: Source, corpus: Corpus, chunks: int) -> tuple[list[Kept], Scored]:
+    """Returns the source's predictions of the first ``chunks``, and what they score."""
     predictions: list[Kept] = []
-    jobs = [Job(tokens_T=corpus.inputs(chunk), keep=True) for chunk in range(chunks)]
-    nll = []
+    jobs = [Job(tokens_T=corpus.inputs(chunk), keep=True, entropy=True) for chunk in range(chunks)]
+    nll, entropy = [], []
     for scores in scored(engine, source.paths, corpus.ctx, jobs):
-        assert scores.kept is not None
+        assert scores.kept is not None and scores.entropy_S is not None
         predictions.append(scores.kept)
         nll.append(scores.nll_S.mean())
-    return predictions, np.array(nll)
+        entropy.append(scores.entropy_S.mean())
+    return predictions, Scored(nll=np.array(nll), entropy=np.array(entropy), kld=np.zeros(chunks))
 
 
-def score(engine: Engine, path: Path, corpus: Corpus, predictions: Sequence[Kept]) -> tuple[Vector, Vector]:
-    """Returns (mean NLL, mean KL divergence from the source) of each chunk, nats a token."""
+def score(engine: Engine, path: Path, corpus: Corpus, predictions: Sequence[Kept]) -> Scored:
+    """Returns what a model scores on the chunks that there are predictions of."""
     jobs = [
-        Job(tokens_T=corpus.inputs(chunk), against=prediction) for chunk, prediction in enumerate(predictions)
+        Job(tokens_T=corpus.inputs(chunk), against=prediction, entropy=True)
+        for chunk, prediction in enumerate(predictions)
     ]
-    nll, kld = [], []
+    rows = []
     for scores in scored(engine, [path], corpus.ctx, jobs):
-        assert scores.kld_S is not None
-        nll.append(scores.nll_S.mean())
-        kld.append(scores.kld_S.mean())
-    return np.array(nll), np.array(kld)
+        assert scores.kld_S is not None and scores.entropy_S is not None
+        rows.append((scores.nll_S.mean(), scores.entropy_S.mean(), scores.kld_S.mean()))
+    nll, entropy, kld = np.array(rows).T
+    return Scored(nll=nll, entropy=entropy, kld=kld)
 
 
 def scored(engine: Engine, paths: Sequence[Path], ctx: int, jobs: Sequence[Job]) -> Iterator[Scores]:
@@ -229,13 +302,14 @@ def scored(engine: Engine, paths: Sequence[Path], ctx: int, jobs: Sequence[Job])
             yield from model.score(jobs[start : start + model.chunks_at_once])
 
 
-def report(nll: Mapping[str, Vector], kld: Mapping[str, Vector], source: Vector) -> dict[str, dict[str, Any]]:
-    first = next(iter(nll))
-    loss = {name: float((vector - source).mean()) for name, vector in nll.items()}
+def report(found: Mapping[str, Scored], source: Scored) -> dict[str, dict[str, Any]]:
+    first = next(iter(found))
+    loss = {name: float((one.nll - source.nll).mean()) for name, one in found.items()}
+    kld = {name: one.kld for name, one in found.items()}
     rows = {}
-    for name in nll:
-        change = superpopulation_interval(nll[name] - nll[first])
-        kld_change = superpopulation_interval(kld[name] - kld[first])
+    for name, one in found.items():
+        change = superpopulation_interval(one.nll - found[first].nll)
+        kld_change = superpopulation_interval(one.kld - found[first].kld)
         rows[name] = {
             "loss_nats": loss[name],
             "loss_change_pct": 100 * (loss[name] / loss[first] - 1),
@@ -243,16 +317,34 @@ def report(nll: Mapping[str, Vector], kld: Mapping[str, Vector], source: Vector)
             "kld_nats": float(kld[name].mean()),
             "kld_change_pct": 100 * float(kld[name].mean() / kld[first].mean() - 1),
             "kld_change_nats": [kld_change.mean, kld_change.low, kld_change.high],
+            "entropy_change_nats": _with_interval(one.entropy - source.entropy),
+            "loss_beyond_kld_nats": _with_interval(one.nll - source.nll - one.kld),
         }
     return rows
 
 
+def confidence(one: Scored) -> dict[str, Any]:
+    """A model's loss beside the entropy of its predictions, nats a token."""
+    return {
+        "loss_nats": float(one.nll.mean()),
+        "entropy_nats": float(one.entropy.mean()),
+        "loss_less_entropy_nats": _with_interval(one.nll - one.entropy),
+    }
+
+
+def _with_interval(values: Vector) -> list[float]:
+    found = superpopulation_interval(values)
+    return [found.mean, found.low, found.high]
+
+
 def show(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    table = Table("rounding", "loss, nats", "change", "±", "KL, nats", "change", "±", title=title)
+    words = ("rounding", "loss", "change", "±", "KL", "change", "±", "entropy", "loss - KL", "±")
+    table = Table(*words, title=title)
     first = next(iter(rows.values()))
     for name, row in rows.items():
         _, low, high = row["loss_change_nats"]
         _, kld_low, kld_high = row["kld_change_nats"]
+        beyond, beyond_low, beyond_high = row["loss_beyond_kld_nats"]
         table.add_row(
             name,
             f"{row['loss_nats']:.5f}",
@@ -261,8 +353,11 @@ def show(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
             f"{row['kld_nats']:.5f}",
             f"{row['kld_change_pct']:+.1f}%",
             f"{50 * (kld_high - kld_low) / first['kld_nats']:.1f}",
+            f"{row['entropy_change_nats'][0]:+.4f}",
+            f"{beyond:+.4f}",
+            f"{(beyond_high - beyond_low) / 2:.4f}",
         )
-    Console(width=110).print(table)
+    Console(width=130).print(table)
 
 
 def importance_of(
@@ -281,6 +376,15 @@ def importance_of(
     )
 
 
+def pooled(weights: Mapping[str, Watch]) -> dict[str, Watch]:
+    """Has the experts of a layer that read the same rows share their moments, as those of large models do."""
+    same_rows = ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps")
+    return {
+        name: replace(kept, pooled=kept.pooled or name.split(".")[2] in same_rows)
+        for name, kept in weights.items()
+    }
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
@@ -289,7 +393,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--imatrix", type=Path, help="one made already")
     parser.add_argument("--moments", type=Path, help="made already from just this, or made there")
     parser.add_argument("--imatrix-chunks", type=int, default=100, help="and of the second moments")
-    parser.add_argument("--only", nargs="*", help="variants by name, beside ggml")
+    parser.add_argument("--pooled", action="store_true", help="experts that read the same rows share moments")
+    parser.add_argument("--only", nargs="*", help="variants by name, beside the one they are compared with")
+    parser.add_argument("--against", default="ggml", help="the variant that others are compared with")
     parser.add_argument("--chunks", type=int, default=120)
     parser.add_argument("--ctx", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -302,45 +408,52 @@ def main() -> None:
     asked = arguments()
     source = open_source(asked.model, allow_requantize=True)
     engine = LlamaEngine(EngineSettings(threads=asked.threads, gpu_layers=asked.gpu_layers))
-    chosen = {
-        name: rounding
-        for name, rounding in variants().items()
-        if name == "ggml" or not asked.only or name in asked.only
+    chosen = {asked.against: variants()[asked.against]} | {
+        name: rounding for name, rounding in variants().items() if not asked.only or name in asked.only
     }
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         selection = load_corpus(engine, source.path, SELECTION_TEXT, asked.ctx)
         matrix = importance_of(asked, engine, source, selection, Path(scratch))
-        moments = moments_of(
-            engine=engine,
-            shards=source.paths,
+        watched = watch(source.tensors)
+        if asked.pooled:
+            watched = replace(watched, weights=pooled(watched.weights))
+        wanted = Asked(
+            watched=watched,
             fingerprint=lambda: source.fingerprint,
-            watched=watch(source.tensors),
             corpus=selection,
             chunks=asked.imatrix_chunks,
+            engine=engine.identity,
             out=asked.moments or Path(scratch) / "moments.gguf",
-            reporter=Silent(),
         )
+        moments = moments_of(wanted, engine=engine, shards=source.paths, reporter=Silent())
         corpus = load_corpus(engine, asked.model, asked.text, asked.ctx)
-        predictions, nll_source = reference(engine, source, corpus, min(asked.chunks, corpus.n_chunks))
+        predictions, of_source = reference(engine, source, corpus, min(asked.chunks, corpus.n_chunks))
+        print(f"source: {confidence(of_source)}", file=sys.stderr)
         for preset in asked.presets:
             base = preset_base(engine, source, preset, matrix)
             model = Model(source=source, base=base, matrix=matrix, moments=moments, threads=asked.threads)
-            nll, kld = {}, {}
+            scores: dict[str, Scored] = {}
+            _BY_GGML.clear()
             for name, rounding in chosen.items():
                 path = Path(scratch) / "variant.gguf"
                 started = time.perf_counter()
                 model.write(path, rounding)
                 took = time.perf_counter() - started
-                nll[name], kld[name] = score(engine, path, corpus, predictions)
+                scores[name] = score(engine, path, corpus, predictions)
                 path.unlink()
                 print(
-                    f"{preset}, {name}: KL {kld[name].mean():.5f} nats, written in {took:.1f} s",
+                    f"{preset}, {name}: KL {scores[name].kld.mean():.5f} nats, written in {took:.1f} s",
                     file=sys.stderr,
                 )
-            results[preset] = report(nll, kld, nll_source)
+            results[preset] = report(scores, of_source)
             show(f"{preset}, {len(predictions)} chunks", results[preset])
-            found = {"model": asked.model.name, "chunks": len(predictions), "presets": results}
+            found = {
+                "model": asked.model.name,
+                "chunks": len(predictions),
+                "source": confidence(of_source),
+                "presets": results,
+            }
             print(save(asked.name, found))
 
 

@@ -8,7 +8,7 @@ quantizers divide by nothing and have produced NaN blocks in llama.cpp.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
-from cerebellum.engine.protocols import Engine
+from cerebellum.encode.moments import Asked
+from cerebellum.engine.protocols import ColumnProducts, ColumnSquares, Engine
 from cerebellum.errors import BadInput
 from cerebellum.files import sha256_file
 from cerebellum.gguf import GgufFile, TensorSource, encode_kv, read_gguf, write_gguf
@@ -104,10 +105,12 @@ def compute_or_reuse(
     chunks: int,
     out: Path,
     reporter: Reporter,
+    beside: Asked | None = None,
 ) -> ImportanceMatrix:
     """The matrix at ``out`` if it was made from just this; otherwise made now from ``chunks`` chunks.
 
-    The source's hash is asked for when it is needed, so that it can be worked out while the model decodes.
+    The source's hash is asked for when it is needed, so that it can be worked out while the model decodes. Second
+    moments that are wanted of the same text and are not there either are made ``beside`` it, in the same pass.
     """
     count = min(chunks, corpus.n_chunks)
 
@@ -116,9 +119,16 @@ def compute_or_reuse(
 
     if out.exists() and _recipe_of(out) == recipe():
         return read(out)
-    with reporter.task("importance matrix", count) as tick:
-        entries = collect(engine, shards, corpus, count, tick)
+    wanted = beside if beside is not None and not beside.are_there() else None
+    what = "importance matrix and second moments" if wanted else "importance matrix"
+    with reporter.task(what, count) as tick:
+        if wanted is None:
+            entries = collect(engine, shards, corpus, count, tick)
+        else:
+            entries, products = collect_both(engine, shards, corpus, count, wanted, tick)
     write(out, entries, corpus.name, count, corpus.ctx, recipe())
+    if wanted is not None:
+        wanted.keep(products)
     return read(out)
 
 
@@ -127,7 +137,22 @@ def collect(
 ) -> dict[str, Entry]:
     """Decodes the first ``chunks`` chunks, of all domains in turn, and sums the squares that each weight meets."""
     inputs = (corpus.inputs(chunk) for chunk in corpus.first(chunks))
-    found = engine.importance(shards, corpus.ctx, inputs, tick)
+    return _entries(engine.importance(shards, corpus.ctx, inputs, tick), shards)
+
+
+def collect_both(
+    engine: Engine, shards: Sequence[Path], corpus: Corpus, chunks: int, asked: Asked, tick: Tick
+) -> tuple[dict[str, Entry], Mapping[str, ColumnProducts]]:
+    """Does what `collect` does, and sums products for second moments of the first of the same chunks."""
+    inputs = (corpus.inputs(chunk) for chunk in corpus.first(chunks))
+    watched = asked.watched.weights
+    squares, products = engine.importance_and_moments(
+        shards, corpus.ctx, inputs, watched, asked.n_chunks, tick
+    )
+    return _entries(squares, shards), products
+
+
+def _entries(found: Mapping[str, ColumnSquares], shards: Sequence[Path]) -> dict[str, Entry]:
     if not found:
         raise BadInput(f"{shards[0]}: no matrix product was seen; this build hides its graph nodes")
     return {

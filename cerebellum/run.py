@@ -399,13 +399,18 @@ def verify_stage(workspace: Workspace) -> tuple[Verified, ...]:
 def _reporting(workspace: Workspace) -> Iterator[Measurer]:
     """Opens a measurer on the report text; of several domains it compares with the source's own predictions."""
     corpus = workspace.report_corpus
+    unsure = frozenset({workspace.source_variant.digest})  # the card says whether the source is overconfident
     if corpus.parts:
         room = min(Budget.prediction_bytes, shutil.disk_usage(workspace.folder).free // 4)
         order = corpus.first(_report_chunks(workspace))
-        with measuring(workspace, workspace.source_variant, order, corpus, room) as measurer:
+        with measuring(workspace, workspace.source_variant, order, corpus, room, unsure) as measurer:
             yield measurer
         return
-    measurer = Measurer(workspace.engine, workspace.ledger, corpus, workspace.reporter, crew=workspace.crew)
+    measurer = Measurer(
+        *(workspace.engine, workspace.ledger, corpus, workspace.reporter),
+        crew=workspace.crew,
+        unsure=unsure,
+    )
     try:
         yield measurer
         measurer.settle()

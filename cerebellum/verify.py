@@ -76,6 +76,32 @@ class Divergence(Record, frozen=True, kw_only=True):
     change_ci: tuple[float | None, float | None]
 
 
+class Confidence(Record, frozen=True, kw_only=True):
+    """How sure of itself the source is on the report text: its loss and the entropy of its predictions, nats a token.
+
+    ``gap`` is loss less entropy, paired by chunk, with its 95% interval: above zero the source is overconfident there,
+    below zero underconfident. ``loss_change`` is what the finished file adds to the loss of the source.
+    """
+
+    loss: float
+    entropy: float
+    gap: float
+    gap_ci: tuple[float | None, float | None]
+    loss_change: float
+
+    @property
+    def matters(self) -> bool:
+        """Says whether perplexity alone misjudges the file: the gap surely is one, and as large as the change of loss.
+
+        Rounding makes predictions flatter. That by itself raises the loss of a model that is as sure as it should be,
+        and lowers that of an overconfident one, by an amount that grows with the gap.
+        """
+        low, high = self.gap_ci
+        if low is None or high is None or low <= 0 <= high:
+            return False
+        return abs(self.gap) >= abs(self.loss_change)
+
+
 class DomainReport(Record, frozen=True, kw_only=True):
     """What the report text says of one of its domains: ``delta_pct`` is the paired change of perplexity."""
 
@@ -108,6 +134,7 @@ class Report(Record, frozen=True, kw_only=True):
     delta_pct: float | None
     ci_pct: tuple[float | None, float | None]
     domains: tuple[DomainReport, ...] = ()
+    confidence: Confidence | None = None
 
 
 class Verified(Artifact, frozen=True, kw_only=True):
@@ -223,11 +250,13 @@ def _check_template(file: Source, source: Source, base: Base) -> list[Check]:
 @dataclass(frozen=True, kw_only=True)
 class _Vectors:
     """What was measured on the report text: ``nll`` of source, base and finished file on ``chunks``, nats, each
-    (chunks, scored tokens); ``kld`` of base and finished file, a mean for each chunk that was compared.
+    (chunks, scored tokens); ``entropy_N`` of the source's predictions, a mean for each of ``chunks``, nats a token;
+    ``kld`` of base and finished file, a mean for each chunk that was compared.
     """
 
     chunks: tuple[int, ...]
     nll: tuple[NDArray[np.float32], ...]
+    entropy_N: NDArray[np.float64]
     kld: Mapping[int, tuple[float, float]]
 
     def rows(self, part: range) -> list[int]:
@@ -241,8 +270,9 @@ def report(
     """Measures the three on the first ``chunks`` chunks, as llama-perplexity would count them.
 
     Of several domains the first chunks of each in turn are taken, and where the measurer keeps the source's
-    predictions, divergences from it are measured too. The interval is for text like those chunks: it speaks for
-    the articles further on only as far as they are alike. ``selection`` has the hashes of what has decided.
+    predictions, divergences from it are measured too. The source must be one of those whose entropy the measurer
+    measures. The interval is for text like those chunks: it speaks for the articles further on only as far as they
+    are alike. ``selection`` has the hashes of what has decided.
     """
     corpus = measurer.corpus
     wanted = corpus.first(min(chunks, corpus.n_chunks))
@@ -261,6 +291,7 @@ def report(
         delta_pct=mean,
         ci_pct=bounds,
         domains=tuple(_domain(part, found) for part in corpus.parts if found.rows(part.chunks)),
+        confidence=_confidence(found),
     )
 
 
@@ -282,7 +313,24 @@ def _measure(
     return _Vectors(
         chunks=chunks,
         nll=(of_source, measurer.nll(base, chunks), measurer.nll(finished, chunks)),
+        entropy_N=measurer.entropy_means(source, chunks),
         kld={chunk: (float(b), float(r)) for chunk, (b, r) in zip(compared, pairs, strict=False)},
+    )
+
+
+def _confidence(found: _Vectors) -> Confidence | None:
+    """Returns the source's loss beside the entropy of its predictions; None where one of them is not finite."""
+    loss_N = found.nll[0].mean(axis=1, dtype=np.float64)
+    added = float((found.nll[2].mean(axis=1, dtype=np.float64) - loss_N).mean())
+    gap = superpopulation_interval(loss_N - found.entropy_N)
+    if not (math.isfinite(gap.mean) and math.isfinite(added)):
+        return None
+    return Confidence(
+        loss=float(loss_N.mean()),
+        entropy=float(found.entropy_N.mean()),
+        gap=gap.mean,
+        gap_ci=_bounds(gap),
+        loss_change=added,
     )
 
 

@@ -223,6 +223,7 @@ class Workspace:
             chunks=self.settings.imatrix_chunks or corpus.n_chunks,
             out=self.path("imatrix.gguf"),
             reporter=self.reporter,
+            beside=self._moments_asked,
         )
 
     @cached_property
@@ -242,20 +243,27 @@ class Workspace:
         return watched_inputs(self.settings.encoder, self.settings.feedback, self.source.tensors)
 
     @cached_property
-    def moments(self) -> moments.Moments | None:
-        """The second moments in the folder, or those made now from the text and chunks of the importance matrix."""
+    def _moments_asked(self) -> moments.Asked | None:
+        """Which second moments are wanted, or None where no errors are fed back."""
         if self.watched is None or not self.watched.weights:
             return None
         corpus = self.importance_corpus
-        return moments.compute_or_reuse(
-            engine=self.engine,
-            shards=self.source.paths,
-            fingerprint=lambda: self.source_fingerprint,
+        return moments.Asked(
             watched=self.watched,
+            fingerprint=lambda: self.source_fingerprint,
             corpus=corpus,
             chunks=self.settings.imatrix_chunks or corpus.n_chunks,
+            engine=self.engine.identity,
             out=self.path("moments.gguf"),
-            reporter=self.reporter,
+        )
+
+    @cached_property
+    def moments(self) -> moments.Moments | None:
+        """The second moments in the folder, or those made now from the text and chunks of the importance matrix."""
+        if self._moments_asked is None:
+            return None
+        return moments.compute_or_reuse(
+            self._moments_asked, engine=self.engine, shards=self.source.paths, reporter=self.reporter
         )
 
     @cached_property

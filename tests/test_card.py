@@ -52,7 +52,7 @@ from cerebellum.page.templates import render_html
 from cerebellum.plan.artifacts import BudgetPlan, LimitPlan
 from cerebellum.source.origin import FileNamed, Origin
 from cerebellum.stats.paired import as_percent
-from cerebellum.verify import Measured
+from cerebellum.verify import Confidence, Measured
 
 GOLD = Path(__file__).parent.parent / "docs" / "demo"
 
@@ -275,6 +275,35 @@ def test_a_small_p_among_many_comparisons_is_no_finding(tmp_path: Path) -> None:
     assert not any("worse" in line for line in said(tmp_path, bench=bench(paired=paired)))
     one = bench(scores=bench().scores[:2], paired=paired[:1])
     assert any("hellaswag" in line and "worse" in line for line in said(tmp_path, bench=one))
+
+
+def sure(**changed: object) -> Confidence:
+    given = Confidence(loss=3.36, entropy=3.3, gap=0.06, gap_ci=(0.04, 0.08), loss_change=0.022)
+    return replace(given, **changed)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (
+            sure(),
+            "The source is overconfident on report.txt by 0.06 nats a token (its loss is 3.36, the entropy of",
+        ),
+        (sure(gap=-0.06, gap_ci=(-0.08, -0.04)), "The source is underconfident on report.txt by 0.06 nats"),
+        (sure(gap_ci=(-0.01, 0.13)), None),  # by chance
+        (sure(gap_ci=(None, None)), None),  # one chunk
+        (sure(loss_change=0.07), None),  # small beside what the file does
+        (sure(loss_change=-0.07), None),
+        (None, None),  # a run of an earlier release
+    ],
+)
+def test_an_overconfident_source_is_told_where_it_matters(
+    tmp_path: Path, found: Confidence | None, expected: str | None
+) -> None:
+    lines = [line for line in said(tmp_path, verify=verify(confidence=found)) if "confident" in line]
+    assert len(lines) == (expected is not None)
+    if expected is not None:
+        assert lines[0].startswith(expected) and lines[0].endswith("judge by KL divergence.")
 
 
 def test_what_the_audit_found_is_on_the_card(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,10 +11,11 @@ import pytest
 from tiny import small_text
 
 from cerebellum.encode.moments import watch
-from cerebellum.engine.protocols import Job, Scores, Tokens, Watch
+from cerebellum.engine.protocols import ColumnProducts, Job, Scores, Tokens, Watch
 from cerebellum.engine.scoring import Prediction
 from cerebellum.imatrix import collect
 from cerebellum.llama import activations, moments
+from cerebellum.llama.graphs import Workbench
 from cerebellum.llama.model import ContextShape, LlamaModel
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.llama.scorer import DeviceScorer, OnDevice
@@ -68,6 +69,9 @@ def other(engine: LlamaEngine, embedded: Path, tmp_path_factory: pytest.TempPath
 
 def same(a: Scores, b: Scores) -> None:
     np.testing.assert_allclose(a.nll_S, b.nll_S, rtol=0, atol=1e-6)
+    assert (a.entropy_S is None) == (b.entropy_S is None)
+    if a.entropy_S is not None and b.entropy_S is not None:
+        np.testing.assert_allclose(a.entropy_S, b.entropy_S, rtol=0, atol=1e-5)
     assert (a.kld_S is None) == (b.kld_S is None)
     if a.kld_S is not None and b.kld_S is not None:
         np.testing.assert_allclose(a.kld_S, b.kld_S, rtol=0, atol=1e-6)
@@ -81,13 +85,14 @@ def test_the_card_scores_as_the_host_does(
     found: dict[bool, list[Scores]] = {}
     for on_gpu in (False, True):
         with opened(engine, embedded, on_gpu=on_gpu, sequences=sequences) as base:
-            kept = base.score([Job(tokens_T=chunk, keep=True) for chunk in chunks])
+            kept = base.score([Job(tokens_T=chunk, keep=True, entropy=True) for chunk in chunks])
         assert all(isinstance(scores.kept, OnDevice if on_gpu else Prediction) for scores in kept)
         jobs = [Job(tokens_T=c, against=s.kept) for c, s in zip(chunks, kept, strict=True)]
         with opened(engine, other, on_gpu=on_gpu, sequences=sequences) as variant:
             found[on_gpu] = [*kept, *variant.score(jobs)]
         for scores in kept:
             assert scores.kept is not None and scores.kept.n_bytes > 0
+            assert scores.entropy_S is not None and (scores.entropy_S > 0).all()
             scores.kept.close()
     for ours, theirs in zip(found[True], found[False], strict=True):
         same(ours, theirs)
@@ -153,36 +158,72 @@ def test_sums_on_the_card_are_those_of_the_host(
         np.testing.assert_allclose(card[name].sums, entry.sums, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("pooled", [False, True])
 def test_products_on_the_card_are_those_of_the_host(
+    engine: LlamaEngine, embedded: Path, select_text: Path, monkeypatch: pytest.MonkeyPatch, pooled: bool
+) -> None:
+    several, inputs, watched = watching(engine, embedded, select_text, pooled)
+    host = several.moments([embedded], CTX, inputs, watched, lambda: None)
+    summed = on_the_card(monkeypatch)
+    card = several.moments([embedded], CTX, inputs, watched, lambda: None)
+    assert {"attn_q", "ssm_in", "ffn_gate_exps", "ffn_down_exps"} <= {name.split(".")[2] for name in summed}
+    alike(card, host)
+
+
+def test_products_that_have_no_room_on_the_card_are_summed_on_the_host(
     engine: LlamaEngine, embedded: Path, select_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    corpus = load_corpus(engine, embedded, select_text, CTX)
+    several, inputs, watched = watching(engine, embedded, select_text, False)
+    host = several.moments([embedded], CTX, inputs, watched, lambda: None)
+    summed = on_the_card(monkeypatch)
+    room = iter([1 << 50] * 5 + [0] * 1000)  # five inputs fit
+    monkeypatch.setattr(Workbench, "free_bytes", lambda _: next(room))
+    card = several.moments([embedded], CTX, inputs, watched, lambda: None)
+    assert len(summed) == 5
+    alike(card, host)
+
+
+def watching(
+    engine: LlamaEngine, embedded: Path, text: Path, pooled: bool
+) -> tuple[LlamaEngine, list[Tokens], dict[str, Watch]]:
+    """An engine that decodes two chunks at once, three chunks, and inputs of which one has a rest beside its spans."""
+    corpus = load_corpus(engine, embedded, text, CTX)
     inputs = [corpus.inputs(chunk) for chunk in range(3)]
     tensors = open_source(embedded, allow_requantize=True).tensors
     watched = {
         name: Watch(
-            span=384 if "down_shexp" in name else kept.span, pooled="gate_exps" in name or "up_exps" in name
+            span=384 if "down_shexp" in name else kept.span,
+            pooled=pooled and ("gate_exps" in name or "up_exps" in name),
         )
         for name, kept in watch(tensors).weights.items()
     }
-    several = LlamaEngine(EngineSettings(threads=1, decode_tokens=2 * CTX))
-    host = several.moments([embedded], CTX, inputs, watched, lambda: None)
+    return LlamaEngine(EngineSettings(threads=1, decode_tokens=2 * CTX)), inputs, watched
+
+
+def on_the_card(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Has activations pass for ones on a card; the set gets the names of those whose products are summed there."""
     reading = activations.on_host
     f32 = activations.F32
     monkeypatch.setattr(moments, "on_host", lambda t: reading(t) and t.type != f32)
-    summed: list[str] = []
-    adding = moments._DeviceProducts.add
+    summed: set[str] = set()
+    making = moments._DeviceProducts._input
 
-    def add(self: moments._DeviceProducts, name: str, *rest: int) -> None:
-        summed.append(name)
-        adding(self, name, *rest)
+    def noted(self: moments._DeviceProducts, name: str, *rest: object, **more: object) -> object:
+        found = making(self, name, *rest, **more)  # type: ignore[arg-type]
+        if found is not None:
+            summed.add(name)
+        return found
 
-    monkeypatch.setattr(moments._DeviceProducts, "add", add)
-    card = several.moments([embedded], CTX, inputs, watched, lambda: None)
-    assert any("gate_exps" in name for name in summed) and any("ssm_in" in name for name in summed)
+    monkeypatch.setattr(moments._DeviceProducts, "_input", noted)
+    return summed
+
+
+def alike(card: Mapping[str, ColumnProducts], host: Mapping[str, ColumnProducts]) -> None:
     assert set(host) == set(card)
     for name, found in host.items():
         assert np.array_equal(card[name].counts, found.counts), name
+        assert card[name].same_rows == found.same_rows, name
+        assert card[name].spans.shape == found.spans.shape and card[name].rest.shape == found.rest.shape
         scale = float(np.abs(found.spans).max(initial=1e-9))
         np.testing.assert_allclose(card[name].spans, found.spans, atol=1e-4 * scale, rtol=0, err_msg=name)
         np.testing.assert_allclose(card[name].rest, found.rest, atol=1e-4 * scale, rtol=0, err_msg=name)

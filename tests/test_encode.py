@@ -408,6 +408,21 @@ def test_feeding_back_over_spans_is_each_span_alone(kind: GGMLQuantizationType) 
 
 
 @every_kind
+def test_a_row_is_fed_back_alone_as_among_others(kind: GGMLQuantizationType) -> None:
+    """Eight rows go side by side; the last of thirteen are fewer, and zeros and odd sizes are among them."""
+    values, moments = normal(13), correlated_moments(512)
+    values[3] = 0
+    values[5] *= 1e-6
+    values[9] *= 1e4
+    raw = encode(values, kind, None, threads=1)
+    whole = feed_back(raw, values, moments, kind, threads=1)
+    assert is_valid(whole, kind)
+    assert (whole != raw).any(axis=1).sum() >= 10
+    alone = [feed_back(raw[r : r + 1], values[r : r + 1], moments, kind, threads=1) for r in range(13)]
+    assert np.array_equal(whole, np.concatenate(alone))
+
+
+@every_kind
 def test_feeding_back_without_correlations_changes_next_to_nothing(kind: GGMLQuantizationType) -> None:
     """Every code is the nearest already, but where a tie or a last bit decides."""
     values = normal(16)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,6 +180,80 @@ def test_the_diagonal_is_the_importance_matrix(
         diagonal = np.einsum("esii->esi", sums.spans).reshape(len(sums.counts), -1)
         assert np.allclose(diagonal, squares[name].squares, rtol=1e-4), name
         assert np.array_equal(sums.counts, squares[name].counts), name
+
+
+def test_one_pass_sums_what_two_do(embedded: Path, llama_engine: LlamaEngine, select_text: Path) -> None:
+    corpus = load_corpus(llama_engine, embedded, select_text, 64)
+    chunks = [corpus.inputs(chunk) for chunk in range(3)]
+    watched = watch(open_source(embedded).tensors).weights
+    ticks: list[int] = []
+    squares, products = llama_engine.importance_and_moments(
+        [embedded], 64, chunks, watched, 2, lambda: ticks.append(1)
+    )
+    assert len(ticks) == 3
+    alone = llama_engine.importance([embedded], 64, chunks, lambda: None)
+    assert set(squares) == set(alone)
+    for name, found in alone.items():
+        assert np.array_equal(squares[name].squares, found.squares), name
+        assert np.array_equal(squares[name].counts, found.counts), name
+    two = llama_engine.moments([embedded], 64, chunks[:2], watched, lambda: None)
+    assert set(products) == set(two)
+    for name, sums in two.items():
+        assert np.array_equal(products[name].counts, sums.counts), name
+        assert np.allclose(products[name].spans, sums.spans, rtol=1e-5, atol=1e-5), name
+
+
+@dataclass
+class CountingEngine(FakeEngine):
+    """Notes which passes over the text are asked for."""
+
+    passes: list[str] = field(default_factory=list)
+
+    def importance(self, *rest: Any) -> Any:
+        self.passes.append("importance")
+        return super().importance(*rest)
+
+    def moments(self, *rest: Any) -> Any:
+        self.passes.append("moments")
+        return super().moments(*rest)
+
+    def importance_and_moments(self, *rest: Any) -> Any:
+        self.passes.append("both")
+        found = super().importance_and_moments(*rest)
+        del self.passes[-2:]  # the fake does one after the other
+        return found
+
+
+@ours_is_here
+@pytest.mark.parametrize(
+    ("lost", "passes"),
+    [
+        ((), []),
+        (("imatrix.gguf",), ["importance"]),
+        (("moments.gguf",), ["moments"]),
+        (("imatrix.gguf", "moments.gguf"), ["both"]),
+    ],
+)
+def test_only_what_is_lacking_is_decoded_and_in_one_pass(
+    tmp_path: Path, lost: tuple[str, ...], passes: list[str]
+) -> None:
+    def opened() -> Workspace:
+        made = workspace(tmp_path, Limit(), CountingEngine())
+        settings = structs.replace(made.settings, encoder=OURS)
+        made.folder.mkdir(exist_ok=True)
+        return Workspace(made.folder, settings, made.engine, made.reporter)
+
+    first = opened()
+    matrix_of_both = first.matrix.path.read_bytes()
+    assert first.moments is not None
+    assert isinstance(first.engine, CountingEngine) and first.engine.passes == ["both"]
+    moments_of_both = (first.folder / "moments.gguf").read_bytes()
+    for name in lost:
+        (first.folder / name).unlink()
+    again = opened()
+    assert again.matrix.path.read_bytes() == matrix_of_both and again.moments is not None
+    assert (first.folder / "moments.gguf").read_bytes() == moments_of_both
+    assert isinstance(again.engine, CountingEngine) and again.engine.passes == passes
 
 
 @ours_is_here

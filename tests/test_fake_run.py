@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from tiny import Recorder, ledger_rows, small_text, write_hybrid
 
@@ -103,6 +104,26 @@ def test_a_smaller_anchor_is_proposed_where_only_that_fits(tmp_path: Path) -> No
     run_all(opened)
     [note] = [note for note in opened.reporter.notes if "--anchor" in note]  # type: ignore[attr-defined]
     assert "--anchor Q6_K" in note and "times as wide" in note
+
+
+def test_verify_tells_how_sure_the_source_is_and_decodes_it_once(tmp_path: Path) -> None:
+    opened = workspace(tmp_path, Limit(max_increase_pct=1.0))
+    run_all(opened)
+    corpus = opened.report_corpus
+    with FakeEngine(damage=damage).open(opened.source.paths, corpus.ctx) as model:
+        rows = [model.logits(corpus.inputs(chunk)) for chunk in range(corpus.n_chunks)]
+    log_p = np.concatenate(rows).astype(np.float64)  # the fake's logits are normalized
+    found = open_run(tmp_path / "run").verified().report
+    assert found.confidence is not None and found.source.ppl is not None and found.result.ppl is not None
+    assert found.confidence.entropy == pytest.approx(-(np.exp(log_p) * log_p).sum(axis=1).mean(), abs=1e-4)
+    assert found.confidence.loss == pytest.approx(np.log(found.source.ppl))
+    assert found.confidence.gap == pytest.approx(found.confidence.loss - found.confidence.entropy)
+    assert found.confidence.loss_change == pytest.approx(np.log(found.result.ppl / found.source.ppl))
+    assert isinstance(opened.engine, FakeEngine)
+    names = tuple(path.name for path in opened.source.paths)
+    reported = {corpus.inputs(chunk).tobytes() for chunk in range(corpus.n_chunks)}
+    counts = [n for (paths, chunk), n in opened.engine.scored.items() if paths == names and chunk in reported]
+    assert counts == [1] * corpus.n_chunks
 
 
 def test_by_limit_the_sensitive_group_is_kept(tmp_path: Path) -> None:

@@ -141,6 +141,20 @@ def test_content_hashes_are_known_by_name_and_recipe(path: Path) -> None:
         assert ledger.content_hash("b.gguf", "r") is None
 
 
+def test_an_older_ledger_gets_the_table_of_entropies(path: Path) -> None:
+    filled(path, [0, 1])
+    database = sqlite3.connect(path)
+    database.executescript("DROP TABLE entropy; PRAGMA user_version = 1;")
+    database.close()
+    for _ in range(2):
+        with Ledger(path) as ledger:
+            series = ledger.series(KEY)
+            assert ledger.measured(series) == {0, 1}
+            ledger.record_entropy(series, 1, np.array([1.0, 3.0]))
+            ledger.record_entropy(series, 1, np.array([7.0, 7.0]))  # what is there stays
+            assert ledger.entropies(series) == {1: 2.0}
+
+
 @pytest.mark.parametrize("version", [-1, 99])
 def test_another_schema_version_is_refused(path: Path, version: int) -> None:
     filled(path, [0])

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.special import logsumexp
 
-from cerebellum.engine.scoring import divergence, normalize, overlapped, predict, token_nll
+from cerebellum.engine.protocols import Job
+from cerebellum.engine.scoring import divergence, normalize, overlapped, predict, score_rows, token_nll
 
 LOGITS = hnp.arrays(
     np.float32,
@@ -160,3 +161,28 @@ def test_overlapped_hands_on_what_the_items_raise() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         list(overlapped(items(), lambda item: item))
+
+
+@given(LOGITS)
+@settings(max_examples=60, deadline=None)
+def test_entropy_is_that_of_the_predictions_and_changes_nothing_else(logits_SV: np.ndarray) -> None:
+    exact = logits_SV.astype(np.float64)
+    log_p = exact - logsumexp(exact, axis=1, keepdims=True)
+    tokens = np.zeros(2 * len(logits_SV) + 2, np.int32)
+    plain = score_rows(logits_SV, Job(tokens_T=tokens))
+    asked = score_rows(logits_SV, Job(tokens_T=tokens, entropy=True))
+    assert plain.entropy_S is None and asked.entropy_S is not None and asked.kept is None
+    np.testing.assert_allclose(asked.entropy_S, -(np.exp(log_p) * log_p).sum(axis=1), rtol=1e-4, atol=1e-4)
+    assert np.array_equal(asked.nll_S, plain.nll_S)
+
+
+def test_entropy_beside_a_reference_leaves_the_divergence() -> None:
+    rng = np.random.default_rng(4)
+    base, other = rng.standard_normal((2, 9, 50)).astype(np.float32)
+    tokens = np.zeros(20, np.int32)
+    against = predict(normalize(base))
+    plain = score_rows(other, Job(tokens_T=tokens, against=against))
+    asked = score_rows(other, Job(tokens_T=tokens, against=against, entropy=True))
+    assert plain.kld_S is not None and asked.kld_S is not None and asked.entropy_S is not None
+    np.testing.assert_allclose(asked.kld_S, plain.kld_S, atol=1e-6)
+    assert np.array_equal(asked.same_top_S, plain.same_top_S)

@@ -8,7 +8,7 @@ from itertools import chain
 
 from cerebellum.card.drawings import layers, named, predicted, sensitivity
 from cerebellum.card.evidence import BudgetEvidence, GroupRow
-from cerebellum.card.findings import additivity, benchmarks, domains, listed, outcome
+from cerebellum.card.findings import additivity, benchmarks, confidence, domains, listed, outcome
 from cerebellum.card.merged import points_together
 from cerebellum.card.numbers import Change, nats
 from cerebellum.card.story import KLD, Shipped, Wording
@@ -86,6 +86,7 @@ class BudgetStory:
                 _bargains(evidence),
                 additivity(evidence),
                 _divergence(evidence),
+                confidence(evidence),
                 benchmarks(evidence),
             )
         )

@@ -75,6 +75,25 @@ def benchmarks(evidence: Evidence) -> Iterator[Sentence]:
         yield (f"No difference to the base could be told on {names}{_could_show(alike)}.",)
 
 
+def confidence(evidence: Evidence) -> Iterator[Sentence]:
+    """Says where the source is surer, or less sure, than it has a right to be, by as much as the file changes the loss:
+    there perplexity rewards or punishes mere flattening of predictions.
+    """
+    found = evidence.run.report.confidence
+    if found is None or not found.matters:
+        return
+    word = "overconfident" if found.gap > 0 else "underconfident"
+    effect = "flatters" if found.gap > 0 else "punishes"
+    low, high = found.gap_ci
+    yield (
+        f"The source is {word} on ",
+        Code(evidence.run.report.text),
+        f" by {abs(found.gap):.2g} nats a token (its loss is {found.loss:.2f}, the entropy of its predictions "
+        f"{found.entropy:.2f}; loss less entropy [{low:+.2g}, {high:+.2g}]), and the file changes its loss by "
+        f"{found.loss_change:+.2g}: perplexity {effect} flattening there, judge by KL divergence.",
+    )
+
+
 def domains(evidence: Evidence) -> Iterator[Sentence]:
     """Says of a report text of several domains whether one gains at another's cost."""
     for line in across_domains(evidence.run.report):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from cerebellum.card.evidence import GivenEvidence, GroupRow
-from cerebellum.card.findings import benchmarks, outcome
+from cerebellum.card.findings import benchmarks, confidence, outcome
 from cerebellum.card.numbers import with_interval
 from cerebellum.card.story import Column, Shipped, Wording
 from cerebellum.page.markdown import Code, Sentence
@@ -48,7 +48,9 @@ class GivenStory:
     def findings(self) -> list[Sentence]:
         """Says what the recipe saved and what it costs."""
         evidence = self.evidence
-        return list(chain(outcome(evidence, _UNCHANGED), _whole(evidence), benchmarks(evidence)))
+        return list(
+            chain(outcome(evidence, _UNCHANGED), _whole(evidence), confidence(evidence), benchmarks(evidence))
+        )
 
     def drawings(self, others: Sequence[Shipped] = ()) -> dict[str, Picture]:
         """Draws nothing: there is one measurement, and its figure says it."""

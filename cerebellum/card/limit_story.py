@@ -8,7 +8,7 @@ from itertools import chain
 
 from cerebellum.card.drawings import layers, named, predicted, sensitivity
 from cerebellum.card.evidence import Combination, GroupRow, LimitEvidence
-from cerebellum.card.findings import additivity, benchmarks, domains, listed, outcome
+from cerebellum.card.findings import additivity, benchmarks, confidence, domains, listed, outcome
 from cerebellum.card.numbers import PERCENT, Change, percent, with_interval
 from cerebellum.card.story import Column, Shipped, Wording
 from cerebellum.page.charts import Cell, Panel, Rate, paths_chart, rates_chart, sizes_chart
@@ -103,6 +103,7 @@ class LimitStory:
                 additivity(evidence),
                 _divergence(evidence),
                 _effort(evidence),
+                confidence(evidence),
                 benchmarks(evidence),
             )
         )

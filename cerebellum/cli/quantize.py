@@ -153,16 +153,15 @@ def _moments(
     moments.refuse_foreign(out)
     reporter.note(watched.said())
     corpus = load_corpus(engine, source.path, request.text, request.ctx)
-    return moments.compute_or_reuse(
-        engine=engine,
-        shards=source.paths,
-        fingerprint=lambda: source.fingerprint,
+    asked = moments.Asked(
         watched=watched,
+        fingerprint=lambda: source.fingerprint,
         corpus=corpus,
         chunks=request.chunks or corpus.n_chunks,
+        engine=engine.identity,
         out=out,
-        reporter=reporter,
     )
+    return moments.compute_or_reuse(asked, engine=engine, shards=source.paths, reporter=reporter)
 
 
 def _records(encoder: Encoder) -> tuple[bytes, ...]:

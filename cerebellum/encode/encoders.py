@@ -30,7 +30,7 @@ _T = GGMLQuantizationType
 FED_BACK = frozenset({_T.Q2_K, _T.Q3_K, _T.Q4_K, _T.Q5_K})
 """Types that errors are fed back in; at finer ones there is next to nothing to win (docs/LOG.md)."""
 
-_TASK_ELEMENTS = 1 << 20  # at most: 4 MiB of float32, and moments are scaled once for so many weights
+_TASK_ELEMENTS = 1 << 22  # at most: 16 MiB of float32, and moments are scaled once for so many weights
 
 
 class Encoder(Protocol):

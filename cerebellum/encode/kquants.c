@@ -865,41 +865,118 @@ int encode_rows(int type, const float *values, const float *importance, int64_t 
   return 0;
 }
 
-KERNEL add_scaled(float *restrict sum, const float *restrict row, float factor, int64_t n) {
-  for (int64_t k = 0; k < n; k++) sum[k] = fmaf(factor, row[k], sum[k]);
-}
+/* ---- error feedback ------------------------------------------------------------------------------------ */
+
+#define FED 8      /* rows whose codes move side by side, so that a line of moments is read once for all of them */
+#define SCANNED 16 /* columns that are looked at together: whether any of their codes wants to move */
+
+typedef float Errors[FED]; /* y - x of one column of every row */
 
 /* What is held of `span` columns of one row while its codes move. */
 typedef struct {
   int8_t *code;
-  float *step, *offset, *gradient; /* gradient: moments times (y - x), of every column */
+  float *step, *offset;
+  float *gradient;  /* moments times (y - x), of every column */
+  float *curvature; /* how much a column's gradient grows when its code does; BIG where the code has to stay */
+  int64_t moved;
 } Columns;
 
-/* Moves every code to where (y - x)' M (y - x) is least with all others as they are; says how many moved. */
-static int64_t sweep(Columns *c, const float *moments, int64_t span, float low, float high) {
-  int64_t moved = 0;
-  for (int64_t j = 0; j < span; j++) {
-    const float *row = moments + j * span;
-    if (c->step[j] == 0.0f || row[j] <= 0.0f) continue;
-    float wanted = (float)c->code[j] - c->gradient[j] / (row[j] * c->step[j]);
-    int8_t code = (int8_t)nearest(within(wanted, low, high));
-    if (code == c->code[j]) continue;
-    add_scaled(c->gradient, row, (float)(code - c->code[j]) * c->step[j], span);
-    c->code[j] = code;
-    moved++;
+/* Adds to the gradients of four rows their errors in SCANNED columns times the lines of moments of those, in order. */
+KERNEL add_lines(const Errors *restrict error, const float *restrict lines, int64_t span, float *restrict g0,
+                 float *restrict g1, float *restrict g2, float *restrict g3) {
+  for (int64_t k = 0; k < span; k++) {
+    float a = g0[k], b = g1[k], c = g2[k], d = g3[k];
+#pragma GCC unroll 16
+    for (int j = 0; j < SCANNED; j++) {
+      float m = lines[j * span + k];
+      a = fmaf(error[j][0], m, a);
+      b = fmaf(error[j][1], m, b);
+      c = fmaf(error[j][2], m, c);
+      d = fmaf(error[j][3], m, d);
+    }
+    g0[k] = a;
+    g1[k] = b;
+    g2[k] = c;
+    g3[k] = d;
   }
+}
+
+/* gradient[r] = sum over columns of errors times lines of moments, in the order of the columns. */
+static void start_gradients(const Errors *error, const float *moments, int64_t span, float *gradient) {
+  memset(gradient, 0, (size_t)span * sizeof(Errors));
+  for (int64_t j = 0; j < span; j += SCANNED)
+    for (int r = 0; r < FED; r += 4) {
+      float *of_row = gradient + r * span;
+      add_lines((const Errors *)(error[j] + r), moments + j * span, span, of_row, of_row + span, of_row + 2 * span,
+                of_row + 3 * span);
+    }
+}
+
+KERNEL add_scaled(float *restrict sum, const float *restrict row, float factor, int64_t n) {
+  for (int64_t k = 0; k < n; k++) sum[k] = fmaf(factor, row[k], sum[k]);
+}
+
+INLINE float best_code(const Columns *c, int64_t j, float low, float high) {
+  return nearest(within((float)c->code[j] - c->gradient[j] / c->curvature[j], low, high));
+}
+
+static __attribute__((noinline)) int any_moves(const Columns *c, int64_t first, float low, float high) {
+  int moves = 0;
+  for (int64_t j = first; j < first + SCANNED; j++) moves |= best_code(c, j, low, high) != (float)c->code[j];
+  return moves;
+}
+
+/* Moves codes of some columns to where (y - x)' M (y - x) is least with all others as they are, one by one. */
+static void move(Columns *c, const float *moments, int64_t span, int64_t first, float low, float high) {
+  for (int64_t j = first; j < first + SCANNED; j++) {
+    int8_t code = (int8_t)best_code(c, j, low, high);
+    if (code == c->code[j]) continue;
+    add_scaled(c->gradient, moments + j * span, (float)(code - c->code[j]) * c->step[j], span);
+    c->code[j] = code;
+    c->moved++;
+  }
+}
+
+/* Goes over all columns of some rows; a row that moved nothing the last time is through. */
+static int64_t sweep(Columns *c, int n_rows, const float *moments, int64_t span, float low, float high) {
+  int64_t moved = 0;
+  int live[FED];
+  for (int r = 0; r < n_rows; r++) {
+    live[r] = c[r].moved > 0;
+    c[r].moved = 0;
+  }
+  for (int64_t j = 0; j < span; j += SCANNED)
+    for (int r = 0; r < n_rows; r++)
+      if (live[r] && any_moves(c + r, j, low, high)) move(c + r, moments, span, j, low, high);
+  for (int r = 0; r < n_rows; r++) moved += c[r].moved;
   return moved;
 }
 
-static void feed_back_span(const Layout *layout, const float *x, const float *moments, int64_t span, int64_t sweeps,
-                           Columns *c, uint8_t *raw) {
-  int64_t n = layout->elements;
-  memset(c->gradient, 0, (size_t)span * sizeof(float));
-  for (int64_t j = 0; j < span; j += n) layout->take(raw + j / n * layout->bytes, c->code + j, c->step + j, c->offset + j);
-  for (int64_t j = 0; j < span; j++)
-    add_scaled(c->gradient, moments + j * span, c->step[j] * (float)c->code[j] - c->offset[j] - x[j], span);
-  while (sweeps-- > 0 && sweep(c, moments, span, (float)layout->low, (float)layout->high) > 0) continue;
-  for (int64_t j = 0; j < span; j += n) layout->put(c->code + j, raw + j / n * layout->bytes);
+/* Reads the blocks of one row, and what a code's step changes. */
+static void take_row(const Layout *layout, const float *x, const float *moments, int64_t span, const uint8_t *raw,
+                     Columns *c, Errors *error, int r) {
+  for (int64_t j = 0; j < span; j += layout->elements)
+    layout->take(raw + j / layout->elements * layout->bytes, c->code + j, c->step + j, c->offset + j);
+  for (int64_t j = 0; j < span; j++) {
+    float own = moments[j * span + j];
+    error[j][r] = c->step[j] * (float)c->code[j] - c->offset[j] - x[j];
+    c->curvature[j] = c->step[j] == 0.0f || own <= 0.0f ? BIG : own * c->step[j];
+  }
+  c->moved = 1;
+}
+
+/* Feeds back the errors of up to FED rows, which lie `stride` values and `raw_stride` bytes apart. */
+static void feed_back_rows(const Layout *layout, int n_rows, const float *x, int64_t stride, const float *moments,
+                           int64_t span, int64_t sweeps, Columns *c, Errors *error, uint8_t *raw,
+                           int64_t raw_stride) {
+  memset(error, 0, (size_t)span * sizeof(Errors));
+  for (int r = 0; r < n_rows; r++)
+    take_row(layout, x + r * stride, moments, span, raw + r * raw_stride, c + r, error, r);
+  start_gradients(error, moments, span, c[0].gradient); /* the rows' gradients lie one after the other */
+  while (sweeps-- > 0 && sweep(c, n_rows, moments, span, (float)layout->low, (float)layout->high) > 0) continue;
+  for (int r = 0; r < n_rows; r++)
+    for (int64_t j = 0; j < span; j += layout->elements)
+      layout->put(c[r].code + j, raw + r * raw_stride + j / layout->elements * layout->bytes);
 }
 
 /* Error feedback: with scales as they are, chooses codes anew so that what a row gives for the activations
@@ -909,14 +986,21 @@ int feed_back(int type, const float *values, const float *moments, int64_t rows,
               int64_t sweeps, uint8_t *raw) {
   const Layout *layout = layout_of(type);
   if (!layout || span <= 0 || span % layout->elements || columns % span) return -1;
-  float *floats = malloc((size_t)span * 3 * sizeof(float));
-  int8_t *codes = malloc((size_t)span);
-  Columns c = {.code = codes, .step = floats, .offset = floats + span, .gradient = floats + 2 * span};
-  int64_t row_bytes = columns / layout->elements * layout->bytes;
+  float *floats = malloc((size_t)span * 5 * FED * sizeof(float));
+  int8_t *codes = malloc((size_t)span * FED);
+  int64_t row_bytes = columns / layout->elements * layout->bytes, many = FED * span;
+  Columns c[FED];
+  for (int r = 0; floats && codes && r < FED; r++)
+    c[r] = (Columns){.code = codes + r * span,
+                     .gradient = floats + r * span,
+                     .step = floats + many + r * span,
+                     .offset = floats + 2 * many + r * span,
+                     .curvature = floats + 3 * many + r * span};
   for (int64_t s = 0; floats && codes && s < columns / span; s++)
-    for (int64_t r = 0; r < rows; r++)
-      feed_back_span(layout, values + r * columns + s * span, moments + s * span * span, span, sweeps, &c,
-                     raw + r * row_bytes + s * span / layout->elements * layout->bytes);
+    for (int64_t r = 0; r < rows; r += FED)
+      feed_back_rows(layout, rows - r < FED ? (int)(rows - r) : FED, values + r * columns + s * span, columns,
+                     moments + s * span * span, span, sweeps, c, (Errors *)(floats + 4 * many),
+                     raw + r * row_bytes + s * span / layout->elements * layout->bytes, row_bytes);
   free(floats);
   free(codes);
   return floats && codes ? 0 : -2;

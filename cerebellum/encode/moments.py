@@ -202,36 +202,52 @@ def _inputs(watched: Mapping[str, Watch], tensors: Mapping[str, TensorMeta]) -> 
     return found
 
 
-def compute_or_reuse(
-    *,
-    engine: Engine,
-    shards: Sequence[Path],
-    fingerprint: Callable[[], str],
-    watched: Watched,
-    corpus: Corpus,
-    chunks: int,
-    out: Path,
-    reporter: Reporter,
-) -> Moments:
-    """Returns the moments at ``out`` if they were made from just this; otherwise decodes ``chunks`` chunks now.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Second moments that somebody wants, at ``out``: of which inputs, and from how many chunks of which text.
 
     More than MOST_CHUNKS are never decoded: what feeding back has been shown to be worth was shown with so many.
+    ``engine`` is the identity of what decodes.
     """
-    count = min(chunks, corpus.n_chunks, MOST_CHUNKS)
-    asked = json.dumps([[name, kept.span, kept.pooled] for name, kept in sorted(watched.weights.items())])
-    digest = hashlib.sha256(asked.encode()).hexdigest()
 
-    def recipe() -> str:
-        made_from = f"{fingerprint()} {corpus.sha256} {corpus.ctx} {count} {engine.identity}"
-        return f"{_VERSION} {made_from} {digest}"
+    watched: Watched
+    fingerprint: Callable[[], str]
+    corpus: Corpus
+    chunks: int
+    engine: str
+    out: Path
 
-    if out.exists() and _recipe_of(out) == recipe():
-        return read(out)
-    inputs = (corpus.inputs(chunk) for chunk in corpus.first(count))
-    with reporter.task("second moments", count) as tick:
-        found = engine.moments(shards, corpus.ctx, inputs, watched.weights, tick)
-    write(out, found, recipe())
-    return read(out)
+    @property
+    def n_chunks(self) -> int:
+        """How many chunks they are made from."""
+        return min(self.chunks, self.corpus.n_chunks, MOST_CHUNKS)
+
+    def recipe(self) -> str:
+        """Names everything that they are made from."""
+        inputs = sorted(self.watched.weights.items())
+        asked = json.dumps([[name, kept.span, kept.pooled] for name, kept in inputs])
+        made_from = (
+            f"{self.fingerprint()} {self.corpus.sha256} {self.corpus.ctx} {self.n_chunks} {self.engine}"
+        )
+        return f"{_VERSION} {made_from} {hashlib.sha256(asked.encode()).hexdigest()}"
+
+    def are_there(self) -> bool:
+        """Says whether they were made already, from just this."""
+        return self.out.exists() and _recipe_of(self.out) == self.recipe()
+
+    def keep(self, found: Mapping[str, ColumnProducts]) -> None:
+        """Writes what was summed for them."""
+        write(self.out, found, self.recipe())
+
+
+def compute_or_reuse(asked: Asked, *, engine: Engine, shards: Sequence[Path], reporter: Reporter) -> Moments:
+    """Returns the moments that are there already, made from just this; otherwise decodes the chunks now."""
+    if not asked.are_there():
+        inputs = (asked.corpus.inputs(chunk) for chunk in asked.corpus.first(asked.n_chunks))
+        with reporter.task("second moments", asked.n_chunks) as tick:
+            found = engine.moments(shards, asked.corpus.ctx, inputs, asked.watched.weights, tick)
+        asked.keep(found)
+    return read(asked.out)
 
 
 def refuse_foreign(out: Path) -> None:

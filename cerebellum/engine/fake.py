@@ -119,6 +119,20 @@ class FakeEngine:
         weights = {t.name: t for path in paths for t in read_gguf(path).tensors if t.name in watched}
         return {name: _made_up_products(t, watched[name], n_chunks * ctx) for name, t in weights.items()}
 
+    def importance_and_moments(
+        self,
+        paths: Sequence[Path],
+        ctx: int,
+        chunks: Iterable[Tokens],
+        watched: Mapping[str, Watch],
+        n_watched: int,
+        tick: Callable[[], None],
+    ) -> tuple[Mapping[str, ColumnSquares], Mapping[str, ColumnProducts]]:
+        """Gives what both would give alone."""
+        read = list(chunks)
+        squares = self.importance(paths, ctx, read, tick)
+        return squares, self.moments(paths, ctx, read[:n_watched], watched, lambda: None)
+
     def preset_types(
         self, source: Path, preset: LlamaFileType, *, has_imatrix: bool, allow_requantize: bool = False
     ) -> dict[str, GGMLQuantizationType]:

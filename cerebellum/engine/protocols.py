@@ -50,11 +50,13 @@ class Kept(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One chunk to score. ``against`` asks for divergences from a reference, ``keep`` makes one of this."""
+    """One chunk to score. ``against`` asks for divergences from a reference, ``keep`` makes one of this, and
+    ``entropy`` asks how unsure the predictions are."""
 
     tokens_T: Tokens
     against: Kept | None = None
     keep: bool = False
+    entropy: bool = False
 
     @property
     def targets(self) -> Tokens:
@@ -66,10 +68,12 @@ class Job:
 class Scores:
     """What a model says of one chunk, by scored token: float64 nats (S,), and whether top tokens agree (S,).
 
-    Divergence and agreement are there where the job had something to compare with, ``kept`` where it said so.
+    Divergence and agreement are there where the job had something to compare with, ``kept`` and the entropy of
+    each prediction where it said so. A model whose entropy lies below its NLL on the whole is overconfident.
     """
 
     nll_S: NDArray[np.float64]
+    entropy_S: NDArray[np.float64] | None = None
     kld_S: NDArray[np.float64] | None = None
     same_top_S: NDArray[np.bool_] | None = None
     kept: Kept | None = None
@@ -248,6 +252,18 @@ class Engine(Protocol):
 
         Weights that read the same input share one object.
         """
+        ...
+
+    def importance_and_moments(
+        self,
+        paths: Sequence[Path],
+        ctx: int,
+        chunks: Iterable[Tokens],
+        watched: Mapping[str, Watch],
+        n_watched: int,
+        tick: Callable[[], None],
+    ) -> tuple[Mapping[str, ColumnSquares], Mapping[str, ColumnProducts]]:
+        """Does both in one pass over the chunks: ``importance`` of all, ``moments`` of the first ``n_watched``."""
         ...
 
     def preset_types(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -132,9 +132,8 @@ def divergence(base: Prediction, other: Normalized) -> tuple[NDArray[np.float64]
 
 def score_rows(logits_SV: Logits, job: Job, mapping: BlockMap = map) -> Scores:
     """All that a job asks of its chunk's logits: NLL, divergence and agreement in one pass over them."""
-    if job.keep:
-        base = normalize(logits_SV, mapping)
-        return Scores(nll_S=base.nll(job.targets), kept=predict(base, mapping))
+    if job.keep or job.entropy:
+        return _scored_with_probabilities(logits_SV, job, mapping)
     reference = job.against if isinstance(job.against, Prediction) else None
     n = len(logits_SV)
     nll_S = np.empty(n)
@@ -162,6 +161,21 @@ def score_rows(logits_SV: Logits, job: Job, mapping: BlockMap = map) -> Scores:
     if reference is None:
         return Scores(nll_S=nll_S)
     return Scores(nll_S=nll_S, kld_S=kld_S, same_top_S=reference.top_S == best_S)
+
+
+def _scored_with_probabilities(logits_SV: Logits, job: Job, mapping: BlockMap) -> Scores:
+    """All that a job asks of its chunk's logits where their probabilities are wanted too."""
+    own = normalize(logits_SV, mapping)
+    kept = predict(own, mapping)
+    found = Scores(
+        nll_S=own.nll(job.targets),
+        entropy_S=-kept.neg_entropy_S if job.entropy else None,
+        kept=kept if job.keep else None,
+    )
+    if not isinstance(job.against, Prediction):
+        return found
+    kld_S, same_top_S = divergence(job.against, own)
+    return replace(found, kld_S=kld_S, same_top_S=same_top_S)
 
 
 def _sums(a_RV: NDArray[np.float32]) -> NDArray[np.float64]:

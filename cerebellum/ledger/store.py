@@ -22,10 +22,21 @@ from numpy.typing import NDArray
 from cerebellum import files
 from cerebellum.errors import BadInput
 
-SCHEMA_VERSION = 1  # 1: first release
+SCHEMA_VERSION = 2  # 1: first release; 2: entropies, whose table an older ledger gets when it is opened
 METRIC_VERSION = 1  # 1: per-token NLL of the second half of each chunk, float32 nats
 
-SCHEMA = """
+_ENTROPY = """
+-- How unsure a model's predictions are, for the chunks that it was asked of: the source's, on the report text.
+CREATE TABLE entropy (
+    series INTEGER NOT NULL REFERENCES series (id),
+    chunk  INTEGER NOT NULL,
+    nats   BLOB NOT NULL,      -- float32 little-endian nats, one for each scored token
+    PRIMARY KEY (series, chunk)
+) WITHOUT ROWID;
+"""
+
+SCHEMA = (
+    """
 -- What was measured: a list of shards over one text, by one engine.
 CREATE TABLE series (
     id      INTEGER PRIMARY KEY,
@@ -61,6 +72,8 @@ CREATE TABLE content (
     PRIMARY KEY (name, recipe)
 ) WITHOUT ROWID;
 """
+    + _ENTROPY
+)
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float32]
@@ -127,11 +140,14 @@ class Ledger:
             raise BadInput(f"{path}: not a usable ledger ({error}); move it away to start anew") from error
 
     def _prepare(self) -> None:
-        """Makes the tables in a new file and refuses a ledger of another schema version."""
+        """Makes the tables in a new file, or those that an older one lacks; refuses any other schema version."""
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version == 0:
             with self._db:
                 self._db.executescript(f"BEGIN;{SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
+        elif version == 1:
+            with self._db:
+                self._db.executescript(f"BEGIN;{_ENTROPY}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
         elif version != SCHEMA_VERSION:
             raise BadInput(
                 f"{self.path}: ledger version {version}, this Cerebellum reads {SCHEMA_VERSION}; "
@@ -209,24 +225,46 @@ class Ledger:
         return BadInput(f"{self.path}: is damaged ({why}); move it away to measure anew")
 
     def record(
-        self, series: int, chunk: int, nll: NDArray[np.floating], divergence: Divergence | None = None
+        self,
+        series: int,
+        chunk: int,
+        nll: NDArray[np.floating],
+        divergence: Divergence | None = None,
+        entropy: NDArray[np.floating] | None = None,
     ) -> None:
-        """Commits one finished chunk with its divergence, if there is one, in the same commit.
+        """Commits one finished chunk with its divergence and the entropy of its predictions, where there are any, in
+        the same commit.
 
-        ``nll`` is in nats for each scored token. A second measurement of the same chunk is a bug and raises
-        ``sqlite3.IntegrityError``.
+        ``nll`` and ``entropy`` are in nats for each scored token. A second measurement of the same chunk is a bug
+        and raises ``sqlite3.IntegrityError``.
         """
         blob = np.asarray(nll, "<f4").tobytes()
         with self._commit():
             self._db.execute("INSERT INTO chunk VALUES (?, ?, ?)", (series, chunk, blob))
             if divergence is not None:
                 self._insert_divergence(series, chunk, divergence)
+            if entropy is not None:
+                self._insert_entropy(series, chunk, entropy)
         self._measured.get(series, set()).add(chunk)
         self._note_divergence(series, chunk, divergence)
 
     def _note_divergence(self, series: int, chunk: int, divergence: Divergence | None) -> None:
         if divergence is not None:
             self._diverged.get((series, divergence.base_series), set()).add(chunk)
+
+    def record_entropy(self, series: int, chunk: int, nats: NDArray[np.floating]) -> None:
+        """Commits how unsure the predictions are of a chunk whose NLL is known already; one that has it keeps it."""
+        with self._commit():
+            self._insert_entropy(series, chunk, nats)
+
+    def _insert_entropy(self, series: int, chunk: int, nats: NDArray[np.floating]) -> None:
+        blob = np.asarray(nats, "<f4").tobytes()
+        self._db.execute("INSERT OR IGNORE INTO entropy VALUES (?, ?, ?)", (series, chunk, blob))
+
+    def entropies(self, series: int) -> dict[int, float]:
+        """Returns the mean entropy of the predictions, nats a token, of every chunk that it was asked of."""
+        rows = self._rows("SELECT chunk, nats FROM entropy WHERE series=?", (series,))
+        return {chunk: float(self._vector(nats).mean(dtype=np.float64)) for chunk, nats in rows}
 
     def record_divergence(self, series: int, chunk: int, divergence: Divergence) -> None:
         """Commits the divergence of a chunk whose NLL is known already, as from another reference."""

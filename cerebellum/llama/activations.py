@@ -82,34 +82,59 @@ def sum_squares(
     """Decodes chunks, several at a time, and sums the squares that every weight meets."""
     collector = ActivationCollector()
     try:
-        watch(collector, model, shape, chunks, tick)
+        watch((collector,), model, shape, chunks, tick)
         return collector.sums()
     finally:
         collector.close()
 
 
+class _Audience:
+    """Several collectors that watch one decode: each is shown, after it is computed, what it asked for."""
+
+    def __init__(self, collectors: Sequence[Collector]) -> None:
+        self._collectors = collectors
+        self._asking: list[Collector] = []
+
+    def callback(self, address: int, ask: bool) -> bool:
+        """A ``cb_eval``: llama.cpp computes a node that somebody asked for before it goes on to the next."""
+        if ask:
+            self._asking = [one for one in self._collectors if one.callback(address, True)]
+            return bool(self._asking)
+        return all([one.callback(address, False) for one in self._asking])
+
+    def new_graph(self) -> None:
+        for one in self._collectors:
+            one.new_graph()
+
+    def check(self) -> None:
+        """Raises the first error that one of them met."""
+        for one in self._collectors:
+            if one.error:
+                raise one.error
+
+
 def watch(
-    collector: Collector,
+    collectors: Sequence[Collector],
     model: Pointer,
     shape: ContextShape,
     chunks: Iterable[Tokens],
     tick: Callable[[], None],
 ) -> None:
-    """Decodes chunks, several at a time, and shows every node to the collector; raises its error.
+    """Decodes chunks, several at a time, and shows every node to all collectors; raises the first error of one.
 
     The decode runs on another thread: Ctrl-C reaches Python's main thread only, and raised in there, in a
     callback that C called, it would be lost.
     """
-    context = Context(model, shape, collector.callback)
+    audience = _Audience(collectors)
+    context = Context(model, shape, audience.callback)
     try:
         with ThreadPoolExecutor(max_workers=1) as worker:
             for batch in _batches(chunks, shape.sequences):
                 with timed("importance matrix"):
-                    collector.new_graph()
+                    audience.new_graph()
                     # An output at every token: without, the last layer drops rows that no logit needs.
                     worker.submit(context.decode, batch, 0).result()
-                if collector.error:
-                    raise collector.error
+                audience.check()
                 for _ in batch:
                     tick()
     finally:

@@ -6,6 +6,7 @@ Addresses are ints: ggml owns what they point to, and each class here frees what
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cerebellum.errors import CerebellumError
-from cerebellum.llama.library import GgmlInit, GgmlTensor, cpu_device, ggml
+from cerebellum.llama.library import GgmlInit, GgmlTensor, cpu_device, device_memory, ggml
 
 F32 = 0
 I32 = 26
@@ -61,6 +62,10 @@ class Block:
         ggml().ggml_backend_buffer_free(self._buffer)
         self._arena.close()
 
+    def clear(self) -> None:
+        """Makes all of it zeros, where it lies."""
+        ggml().ggml_backend_buffer_clear(self._buffer, 0)
+
 
 def fill(tensor: int, values: NDArray[np.generic]) -> None:
     """Copies ``values`` into a tensor of just as many bytes."""
@@ -90,6 +95,10 @@ class Workbench:
             raise CerebellumError("llama.cpp cannot start another queue on the device")
         self._scratch: dict[str, int] = {}
 
+    def free_bytes(self) -> int:
+        """Returns how much memory of the device nobody has taken; of a CPU ggml says all of it."""
+        return device_memory(self._device)[0]
+
     def scratch(self, kind: str) -> int:
         """The allocator of one kind of graph."""
         if kind not in self._scratch:
@@ -115,12 +124,17 @@ class Sums:
         self.shape = tuple(shape)
         self.tensor = arena.tensor(F32, shape)
         self._block = Block(arena, bench.buffer_type)
-        fill(self.tensor, np.zeros(self.shape[::-1], np.float32))
+        self._block.clear()
 
-    def grow(self, graph: Graph, addend: int) -> None:
-        """Adds a tensor of the same shape when the graph runs."""
-        there = graph.over(self.tensor, self.shape)
-        graph.keep(graph.node("cpy", graph.node("add", addend, there), self.tensor))
+    def grow(self, graph: Graph, addend: int, part: int | None = None) -> None:
+        """Adds a tensor of the same shape when the graph runs, or, to one ``part`` of the last dimension, one of the
+        shape of that.
+        """
+        shape = self.shape if part is None else self.shape[:-1]
+        offset = 0 if part is None else 4 * math.prod(shape) * part
+        there = graph.over(self.tensor, shape, offset)
+        total = graph.node("add", addend, there)
+        graph.keep(graph.node("cpy", total, graph.over(self.tensor, shape, offset)))
 
     def read(self) -> NDArray[np.float32]:
         """Returns the sums, the row length last."""

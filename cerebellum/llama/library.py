@@ -88,6 +88,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # name -> (result, arguments...), a
     "ggml_cpy": (_PTR, _PTR, _PTR, _PTR),
     "ggml_sum_rows": (_PTR, _PTR, _PTR),
     "ggml_out_prod": (_PTR, _PTR, _PTR, _PTR),
+    "ggml_backend_buffer_clear": (None, _PTR, ctypes.c_uint8),
     "ggml_new_graph": (_PTR, _PTR),
     "ggml_build_forward_expand": (None, _PTR, _PTR),
     "ggml_gallocr_new": (_PTR, _PTR),

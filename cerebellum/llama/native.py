@@ -32,7 +32,7 @@ from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.llama.activations import sum_squares
 from cerebellum.llama.library import LOG, Bindings, Pointer, build_id, cpu_device, ggml, gpus, llama
 from cerebellum.llama.model import ContextShape, LlamaModel, ResidentModel
-from cerebellum.llama.moments import column_products
+from cerebellum.llama.moments import column_products, squares_and_products
 from cerebellum.llama.placement import Placement, place
 from cerebellum.llama.presets import preset_types
 from cerebellum.llama.quantize import quantize, round_trip, to_float
@@ -125,13 +125,26 @@ class LlamaEngine:
         watched: Mapping[str, Watch],
         tick: Callable[[], None],
     ) -> Mapping[str, ColumnProducts]:
-        """Decodes the chunks with ``cb_eval`` watching the inputs that were asked for.
-
-        On a CPU BLAS gets one thread: its own would spin against llama.cpp's, six times as slow on two cores.
-        """
-        alone = nullcontext() if self.on_gpu else threadpool_limits(1, user_api="blas")
-        with alone, self.weights(paths) as model:
+        """Decodes the chunks with ``cb_eval`` watching the inputs that were asked for."""
+        with self._alone(), self.weights(paths) as model:
             return column_products(model, self._shape(ctx), chunks, watched, tick)
+
+    def importance_and_moments(
+        self,
+        paths: Sequence[Path],
+        ctx: int,
+        chunks: Iterable[Tokens],
+        watched: Mapping[str, Watch],
+        n_watched: int,
+        tick: Callable[[], None],
+    ) -> tuple[Mapping[str, ColumnSquares], Mapping[str, ColumnProducts]]:
+        """Decodes the chunks once, with ``cb_eval`` watching for both."""
+        with self._alone(), self.weights(paths) as model:
+            return squares_and_products(model, self._shape(ctx), chunks, watched, n_watched, tick)
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """On a CPU BLAS gets one thread: its own would spin against llama.cpp's, six times as slow on two cores."""
+        return nullcontext() if self.on_gpu else threadpool_limits(1, user_api="blas")
 
     def preset_types(
         self, source: Path, preset: LlamaFileType, *, has_imatrix: bool, allow_requantize: bool = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,11 +117,15 @@ class DeviceScorer:
             log_sum_S = -np.log(at_top.astype(np.float64))
         nll_S = (top - target).astype(np.float64) + log_sum_S
         normalizer_S = top.astype(np.float64) + log_sum_S
-        kept = self._keep(bench, chunk, normalizer_S) if job.keep else None
+        found = Scores(
+            nll_S=nll_S,
+            entropy_S=self._entropy(bench, chunk, normalizer_S) if job.entropy else None,
+            kept=self._keep(bench, chunk, normalizer_S) if job.keep else None,
+        )
         if not isinstance(job.against, OnDevice):
-            return Scores(nll_S=nll_S, kept=kept)
+            return found
         kld_S = self._divergence(bench, chunk, normalizer_S, job.against)
-        return Scores(nll_S=nll_S, kld_S=kld_S, same_top_S=job.against.top_S == chunk.top_S, kept=kept)
+        return replace(found, kld_S=kld_S, same_top_S=job.against.top_S == chunk.top_S)
 
     def _log_probs(self, graph: Graph, chunk: _Rows, normalizer_S: Vector) -> tuple[int, Vector]:
         """The node of logits less the row's normalizer as float32, and what that leaves out of it."""
@@ -145,6 +149,15 @@ class DeviceScorer:
         graph.keep(graph.node("cpy", node, log_probs))
         graph.run()
         return OnDevice(log_probs=log_probs, rounding_S=rounding_S, top_S=chunk.top_S.copy(), block=block)
+
+    def _entropy(self, bench: Workbench, chunk: _Rows, normalizer_S: Vector) -> Vector:
+        """How unsure each row is, nats, (S,): the negative sum of p log p."""
+        graph = Graph(bench, "entropy")
+        log_p, rounding_S = self._log_probs(graph, chunk, normalizer_S)
+        terms = graph.node("mul", graph.node("exp", log_p), log_p)
+        sum_S = graph.read(graph.node("sum_rows", terms), np.float32)
+        graph.run()
+        return np.asarray(rounding_S - sum_S.astype(np.float64))
 
     def _divergence(self, bench: Workbench, chunk: _Rows, normalizer_S: Vector, base: OnDevice) -> Vector:
         """KL divergence of these rows from the base's, (S,): the sum of p (log p - log q)."""

@@ -43,7 +43,8 @@ class Measurer:
     """``nll`` gives vectors; one model stays open between calls, and other variants are swapped into it.
 
     With ``reference`` and ``cache``, chunks in the cache are also compared with its predictions: those of
-    the base, or of the source. With a ``crew``, its workers score, and no model is open here.
+    the base, or of the source. With a ``crew``, its workers score, and no model is open here. Of a variant in
+    ``unsure`` (digests) the entropy of its predictions is measured too.
     ``measured`` and ``reused`` count chunks of this session; ``doing`` stands before the titles of tasks.
     """
 
@@ -56,6 +57,7 @@ class Measurer:
         reference: Variant | None = None,
         cache: PredictionCache | None = None,
         crew: Crew | None = None,
+        unsure: frozenset[str] = frozenset(),
     ) -> None:
         self.engine = engine
         self.ledger = ledger
@@ -66,6 +68,7 @@ class Measurer:
         self.measured = self.reused = 0
         self.doing = ""
         self._crew = crew
+        self._unsure = unsure
         self._scorer = Scorer(engine, self.reporter.note)
         self._of_variant: dict[tuple[str, str], int] = {}
         if reference is not None and cache is not None:
@@ -108,6 +111,7 @@ class Measurer:
         lacking = self.ledger.lacking(self._series(variant), wish.nll)
         if wish.kld and self.reference is not None and not self._is_reference(variant):
             lacking += self._undiverged(variant, wish.kld)
+        lacking += self._entropy_lacking(variant, wish.nll)
         return list(dict.fromkeys(lacking))
 
     def task(self, variant: Variant, chunks: Sequence[int]) -> ScoreTask:
@@ -121,18 +125,27 @@ class Measurer:
                 chunks=self.cache.chunks,
             )
         inputs = np.stack([self.corpus.inputs(chunk) for chunk in chunks])
-        return ScoreTask(variant=variant, chunks=tuple(chunks), inputs=inputs, kept=kept)
+        return ScoreTask(
+            variant=variant,
+            chunks=tuple(chunks),
+            inputs=inputs,
+            kept=kept,
+            entropy=variant.digest in self._unsure,
+        )
 
     def record(self, variant: Variant, found: Found) -> None:
         """Writes a chunk into the ledger as one commit, or what the ledger lacks of it."""
         series = self._series(variant)
         divergence = self._divergence(variant, found)
         if self.ledger.lacking(series, [found.chunk]):
-            self.ledger.record(series, found.chunk, found.nll, divergence)
+            self.ledger.record(series, found.chunk, found.nll, divergence, found.entropy)
             self.measured += 1
-        elif divergence is not None and self._undiverged(variant, [found.chunk]):
+            return
+        if found.entropy is not None:
+            self.ledger.record_entropy(series, found.chunk, found.entropy)
+        if divergence is not None and self._undiverged(variant, [found.chunk]):
             self.ledger.record_divergence(series, found.chunk, divergence)
-        elif divergence is None and not self._is_reference(variant):
+        elif divergence is None and not self._is_reference(variant) and found.entropy is None:
             raise CerebellumError(
                 f"{variant.label}: chunk {found.chunk} was compared with no prediction of the "
                 f"{self.reference.label if self.reference else 'reference'}; give more with --kld-cache"
@@ -185,6 +198,23 @@ class Measurer:
         found = self.ledger.diverged(series, self._series(self.reference))
         return np.array([found[chunk] for chunk in chunks])
 
+    def entropy_means(self, variant: Variant, chunks: Sequence[int]) -> Vector:
+        """Mean entropy of the predictions of each chunk, nats/token, (chunks,); the variant is one of ``unsure``.
+
+        A chunk whose NLL is known but whose entropy is not is decoded again; its NLL stays as it was.
+        """
+        self.gather(Wish(nll=tuple(chunks), variant=variant))
+        self._measure(variant, self._entropy_lacking(variant, chunks))
+        found = self.ledger.entropies(self._series(variant))
+        return np.array([found[chunk] for chunk in chunks])
+
+    def _entropy_lacking(self, variant: Variant, chunks: Sequence[int]) -> list[int]:
+        """Returns those of ``chunks`` whose entropy is to be measured and was not."""
+        if variant.digest not in self._unsure:
+            return []
+        known = self.ledger.entropies(self._series(variant))
+        return [chunk for chunk in chunks if chunk not in known]
+
     def _measure(self, variant: Variant, chunks: Sequence[int]) -> None:
         """Scores chunks on the model in this process."""
         if not chunks:
@@ -193,7 +223,11 @@ class Measurer:
         if self.reference is not None and self.cache is not None:
             against = Compared(reference=self.reference, cache=self.cache)
         with self.reporter.task(self.doing + variant.label, len(chunks)) as tick:
-            for found in self._scorer.score(variant, chunks, self.corpus.inputs, self.corpus.ctx, against):
+            scored = self._scorer.score(
+                *(variant, chunks, self.corpus.inputs, self.corpus.ctx, against),
+                entropy=variant.digest in self._unsure,
+            )
+            for found in scored:
                 self.record(variant, found)
                 tick()
 
@@ -299,12 +333,14 @@ def measuring(
     chunks: Sequence[int],
     corpus: Corpus | None = None,
     room: int | None = None,
+    unsure: frozenset[str] = frozenset(),
 ) -> Iterator[Measurer]:
     """Opens a measurer on the selection text, or on another ``corpus``, and frees it when the block ends.
 
     Predictions of the reference (the base, or the source) for ``chunks``, as many of them as have room, are
     kept on disk meanwhile: divergences are measured against them. ``room`` is how many bytes they may take, where
-    nobody said it with --kld-cache and the goal's own is not meant.
+    nobody said it with --kld-cache and the goal's own is not meant. ``unsure`` are variants by their digests of whose
+    predictions the entropy is measured too.
     """
     corpus = corpus or workspace.selection
     cache = PredictionCache(
@@ -325,6 +361,7 @@ def measuring(
         reference=reference,
         cache=cache,
         crew=workspace.crew,
+        unsure=unsure,
     )
     try:
         yield measurer

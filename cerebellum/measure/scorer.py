@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,13 @@ Inputs = Callable[[int], Tokens]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Found:
-    """A chunk as scored: NLL by token, nats (S,), and against the reference its KL divergence and top tokens."""
+    """A chunk as scored: NLL by token, nats (S,), against the reference its KL divergence and top tokens, and the
+    entropy of its predictions where that was asked for.
+    """
 
     chunk: int
     nll: NDArray[np.float64]
+    entropy: NDArray[np.float64] | None = None
     kld: NDArray[np.float64] | None = None
     same_top: NDArray[np.bool_] | None = None
 
@@ -58,27 +61,41 @@ class Scorer:
         return self._model.chunks_at_once if self._model is not None else 1
 
     def score(
-        self, variant: Variant, chunks: Sequence[int], inputs: Inputs, ctx: int, against: Compared | None
+        self,
+        variant: Variant,
+        chunks: Sequence[int],
+        inputs: Inputs,
+        ctx: int,
+        against: Compared | None,
+        *,
+        entropy: bool = False,
     ) -> Iterator[Found]:
-        """Scores chunks, as many at once as the model decodes together.
+        """Scores chunks, as many at once as the model decodes together; ``entropy`` asks for that of predictions.
 
         Where predictions of the reference should be kept and are gone (after a kill, say) it is decoded again first.
         """
         if against is not None and variant.digest != against.reference.digest:
             missing = against.cache.missing(chunks)
-            for _ in self._score(against.reference, missing, inputs, ctx, against):
+            for _ in self._score(against.reference, missing, inputs, ctx, against, entropy=False):
                 pass
-        yield from self._score(variant, chunks, inputs, ctx, against)
+        yield from self._score(variant, chunks, inputs, ctx, against, entropy=entropy)
 
     def _score(
-        self, variant: Variant, chunks: Sequence[int], inputs: Inputs, ctx: int, against: Compared | None
+        self,
+        variant: Variant,
+        chunks: Sequence[int],
+        inputs: Inputs,
+        ctx: int,
+        against: Compared | None,
+        *,
+        entropy: bool,
     ) -> Iterator[Found]:
         if not chunks:
             return
         model = self._opened(variant, ctx)
         size = model.chunks_at_once
         for part in (chunks[start : start + size] for start in range(0, len(chunks), size)):
-            jobs = [_job(variant, chunk, inputs(chunk), against) for chunk in part]
+            jobs = [replace(_job(variant, chunk, inputs(chunk), against), entropy=entropy) for chunk in part]
             for chunk, scores in zip(part, model.score(jobs), strict=True):
                 if scores.kept is not None and against is not None:
                     against.cache.store(chunk, scores.kept)
@@ -131,4 +148,10 @@ def _job(variant: Variant, chunk: int, tokens: Tokens, against: Compared | None)
 
 
 def _found(chunk: int, scores: Scores) -> Found:
-    return Found(chunk=chunk, nll=scores.nll_S, kld=scores.kld_S, same_top=scores.same_top_S)
+    return Found(
+        chunk=chunk,
+        nll=scores.nll_S,
+        kld=scores.kld_S,
+        same_top=scores.same_top_S,
+        entropy=scores.entropy_S,
+    )

@@ -153,12 +153,15 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTask:
-    """Score chunks of a variant; ``inputs`` are what the model is fed, (chunks, ctx) tokens."""
+    """Score chunks of a variant; ``inputs`` are what the model is fed, (chunks, ctx) tokens, and ``entropy`` asks how
+    unsure its predictions are.
+    """
 
     variant: Variant
     chunks: tuple[int, ...]
     inputs: Tokens
     kept: KeptOf | None
+    entropy: bool = False
 
     @property
     def lane(self) -> Lane:
@@ -171,8 +174,10 @@ class ScoreTask:
         numbered = dict(zip(self.chunks, self.inputs, strict=True))
         ctx = int(self.inputs.shape[1])
         against = room.compared(self.kept)
-        found = tuple(room.scorer.score(self.variant, self.chunks, numbered.__getitem__, ctx, against))
-        return Scored(found=found, at_once=room.scorer.at_once)
+        found = room.scorer.score(
+            self.variant, self.chunks, numbered.__getitem__, ctx, against, entropy=self.entropy
+        )
+        return Scored(found=tuple(found), at_once=room.scorer.at_once)
 
 
 @dataclass(frozen=True, kw_only=True)
