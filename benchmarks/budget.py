@@ -5,7 +5,8 @@ others are compared with) and by the program's, Cerebellum's
 plan, an allocation over four depth bands (every tensor of a band gets one type; damages measured as ours
 are), and a per-tensor allocation that minimises the squared error weighted by the importance matrix (no
 model is run for it). All are scored on the report text, which chose nothing within these runs; the default
-objective was settled on it, once (docs/LOG.md).
+objective was settled on it, once (docs/LOG.md). Intervals take articles for independent, not chunks, and the share by
+which a loss is smaller has the preset's own error in it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cerebellum, save
+import numpy as np
+from common import articles, bounds, cerebellum, save, save_vectors, share
 from gguf import GGMLQuantizationType
+from making import Maker, Types
 from rich.console import Console
 from rich.table import Table
+from threadpoolctl import threadpool_limits
 
 from cerebellum import open_run
 from cerebellum.base import preset_base
@@ -37,12 +42,13 @@ from cerebellum.measure.rounding import Sample
 from cerebellum.plan.artifacts import BudgetPlan
 from cerebellum.plan.knapsack import Option, solve
 from cerebellum.progress import Silent
-from cerebellum.settings import DEMO_MODEL, FINE_LADDER, K_LADDER, Budget, Settings
-from cerebellum.shards import Shards, Variant
-from cerebellum.stats.estimate import Estimate
+from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, ENCODERS, FINE_LADDER, K_LADDER, Budget, Settings
+from cerebellum.shards import Variant
+from cerebellum.stats.clusters import less_than_reference, mean_by_cluster
+from cerebellum.stats.paired import Floats
 from cerebellum.workspace import Workspace
 
-Types = Mapping[str, GGMLQuantizationType]
+Vectors = Mapping[str, Floats]
 
 ALL_TYPES = (*K_LADDER, *FINE_LADDER)
 N_BANDS = 4
@@ -56,14 +62,10 @@ class Bench:
     workspace: Workspace
     folder: Path
 
-    def write(self, name: str, types: Types, *, by_ggml: bool = False) -> Path:
+    def write(self, name: str, types: Types) -> Path:
         """Writes the source at these types as a GGUF, with the base's metadata, rounded as the run rounds."""
         path = self.folder / f"{name}.gguf"
-        shards = self.workspace.shards
-        if by_ggml:
-            recipe = replace(self.workspace.recipe, engine=self.workspace.engine)
-            shards = Shards(recipe, self.workspace.ledger, lambda _: None)
-        tensors = [shards.tensor(tensor, type_) for tensor, type_ in types.items()]
+        tensors = [self.workspace.shards.tensor(tensor, type_) for tensor, type_ in types.items()]
         write_gguf(path, self.workspace.base.records, tensors, self.workspace.base.alignment)
         return path
 
@@ -77,29 +79,35 @@ class Bench:
         return math.ceil(tensor_bytes(type_, self.workspace.source.tensors[name].shape) / 32) * 32
 
 
-def mse_types(bench: Bench, budget: int, qtypes: Sequence[str]) -> Types:
-    """Returns, tensor by tensor, the types of least squared error by importance in all, within the budget."""
+Errors = list[dict[GGMLQuantizationType, float]]
+
+
+def mse_errors(bench: Bench, qtypes: Sequence[str]) -> Errors:
+    """Returns the squared error by importance of each free tensor at each type that it takes, on all threads."""
     workspace = bench.workspace
+
+    def errors(name: str) -> dict[GGMLQuantizationType, float]:
+        sample = Sample(workspace.engine, workspace.source, workspace.matrix, name, Method())
+        return {kind: sample.error(kind) for kind in map(parse_type, qtypes) if sample.takes(kind)}
+
+    with (
+        threadpool_limits(1, user_api="blas"),
+        ThreadPoolExecutor(max_workers=workspace.settings.threads) as pool,
+    ):
+        return list(pool.map(errors, bench.free_tensors))
+
+
+def mse_types(bench: Bench, budget: int, errors: Errors) -> Types:
+    """Returns, tensor by tensor, the types of least squared error by importance in all, within the budget."""
     names = bench.free_tensors
-    samples = [
-        Sample(
-            workspace.engine,
-            workspace.source,
-            workspace.matrix,
-            name,
-            Method(),
-        )
-        for name in names
-    ]
-    legal = [[qtype for qtype in map(parse_type, qtypes) if sample.takes(qtype)] for sample in samples]
     items = [
-        [Option(n_bytes=bench.n_bytes(sample.name, k), damage=sample.error(k)) for k in ladder]
-        for sample, ladder in zip(samples, legal, strict=True)
+        [Option(n_bytes=bench.n_bytes(name, kind), damage=error) for kind, error in known.items()]
+        for name, known in zip(names, errors, strict=True)
     ]
-    choice = solve(items, budget - workspace.layout.fixed_bytes())
+    choice = solve(items, budget - bench.workspace.layout.fixed_bytes())
     assert choice is not None, "the budget holds none of these types"
-    chosen = {name: legal[i][index] for i, (name, index) in enumerate(zip(names, choice, strict=True))}
-    return dict(workspace.base.types) | chosen
+    chosen = {name: list(known)[index] for name, known, index in zip(names, errors, choice, strict=True)}
+    return dict(bench.workspace.base.types) | chosen
 
 
 def band_types(bench: Bench, budget: int, damages: Sequence[Mapping[str, float]]) -> Types:
@@ -147,7 +155,15 @@ def band_damages(bench: Bench) -> list[dict[str, float]]:
     return found
 
 
-def score(bench: Bench, variants: Mapping[str, Variant], chunks: int) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A row for each file, and the vectors behind it: the article of each chunk, its loss and divergence by file."""
+
+    rows: dict[str, dict[str, Any]]
+    vectors: dict[str, Floats]
+
+
+def score(bench: Bench, variants: Mapping[str, Variant], chunks: int) -> Scored:
     """Measures loss above the source on the report text, KL divergence from it, and the change from the preset."""
     source_variant = bench.workspace.source_variant
     corpus = bench.workspace.report_corpus
@@ -159,24 +175,38 @@ def score(bench: Bench, variants: Mapping[str, Variant], chunks: int) -> dict[st
         kld = {name: measurer.kld_means(variant, wanted) for name, variant in variants.items()}
         nll = {name: measurer.chunk_means(variant, wanted) for name, variant in variants.items()}
         unsurer = {name: measurer.entropy_means(one, wanted) - entropy for name, one in variants.items()}
-    loss = {name: float((vector - source).mean()) for name, vector in nll.items()}
-    rows = {}
-    for name in variants:
-        change = Estimate.of(nll[name] - nll["preset"]).interval()
-        kld_change = Estimate.of(kld[name] - kld["preset"]).interval()
-        beyond = Estimate.of(nll[name] - source - kld[name]).interval()
-        rows[name] = {
-            "loss_nats": loss[name],
-            "less_loss_than_preset_pct": 100 * (1 - loss[name] / loss["preset"]),
-            "change_from_preset_nats": [change.mean, change.low, change.high],
-            "kld_nats": float(kld[name].mean()),
-            "less_kld_than_preset_pct": 100 * (1 - float(kld[name].mean() / kld["preset"].mean())),
-            "kld_change_nats": [kld_change.mean, kld_change.low, kld_change.high],
-            "entropy_change_nats": float(unsurer[name].mean()),
-            "loss_beyond_kld_nats": [beyond.mean, beyond.low, beyond.high],
-            "chunks": len(wanted),
-        }
-    return rows
+    loss = {name: vector - source for name, vector in nll.items()}
+    everywhere = articles(bench.workspace.engine, bench.workspace.source.path, corpus)
+    of_article = [everywhere[chunk] for chunk in wanted]
+    rows = {
+        name: score_row(loss, kld, name, of_article)
+        | {"entropy_change_nats": float(unsurer[name].mean())}
+        | {"loss_beyond_kld_nats": bounds(mean_by_cluster(loss[name] - kld[name], of_article))}
+        for name in variants
+    }
+    return Scored(
+        rows=rows, vectors={"article": np.array(of_article), **_named(loss, "loss"), **_named(kld, "kld")}
+    )
+
+
+def score_row(loss: Vectors, kld: Vectors, name: str, of_article: Sequence[int]) -> dict[str, Any]:
+    """Returns what is told of a file: articles are the clusters of all intervals."""
+    change = mean_by_cluster(loss[name] - loss["preset"], of_article)
+    kld_change = mean_by_cluster(kld[name] - kld["preset"], of_article)
+    return {
+        "loss_nats": float(loss[name].mean()),
+        "less_loss_than_preset_pct": bounds(less_than_reference(loss[name], loss["preset"], of_article)),
+        "change_from_preset_nats": bounds(change),
+        "kld_nats": float(kld[name].mean()),
+        "less_kld_than_preset_pct": bounds(less_than_reference(kld[name], kld["preset"], of_article)),
+        "kld_change_nats": bounds(kld_change),
+        "chunks": len(of_article),
+        "articles": change.n,
+    }
+
+
+def _named(vectors: Vectors, kind: str) -> dict[str, Floats]:
+    return {f"{name}/{kind}": vector.astype(np.float32) for name, vector in vectors.items()}
 
 
 def show(budget: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -189,12 +219,12 @@ def show(budget: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
             name,
             f"{row['bytes']:,}" if row["bytes"] else "",
             f"{row['loss_nats']:.5f}",
-            f"{row['less_loss_than_preset_pct']:.1f}%",
+            share(row["less_loss_than_preset_pct"]),
             f"{mean:+.5f} [{low:+.5f}, {high:+.5f}]" if name != "preset" else "",
             f"{row['kld_nats']:.5f}",
-            f"{row['less_kld_than_preset_pct']:.1f}%",
+            share(row["less_kld_than_preset_pct"]),
         )
-    Console(width=110).print(table)
+    Console(width=150).print(table)
 
 
 def our_plan(folder: Path, asked: argparse.Namespace, budget: str, *flags: str) -> dict[str, Any]:
@@ -226,7 +256,8 @@ def engine_for(settings: Settings) -> LlamaEngine:
 def run_flags(asked: argparse.Namespace) -> list[str]:
     made = ["--imatrix", str(asked.imatrix)] if asked.imatrix else []
     chunks = ["--imatrix-chunks", str(asked.imatrix_chunks), "--report-chunks", "8", *made]
-    return [*chunks, "--gpu-layers", str(asked.gpu_layers), "--threads", str(asked.threads)]
+    machine = ["--gpu-layers", str(asked.gpu_layers), "--threads", str(asked.threads)]
+    return [*chunks, "--encoder", asked.encoder, *machine]
 
 
 def arguments() -> argparse.Namespace:
@@ -237,6 +268,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--imatrix-chunks", type=int, default=100)
     parser.add_argument("--report-chunks", type=int, default=0, help="0: the whole text")
     parser.add_argument("--short", action="store_true", help="the presets and our plan, none of the rivals")
+    parser.add_argument("--encoder", choices=ENCODERS, default=DEFAULT_ENCODER, help="of all but the preset")
     parser.add_argument("--gpu-layers", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--name", default="budget", help="of the JSON in results/, one for each budget")
@@ -258,8 +290,9 @@ def one_budget(asked: argparse.Namespace, scratch: Path, budget: str) -> dict[st
     size = plan.budget_bytes
     with workspace.locked():
         preset = preset_base(workspace.engine, workspace.source, budget, workspace.matrix)
+        maker = Maker(workspace=workspace, folder=scratch)
         files = {
-            "preset": bench.write("preset", preset.types, by_ggml=True),
+            "preset": maker.write(f"{budget}-preset", preset.types, "ggml", preset),
             "preset, rounded as here": bench.write("rounded", preset.types),
             "Cerebellum": Path(ours["file"]),
         }
@@ -267,14 +300,17 @@ def one_budget(asked: argparse.Namespace, scratch: Path, budget: str) -> dict[st
             files |= {
                 "by perplexity": scratch / "ppl.gguf",
                 "depth bands": bench.write("bands", band_types(bench, size, band_damages(bench))),
-                "weighted MSE": bench.write("mse", mse_types(bench, size, ALL_TYPES)),
-                "weighted MSE, K-quants": bench.write("mse-k", mse_types(bench, size, K_LADDER)),
+                "weighted MSE": bench.write("mse", mse_types(bench, size, mse_errors(bench, ALL_TYPES))),
+                "weighted MSE, K-quants": bench.write(
+                    "mse-k", mse_types(bench, size, mse_errors(bench, K_LADDER))
+                ),
             }
         variants = {name: file_variant(path, name) for name, path in files.items()}
-        rows = score(bench, variants | without_iq(workspace, plan), asked.report_chunks)
-    for name, row in rows.items():
+        scored = score(bench, variants | without_iq(workspace, plan), asked.report_chunks)
+    for name, row in scored.rows.items():
         row["bytes"] = files[name].stat().st_size if name in files else None
-    return {"rows": rows, "plan": ours, "plan_by_perplexity": by_ppl}
+    save_vectors(f"{asked.name}-{budget}", scored.vectors)
+    return {"rows": scored.rows, "plan": ours, "plan_by_perplexity": by_ppl}
 
 
 def main() -> None:
@@ -283,7 +319,12 @@ def main() -> None:
         for budget in asked.budgets:
             result = one_budget(asked, Path(scratch), budget)
             show(budget, result["rows"])
-            print(save(f"{asked.name}-{budget}", {"model": asked.model.name, "budget": budget, **result}))
+            print(
+                save(
+                    f"{asked.name}-{budget}",
+                    {"model": asked.model.name, "encoder": asked.encoder, "budget": budget, **result},
+                )
+            )
 
 
 if __name__ == "__main__":

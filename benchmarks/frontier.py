@@ -2,12 +2,14 @@
 
 One `cerebellum run --budget` measures the response curves; every plan here is what they propose at a
 preset's size, nothing else measured for it. Presets and plans are then scored on the report text, as KL
-divergence from the source.
+divergence from the source; intervals take articles for independent, and the preset's own error counts. Presets are
+llama-quantize's, rounded by ggml; plans are rounded as a run rounds them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,10 +18,9 @@ from typing import Any
 
 import budget as rivals
 import matplotlib
-from common import cerebellum, save
+from common import articles, bounds, cerebellum, save, share
+from making import Maker
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from cerebellum import open_run
 from cerebellum.base import preset_base
@@ -30,7 +31,8 @@ from cerebellum.plan.artifacts import FrontierRow
 from cerebellum.plan.budget import frontier, plan_unmeasured
 from cerebellum.plan.target import Target
 from cerebellum.progress import Silent
-from cerebellum.settings import DEMO_MODEL, KLD
+from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, ENCODERS, KLD
+from cerebellum.stats.clusters import less_than_reference
 from cerebellum.workspace import Workspace
 
 PRESETS = (
@@ -43,21 +45,26 @@ PICTURE = Path(__file__).parent.parent / "docs" / "frontier.png"
 def measure(bench: rivals.Bench, curves: Curves, presets: list[str], chunks: int) -> list[dict[str, Any]]:
     """Measures size and KL divergence of every preset and of the plan of its size, on the report text."""
     workspace = bench.workspace
-    order = range(chunks)
+    maker = Maker(workspace=workspace, folder=bench.folder / "presets")
+    corpus = workspace.report_corpus
+    order = range(min(chunks, corpus.n_chunks))
+    of_article = articles(workspace.engine, workspace.source.path, corpus)[: len(order)]
     rows = []
-    with measuring(workspace, workspace.source_variant, order, workspace.report_corpus) as measurer:
+    with measuring(workspace, workspace.source_variant, order, corpus) as measurer:
         for name in presets:
-            types = preset_base(workspace.engine, workspace.source, name, workspace.matrix).types
-            path = bench.write("preset", types)
+            base = preset_base(workspace.engine, workspace.source, name, workspace.matrix)
+            path = maker.write(name, base.types, "ggml", base)
             n_bytes = path.stat().st_size
-            preset = float(measurer.kld_means(file_variant(path, name), order).mean())
-            row: dict[str, Any] = {"preset": name, "bytes": n_bytes, "preset_kld": preset}
+            preset = measurer.kld_means(file_variant(path, name), order)
+            row: dict[str, Any] = {"preset": name, "bytes": n_bytes, "preset_kld": float(preset.mean())}
             with suppress(AnswerIsNo):  # smaller than the types of the curves allow
                 plan = plan_unmeasured(curves, workspace.layout, Target(file_bytes=n_bytes), KLD)
                 variant = workspace.shards.variant(plan.changes)
+                ours = measurer.kld_means(variant, order)
                 row |= {
                     "plan_bytes": plan.file_bytes,
-                    "plan_kld": float(measurer.kld_means(variant, order).mean()),
+                    "plan_kld": float(ours.mean()),
+                    "less_kld_pct": bounds(less_than_reference(ours, preset, of_article)),
                     "plan_predicted": curves.base_kld + (plan.predicted_kld or 0.0),
                 }
             rows.append(row)
@@ -94,13 +101,16 @@ def picture(rows: list[dict[str, Any]], predicted: Sequence[FrontierRow]) -> Fig
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    table = Table("preset", "bytes", "KL, nats", "plan of its size", "less", "foretold")
+    """Prints the table of benchmarks/README.md, in Markdown."""
+    print(
+        "| preset | bytes | preset, nats | plan, nats | less | foretold |\n| --- | --- | --- | --- | --- | --- |"
+    )
     for row in rows:
         plan = row.get("plan_kld")
-        less = "" if plan is None else f"{100 * (1 - plan / row['preset_kld']):.0f}%"
-        told = ("", "") if plan is None else (f"{plan:.5f}", f"{row['plan_predicted']:.5f}")
-        table.add_row(row["preset"], f"{row['bytes']:,}", f"{row['preset_kld']:.5f}", told[0], less, told[1])
-    Console(width=110).print(table)
+        cells = "under the smallest plan | | "
+        if plan is not None:
+            cells = f"{plan:.5f} | {share(row['less_kld_pct'])} | {row['plan_predicted']:.5f}"
+        print(f"| {row['preset']} | {row['bytes']:,} | {row['preset_kld']:.5f} | {cells} |")
 
 
 def main() -> None:
@@ -108,12 +118,16 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--chunks", type=int, default=64, help="of the report text")
     parser.add_argument("--folder", type=Path, help="a run folder with curves, instead of a run of its own")
+    parser.add_argument("--encoder", choices=ENCODERS, default=DEFAULT_ENCODER, help="of the plans")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--gpu-layers", type=int, default=0)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = asked.folder or Path(scratch) / "run"
         if not asked.folder:
-            flags = ["--budget", "Q3_K_M", "--imatrix-chunks", "100", "--report-chunks", "8"]
-            cerebellum("run", DEMO_MODEL, "-o", folder, *flags)
+            flags = ["--budget", "Q3_K_M", "--imatrix-chunks", "100", "--report-chunks", "8", "--keep-shards"]
+            machine = ["--threads", str(asked.threads), "--gpu-layers", str(asked.gpu_layers)]
+            cerebellum("run", DEMO_MODEL, "-o", folder, *flags, *machine, "--encoder", asked.encoder)
         workspace = Workspace.reopen(folder, rivals.engine_for, Silent())
         curves = open_run(folder).curves()
         with workspace.locked():
@@ -122,7 +136,7 @@ def main() -> None:
             foretold = frontier(curves, workspace.layout, KLD)
     show(rows)
     picture(rows, foretold).savefig(PICTURE)
-    print(PICTURE, save("frontier", {"chunks": asked.chunks, "rows": rows}))
+    print(PICTURE, save("frontier", {"chunks": asked.chunks, "encoder": asked.encoder, "rows": rows}))
 
 
 if __name__ == "__main__":
