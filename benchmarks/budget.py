@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from common import cerebellum, save
 from gguf import GGMLQuantizationType
 from rich.console import Console
 from rich.table import Table
+from threadpoolctl import threadpool_limits
 
 from cerebellum import open_run
 from cerebellum.base import preset_base
@@ -72,29 +74,35 @@ class Bench:
         return math.ceil(tensor_bytes(type_, self.workspace.source.tensors[name].shape) / 32) * 32
 
 
-def mse_types(bench: Bench, budget: int, qtypes: Sequence[str]) -> Types:
-    """Returns, tensor by tensor, the types of least squared error by importance in all, within the budget."""
+Errors = list[dict[GGMLQuantizationType, float]]
+
+
+def mse_errors(bench: Bench, qtypes: Sequence[str]) -> Errors:
+    """Returns the squared error by importance of each free tensor at each type that it takes, on all threads."""
     workspace = bench.workspace
+
+    def errors(name: str) -> dict[GGMLQuantizationType, float]:
+        sample = Sample(workspace.engine, workspace.source, workspace.matrix, name, Method())
+        return {kind: sample.error(kind) for kind in map(parse_type, qtypes) if sample.takes(kind)}
+
+    with (
+        threadpool_limits(1, user_api="blas"),
+        ThreadPoolExecutor(max_workers=workspace.settings.threads) as pool,
+    ):
+        return list(pool.map(errors, bench.free_tensors))
+
+
+def mse_types(bench: Bench, budget: int, errors: Errors) -> Types:
+    """Returns, tensor by tensor, the types of least squared error by importance in all, within the budget."""
     names = bench.free_tensors
-    samples = [
-        Sample(
-            workspace.engine,
-            workspace.source,
-            workspace.matrix,
-            name,
-            Method(),
-        )
-        for name in names
-    ]
-    legal = [[qtype for qtype in map(parse_type, qtypes) if sample.takes(qtype)] for sample in samples]
     items = [
-        [Option(n_bytes=bench.n_bytes(sample.name, k), damage=sample.error(k)) for k in ladder]
-        for sample, ladder in zip(samples, legal, strict=True)
+        [Option(n_bytes=bench.n_bytes(name, kind), damage=error) for kind, error in known.items()]
+        for name, known in zip(names, errors, strict=True)
     ]
-    choice = solve(items, budget - workspace.layout.fixed_bytes())
+    choice = solve(items, budget - bench.workspace.layout.fixed_bytes())
     assert choice is not None, "the budget holds none of these types"
-    chosen = {name: legal[i][index] for i, (name, index) in enumerate(zip(names, choice, strict=True))}
-    return dict(workspace.base.types) | chosen
+    chosen = {name: list(known)[index] for name, known, index in zip(names, errors, choice, strict=True)}
+    return dict(bench.workspace.base.types) | chosen
 
 
 def band_types(bench: Bench, budget: int, damages: Sequence[Mapping[str, float]]) -> Types:
@@ -249,8 +257,10 @@ def one_budget(asked: argparse.Namespace, scratch: Path, budget: str) -> dict[st
             "Cerebellum": Path(ours["file"]),
             "by perplexity": scratch / "ppl.gguf",
             "depth bands": bench.write("bands", band_types(bench, size, band_damages(bench))),
-            "weighted MSE": bench.write("mse", mse_types(bench, size, ALL_TYPES)),
-            "weighted MSE, K-quants": bench.write("mse-k", mse_types(bench, size, K_LADDER)),
+            "weighted MSE": bench.write("mse", mse_types(bench, size, mse_errors(bench, ALL_TYPES))),
+            "weighted MSE, K-quants": bench.write(
+                "mse-k", mse_types(bench, size, mse_errors(bench, K_LADDER))
+            ),
         }
         variants = {name: file_variant(path, name) for name, path in files.items()}
         rows = score(bench, variants | without_iq(workspace, plan), asked.report_chunks)

@@ -30,7 +30,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "granite-4.0-h-small.json"
 def write_planned(header: Path, types: dict[str, str], path: Path) -> None:
     """The planned file without a single weight."""
     source = open_source(header)
-    records = preset_base(source, "Q3_K_M", None, has_imatrix=True).records
+    records = preset_base(LlamaEngine(), source, "Q3_K_M", None, has_imatrix=True).records
     tensors = [
         TensorSource(name=name, shape=tensor.shape, type=parse_type(types[name]), chunks=list)
         for name, tensor in source.tensors.items()
@@ -67,7 +67,7 @@ def main() -> None:
     path = asked.header.with_name("planned.gguf")
     for size in asked.fit:
         for context in asked.ctx:
-            flags = ("--measurements", asked.measurements, "--fit", size, "--ctx", str(context))
+            flags = ("--measurements", asked.measurements, "--fit", size, "--context", str(context))
             plan, _ = cerebellum("plan", asked.header, *flags)
             write_planned(asked.header, plan["tensor_types"], path)
             found, memory = taken(path, context), plan["memory"]

@@ -10,10 +10,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cerebellum.engine.protocols import Engine, Job, Kept, Scores
+from cerebellum.texts import Corpus
+
+Vector = NDArray[np.float64]
 
 RESULTS = Path(__file__).parent / "results"
 FINAL = re.compile(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)")
@@ -69,6 +77,43 @@ def stock_perplexity(binary: Path, model: Path, text: Path, ctx: int, threads: i
     else:
         sys.exit(f"{binary} printed no perplexity:\n{done.output[-2000:]}")
     return {"ppl": float(ppl[1]), "se": float(ppl[2]), "chunks": int(chunks[1]), "seconds": done.seconds}
+
+
+def reference(
+    engine: Engine, paths: Sequence[Path], corpus: Corpus, chunks: Sequence[int]
+) -> tuple[list[Kept], Vector]:
+    """Returns a model's predictions of some chunks, kept where it runs, and its mean NLL of each, nats a token."""
+    jobs = [Job(tokens_T=corpus.inputs(chunk), keep=True) for chunk in chunks]
+    predictions: list[Kept] = []
+    nll = []
+    for scores in scored(engine, paths, corpus.ctx, jobs):
+        assert scores.kept is not None
+        predictions.append(scores.kept)
+        nll.append(scores.nll_S.mean())
+    return predictions, np.array(nll)
+
+
+def score(
+    engine: Engine, paths: Sequence[Path], corpus: Corpus, chunks: Sequence[int], kept: Sequence[Kept]
+) -> tuple[Vector, Vector]:
+    """Returns (mean NLL, mean KL divergence from what was kept) of each chunk, nats a token."""
+    jobs = [
+        Job(tokens_T=corpus.inputs(chunk), against=prediction)
+        for chunk, prediction in zip(chunks, kept, strict=True)
+    ]
+    nll, kld = [], []
+    for scores in scored(engine, paths, corpus.ctx, jobs):
+        assert scores.kld_S is not None
+        nll.append(scores.nll_S.mean())
+        kld.append(scores.kld_S.mean())
+    return np.array(nll), np.array(kld)
+
+
+def scored(engine: Engine, paths: Sequence[Path], ctx: int, jobs: Sequence[Job]) -> Iterator[Scores]:
+    """Scores chunks in order, as many at once as the engine decodes together."""
+    with engine.resident(paths, ctx) as model:
+        for start in range(0, len(jobs), model.chunks_at_once):
+            yield from model.score(jobs[start : start + model.chunks_at_once])
 
 
 def save(name: str, result: dict[str, Any]) -> Path:

@@ -13,14 +13,14 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import save
+from common import reference, save, score
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from rich.console import Console
@@ -31,7 +31,7 @@ from cerebellum.encode import RESCALABLE, SUPPORTED, Unshrink, encode, feed_back
 from cerebellum.encode.encoders import FED_BACK, round_rows
 from cerebellum.encode.moments import Moments, Span, watch
 from cerebellum.encode.moments import compute_or_reuse as moments_of
-from cerebellum.engine.protocols import Engine, Job, Kept, QuantizeJob, Scores
+from cerebellum.engine.protocols import QuantizeJob
 from cerebellum.gguf import TensorSource, is_quantized, row_bytes, write_gguf
 from cerebellum.imatrix import ImportanceMatrix, compute_or_reuse, read
 from cerebellum.llama.native import EngineSettings, LlamaEngine
@@ -197,38 +197,6 @@ class Model:
             yield rounding(matrix).ravel()
 
 
-def reference(engine: Engine, source: Source, corpus: Corpus, chunks: int) -> tuple[list[Kept], Vector]:
-    """Returns the source's predictions of the first ``chunks``, and its mean NLL of each, nats a token."""
-    predictions: list[Kept] = []
-    jobs = [Job(tokens_T=corpus.inputs(chunk), keep=True) for chunk in range(chunks)]
-    nll = []
-    for scores in scored(engine, source.paths, corpus.ctx, jobs):
-        assert scores.kept is not None
-        predictions.append(scores.kept)
-        nll.append(scores.nll_S.mean())
-    return predictions, np.array(nll)
-
-
-def score(engine: Engine, path: Path, corpus: Corpus, predictions: Sequence[Kept]) -> tuple[Vector, Vector]:
-    """Returns (mean NLL, mean KL divergence from the source) of each chunk, nats a token."""
-    jobs = [
-        Job(tokens_T=corpus.inputs(chunk), against=prediction) for chunk, prediction in enumerate(predictions)
-    ]
-    nll, kld = [], []
-    for scores in scored(engine, [path], corpus.ctx, jobs):
-        assert scores.kld_S is not None
-        nll.append(scores.nll_S.mean())
-        kld.append(scores.kld_S.mean())
-    return np.array(nll), np.array(kld)
-
-
-def scored(engine: Engine, paths: Sequence[Path], ctx: int, jobs: Sequence[Job]) -> Iterator[Scores]:
-    """Scores chunks in order, as many at once as the engine decodes together."""
-    with engine.resident(paths, ctx) as model:
-        for start in range(0, len(jobs), model.chunks_at_once):
-            yield from model.score(jobs[start : start + model.chunks_at_once])
-
-
 def report(nll: Mapping[str, Vector], kld: Mapping[str, Vector], source: Vector) -> dict[str, dict[str, Any]]:
     first = next(iter(nll))
     loss = {name: float((vector - source).mean()) for name, vector in nll.items()}
@@ -322,7 +290,8 @@ def main() -> None:
             reporter=Silent(),
         )
         corpus = load_corpus(engine, asked.model, asked.text, asked.ctx)
-        predictions, nll_source = reference(engine, source, corpus, min(asked.chunks, corpus.n_chunks))
+        chunks = range(min(asked.chunks, corpus.n_chunks))
+        predictions, nll_source = reference(engine, source.paths, corpus, chunks)
         for preset in asked.presets:
             base = preset_base(engine, source, preset, matrix)
             model = Model(source=source, base=base, matrix=matrix, moments=moments, threads=asked.threads)
@@ -332,7 +301,7 @@ def main() -> None:
                 started = time.perf_counter()
                 model.write(path, rounding)
                 took = time.perf_counter() - started
-                nll[name], kld[name] = score(engine, path, corpus, predictions)
+                nll[name], kld[name] = score(engine, [path], corpus, chunks, predictions)
                 path.unlink()
                 print(
                     f"{preset}, {name}: KL {kld[name].mean():.5f} nats, written in {took:.1f} s",
