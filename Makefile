@@ -24,9 +24,10 @@ docs: demo
 	cp -r $(addprefix cerebellum-demo/,manifest.json README.md report.html charts) docs/demo/
 	if [ -f cerebellum-demo/bench.json ]; then cp cerebellum-demo/bench.json docs/demo/; fi
 	$(BIN)/cerebellum card docs/demo
-	if command -v chromium >/dev/null; then chromium --headless --no-sandbox --disable-gpu \
-		--disable-background-networking --no-first-run --hide-scrollbars --window-size=1280,1500 \
-		--user-data-dir=$$(mktemp -d) --screenshot=docs/demo/report.png file://$(CURDIR)/docs/demo/report.html; fi
+	$(BIN)/python benchmarks/session.py docs/demo/session.svg demo -o cerebellum-demo
+	if $(BIN)/python -c 'import playwright' 2>/dev/null; then \
+		$(BIN)/python benchmarks/screenshots.py docs/demo/report.html docs/demo; \
+	else echo "docs/demo has no pictures of the report: pip install playwright, and a Chromium"; fi
 
 # The pages of docs/ as a site in site/; whatever leads nowhere is an error. `.venv/bin/mkdocs serve` shows it while you write.
 site: $(VENV)/installed-docs

@@ -310,16 +310,17 @@ def sizes_chart(width: int, points: Sequence[Point], unit: str, limit: float | N
 def _point_label(axes: Axes, point: Point, points: Sequence[Point], rise: int = 0) -> None:
     """Writes a point's label where it hides nothing.
 
-    The base's stands under its point, or over it where there is a ``rise``, and every other one beside its
-    point.
+    The base's stands beside its point where nothing is larger, else under it, or over it where there is a ``rise``;
+    every other one stands beside its point.
     """
     middle = (min(p.size for p in points) + max(p.size for p in points)) / 2
     side = 1 if point.size <= middle or rise else -1
     away = (9 * side, rise)
     align = "left" if side > 0 else "right"
     if not point.verdict:
-        away = (0, 13 if rise else -13)
-        align = "center"
+        last = point.size >= max(p.size for p in points) and not rise
+        away = (8, 0) if last else (0, 13 if rise else -13)
+        align = "left" if last else "center"
     axes.annotate(
         short(point.label),
         (point.size, point.delta),
