@@ -22,6 +22,7 @@ from typing import Any
 
 from common import cerebellum, save
 from gguf import GGMLQuantizationType
+from making import Maker, Types
 from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
@@ -42,8 +43,6 @@ from cerebellum.settings import DEMO_MODEL, FINE_LADDER, K_LADDER, Budget, Setti
 from cerebellum.shards import Variant
 from cerebellum.stats.estimate import Estimate
 from cerebellum.workspace import Workspace
-
-Types = Mapping[str, GGMLQuantizationType]
 
 ALL_TYPES = (*K_LADDER, *FINE_LADDER)
 N_BANDS = 4
@@ -252,8 +251,9 @@ def one_budget(asked: argparse.Namespace, scratch: Path, budget: str) -> dict[st
     size = plan.budget_bytes
     with workspace.locked():
         preset = preset_base(workspace.engine, workspace.source, budget, workspace.matrix)
+        maker = Maker(workspace=workspace, folder=scratch)
         files = {
-            "preset": bench.write("preset", preset.types),
+            "preset": maker.write(f"{budget}-preset", preset.types, "ggml", preset),
             "Cerebellum": Path(ours["file"]),
             "by perplexity": scratch / "ppl.gguf",
             "depth bands": bench.write("bands", band_types(bench, size, band_damages(bench))),

@@ -2,12 +2,13 @@
 
 One `cerebellum run --budget` measures the response curves; every plan here is what they propose at a
 preset's size, nothing else measured for it. Presets and plans are then scored on the report text, as KL
-divergence from the source.
+divergence from the source. Presets are llama-quantize's, rounded by ggml; plans are rounded as a run rounds them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ from typing import Any
 import budget as rivals
 import matplotlib
 from common import cerebellum, save
+from making import Maker
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -43,12 +45,13 @@ PICTURE = Path(__file__).parent.parent / "docs" / "frontier.png"
 def measure(bench: rivals.Bench, curves: Curves, presets: list[str], chunks: int) -> list[dict[str, Any]]:
     """Measures size and KL divergence of every preset and of the plan of its size, on the report text."""
     workspace = bench.workspace
+    maker = Maker(workspace=workspace, folder=bench.folder / "presets")
     order = range(chunks)
     rows = []
     with measuring(workspace, workspace.source_variant, order, workspace.report_corpus) as measurer:
         for name in presets:
-            types = preset_base(workspace.engine, workspace.source, name, workspace.matrix).types
-            path = bench.write("preset", types)
+            base = preset_base(workspace.engine, workspace.source, name, workspace.matrix)
+            path = maker.write(name, base.types, "ggml", base)
             n_bytes = path.stat().st_size
             preset = float(measurer.kld_means(file_variant(path, name), order).mean())
             row: dict[str, Any] = {"preset": name, "bytes": n_bytes, "preset_kld": preset}
@@ -108,12 +111,15 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--chunks", type=int, default=64, help="of the report text")
     parser.add_argument("--folder", type=Path, help="a run folder with curves, instead of a run of its own")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--gpu-layers", type=int, default=0)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = asked.folder or Path(scratch) / "run"
         if not asked.folder:
-            flags = ["--budget", "Q3_K_M", "--imatrix-chunks", "100", "--report-chunks", "8"]
-            cerebellum("run", DEMO_MODEL, "-o", folder, *flags)
+            flags = ["--budget", "Q3_K_M", "--imatrix-chunks", "100", "--report-chunks", "8", "--keep-shards"]
+            machine = ["--threads", str(asked.threads), "--gpu-layers", str(asked.gpu_layers)]
+            cerebellum("run", DEMO_MODEL, "-o", folder, *flags, *machine)
         workspace = Workspace.reopen(folder, rivals.engine_for, Silent())
         curves = open_run(folder).curves()
         with workspace.locked():

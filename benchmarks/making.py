@@ -6,14 +6,13 @@ A type that our encoder leaves to ggml has the same bytes from both, and IQ type
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from budget import Types
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
@@ -25,6 +24,7 @@ from cerebellum.shards import tensor_content
 from cerebellum.workspace import Workspace
 
 By = Literal["ours", "ggml"]
+Types = Mapping[str, GGMLQuantizationType]
 Bytes = NDArray[np.uint8]
 
 

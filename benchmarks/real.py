@@ -44,6 +44,7 @@ from cerebellum.base import preset_base
 from cerebellum.bench.stage import BenchRequest, bench_files
 from cerebellum.codec import as_json
 from cerebellum.engine.protocols import Engine
+from cerebellum.gguf import tensor_bytes
 from cerebellum.llama.library import build_id, devices
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.measure.measurer import measuring
@@ -257,7 +258,7 @@ class Real:
             n = scores.common(text, [candidate.name for candidate in candidates if made(candidate)])
             for size in self.asked.sizes if n else ():
                 of_size = [each for each in candidates if each.size == size and made(each)]
-                rows = judged(text, n, of_size, scores)
+                rows = judged(text, n, of_size, scores, Path(self.asked.model))
                 told.setdefault(text.name, {})[size] = rows
                 show(f"{text.name}, size of {size}, {n} chunks", rows)
         self.found["quality"] = told
@@ -494,7 +495,9 @@ def described(text: Text) -> dict[str, Any]:
     }
 
 
-def judged(text: Text, n: int, candidates: Sequence[Candidate], scores: Scores) -> list[dict[str, Any]]:
+def judged(
+    text: Text, n: int, candidates: Sequence[Candidate], scores: Scores, source_file: Path
+) -> list[dict[str, Any]]:
     """Returns a row for every file of a size, compared with its preset by document."""
     preset = next(each for each in candidates if each.maker == PRESET)
     documents = text.document_N[:n]
@@ -511,6 +514,7 @@ def judged(text: Text, n: int, candidates: Sequence[Candidate], scores: Scores) 
             {
                 "maker": candidate.maker,
                 "bytes": path.stat().st_size,
+                "bytes_finer_than_source": wasted(path, source_file),
                 "chunks": n,
                 "documents": less.documents,
                 "loss_nats": float((nll - source).mean()),
@@ -520,6 +524,17 @@ def judged(text: Text, n: int, candidates: Sequence[Candidate], scores: Scores) 
             }
         )
     return rows
+
+
+def wasted(path: Path, source: Path) -> int:
+    """Returns the bytes spent on types finer than a quantized source has, where a copy would have lost nothing."""
+    had = open_source(source, allow_requantize=True).tensors
+    kept = open_source(path, allow_requantize=True).tensors
+    more = [
+        tensor_bytes(kept[name].type, tensor.shape) - tensor_bytes(tensor.type, tensor.shape)
+        for name, tensor in had.items()
+    ]
+    return sum(n_bytes for n_bytes in more if n_bytes > 0)
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

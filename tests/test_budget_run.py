@@ -11,7 +11,7 @@ import pytest
 from conftest import Cerebellum
 from tiny import ledger_rows, run_process
 
-from cerebellum.gguf import read_gguf
+from cerebellum.gguf import bits_per_weight, parse_type, read_gguf
 from cerebellum.settings import SELECTION_TEXT
 
 
@@ -220,3 +220,27 @@ def test_stages_of_a_budget_meet_in_the_folder(
     built = cerebellum("build", folder, "--json")
     assert built.code == 0, built.err
     assert Path(built.json["path"]).stat().st_size == planned.json["file_bytes"]
+
+
+def test_no_bytes_go_into_types_finer_than_a_quantized_source_has(
+    tmp_path: Path, embedded: Path, report_text: Path, cerebellum: Cerebellum
+) -> None:
+    """A tensor at the source's own type is copied and loses nothing: at a finer one it would lose, and cost more."""
+    source = tmp_path / "source-Q4_K_M.gguf"
+    assert cerebellum("quantize", embedded, "Q4_K_M", "-o", source, "--encoder", "ggml").code == 0
+    text = tmp_path / "select.txt"
+    text.write_text(SELECTION_TEXT.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+    flags = "--ctx 64 --imatrix-chunks 2 --report-chunks 3 --threads 2 --no-fine-types --allow-requantize"
+    texts = ("--select-text", text, "--report-text", report_text, "--budget", "Q5_K_M")
+    ran = run_process(
+        *("run", source, "-o", tmp_path / "run", *flags.split(), *texts, "--types", "Q4_K,Q5_K,Q6_K"),
+        "--json",
+    )
+    assert ran.code == 0, ran.err
+    plan = ran.json["plan"]
+    had = {tensor.name: bits_per_weight(tensor.type) for tensor in read_gguf(source).tensors}
+    finer = [
+        name for name, qtype in plan["tensor_types"].items() if bits_per_weight(parse_type(qtype)) > had[name]
+    ]
+    assert finer == []
+    assert plan["file_bytes"] < 0.9 * plan["budget_bytes"], "bytes that buy nothing are left"

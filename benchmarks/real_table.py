@@ -1,0 +1,135 @@
+"""What real.py found, as Markdown for the documents, and its picture: KL divergence from the source by size.
+
+    python benchmarks/real_table.py             # prints the tables, draws docs/real.png
+
+Nothing is measured here; results/real.json holds every number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from common import RESULTS
+from matplotlib.figure import Figure
+
+PICTURE = Path(__file__).parent.parent / "docs" / "real.png"
+SHOWN = {  # makers in the picture, with their colours; the others are in the tables
+    "preset": "#b4532a",
+    "Cerebellum": "#1f6f8b",
+    "depth bands": "#8a8578",
+    "weighted MSE": "#c0a060",
+}
+Found = dict[str, Any]
+
+
+def tables(found: Found) -> Iterator[str]:
+    """Yields a table for every text and size, presets first, as they were measured."""
+    for text, sizes in found.get("quality", {}).items():
+        for size, rows in sizes.items():
+            n = rows[0]["chunks"]
+            yield (
+                f"\n| {text}, size of {size}, {n} chunks of {rows[0]['documents']} documents | bytes | loss, nats "
+                "| against the preset, nats | KL, nats | less KL, 95% interval |"
+            )
+            yield "| --- | --- | --- | --- | --- | --- |"
+            yield from (_row(row) for row in rows)
+
+
+def _row(row: Found) -> str:
+    mean, low, high = row["loss_change_nats"]
+    less, least, most = row["less_kld_pct"]
+    name = f"**{row['maker']}**" if row["maker"] == "Cerebellum" else row["maker"]
+    cells = [name, f"{row['bytes']:,}", f"{row['loss_nats']:.5f}", "", f"{row['kld_nats']:.5f}", ""]
+    if row["maker"] != "preset":
+        cells[3] = f"{mean:+.5f} [{low:+.5f}, {high:+.5f}]"
+        cells[5] = f"{less:.1f}% [{least:.1f}, {most:.1f}]"
+    return f"| {' | '.join(cells)} |"
+
+
+def speeds(found: Found) -> Iterator[str]:
+    """Yields tokens a second of a prompt and of generation, file by file."""
+    yield "\n| file | bytes | prompt, tokens/s | generated, tokens/s |\n| --- | --- | --- | --- |"
+    for name, row in found.get("speed", {}).items():
+        yield f"| {name} | {row['bytes']:,} | {row['prompt']:,.0f} | {row['generation']:.1f} |"
+
+
+def questions(found: Found) -> Iterator[str]:
+    """Yields accuracies, then paired differences with McNemar's p and what the questions could have shown."""
+    asked = found.get("questions")
+    if not asked:
+        return
+    names = asked["models"]
+    yield "\n| model | benchmark | metric | right | accuracy |\n| --- | --- | --- | --- | --- |"
+    for row in asked["scores"]:
+        low, high = row["ci_pct"]
+        where = f"{row['task']} ({row['protocol']}, {row['labels']})"
+        yield (
+            f"| {names.get(row['model'], row['model'])} | {where} | {row['metric']} | {row['correct']:,} of "
+            f"{row['n']:,} | {row['accuracy_pct']:.1f}% [{low:.1f}, {high:.1f}] |"
+        )
+    yield "\n| against | benchmark | metric | difference | p | by Holm | could show |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for row in asked["paired"]:
+        low, high = row["ci_pct"]
+        where = f"{row['task']} ({row['protocol']}, {row['labels']})"
+        sure = "significant" if row["significant_by_holm"] else "no"
+        yield (
+            f"| {names.get(row['against'], row['against'])} | {where} | {row['metric']} | "
+            f"{row['difference_pct']:+.1f} [{low:+.1f}, {high:+.1f}] | {row['p_value']:.3g} | {sure} | "
+            f"±{row['detectable_pct']:.1f} |"
+        )
+
+
+def picture(found: Found) -> Figure:
+    """Draws the files of the size's four makers, a panel for each text."""
+    matplotlib.rcParams["svg.hashsalt"] = "cerebellum"
+    texts = found["quality"]
+    drawn = Figure(figsize=(9, 4.2), dpi=110, layout="constrained")
+    panels = drawn.subplots(1, len(texts), squeeze=False, sharey=True)[0]
+    for axes, (text, sizes) in zip(panels, texts.items(), strict=True):
+        for maker, colour in SHOWN.items():
+            rows = [row for size in sizes.values() for row in size if row["maker"] == maker]
+            places = sorted((row["bytes"] / 1e6, row["kld_nats"]) for row in rows)
+            if places:
+                axes.plot(*zip(*places, strict=True), "o-", color=colour, linewidth=1, label=maker)
+        for size, rows in sizes.items():
+            place = (rows[0]["bytes"] / 1e6, rows[0]["kld_nats"])
+            axes.annotate(size, place, xytext=(3, 5), textcoords="offset points", fontsize=8)
+        axes.set_yscale("log")
+        axes.set_title(f"{text}, {next(iter(sizes.values()))[0]['chunks']} chunks", fontsize=10)
+        axes.set_xlabel("file, MB")
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel("KL divergence from the source, nats a token")
+    panels[-1].legend(frameon=False)
+    return drawn
+
+
+def told(found: Found) -> Iterable[str]:
+    """Returns all lines of Markdown, with what they are of first."""
+    yield f"{found['model']} (types {', '.join(found['source_types'])}), {found['devices']}, {found['build']}"
+    for name, text in found.get("texts", {}).items():
+        yield f"- {name}: {text['file']}, {text['documents']} documents, sha256 {text['sha256']}"
+    yield from tables(found)
+    yield from speeds(found)
+    yield from questions(found)
+    yield f"\nMinutes by part: {found.get('minutes')}. {found.get('broken_off', '')}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--name", default="real", help="of the JSON in results/")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    asked = parser.parse_args()
+    found = json.loads((RESULTS / f"{asked.name}.json").read_text())
+    print("\n".join(told(found)))
+    if found.get("quality"):
+        picture(found).savefig(asked.picture)
+
+
+if __name__ == "__main__":
+    main()
