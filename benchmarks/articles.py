@@ -90,9 +90,9 @@ class Ratio:
 
 def ratio_by_document(values_N: Vector, reference_N: Vector, document_N: Documents) -> Ratio:
     """Returns the sum of values over the sum of the reference, with documents as the unit of chance."""
-    names = np.unique(document_N)
-    values = np.array([values_N[document_N == name].sum() for name in names])
-    reference = np.array([reference_N[document_N == name].sum() for name in names])
+    names, place = np.unique(document_N, return_inverse=True)
+    values = np.bincount(place, weights=values_N)
+    reference = np.bincount(place, weights=reference_N)
     ratio = float(values.sum() / reference.sum())
     half = _half_width(values - ratio * reference) / abs(float(reference.sum()))
     return Ratio(value=ratio, low=ratio - half, high=ratio + half, documents=len(names))
