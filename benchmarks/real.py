@@ -87,12 +87,20 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A text that reports, with the document that each chunk is of."""
+    """A text that reports, with its chunks in the order in which they are scored and the document that each is of.
+
+    The order is drawn once, so that any beginning of it has chunks of all documents.
+    """
 
     name: str
     corpus: Corpus
+    order_N: Documents
     document_N: Documents
-    chunks: int
+
+    @property
+    def chunks(self) -> int:
+        """Returns how many chunks are wanted."""
+        return len(self.order_N)
 
 
 @dataclass(kw_only=True)
@@ -229,8 +237,9 @@ class Real:
         for name, path in files.items():
             corpus = load_corpus(engine, model, path, 512)
             wanted = min(self.asked.chunks or corpus.n_chunks, corpus.n_chunks)
-            documents = document_of(engine, model, corpus)
-            found.append(Text(name=name, corpus=corpus, document_N=documents, chunks=wanted))
+            order = np.random.default_rng(1).permutation(corpus.n_chunks)[:wanted]
+            documents = document_of(engine, model, corpus)[order]
+            found.append(Text(name=name, corpus=corpus, order_N=order, document_N=documents))
         return found
 
     def quality(self) -> None:
@@ -417,13 +426,14 @@ class Scores:
         if not missing:
             return
         corpus = block.text.corpus
-        kept, nll = reference(engine, source, corpus, block.chunks)
+        chunks = block.text.order_N[block.chunks.start : block.chunks.stop].tolist()
+        kept, nll = reference(engine, source, corpus, chunks)
         self._add(block, SOURCE, nll, np.zeros(len(nll)))
         for candidate in missing:
             path = candidate.path.result()
             if path is not None:
                 began = time.monotonic()
-                self._add(block, candidate.name, *score(engine, [path], corpus, block.chunks, kept))
+                self._add(block, candidate.name, *score(engine, [path], corpus, chunks, kept))
                 took = time.monotonic() - began
                 print(f"{block.name}: {candidate.name} in {took:.1f} s", file=sys.stderr, flush=True)
         for prediction in kept:
@@ -454,6 +464,7 @@ class Scores:
     def vectors(self, texts: Sequence[Text]) -> dict[str, Vector]:
         """Returns all scores, with the documents of the chunks, for whoever wants to work the intervals out anew."""
         found: dict[str, Any] = {f"{text.name}/documents": text.document_N for text in texts}
+        found |= {f"{text.name}/order": text.order_N for text in texts}
         for path in sorted(self.folder.glob("*.npz")):
             text, name = path.stem.split(".", 1)
             with np.load(path) as known:

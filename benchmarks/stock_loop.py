@@ -132,7 +132,9 @@ def main() -> None:
         )
         results, stock_rows = [], {}
         for limit in asked.max_increase:
-            flags = ["--base", asked.base, "--demote", asked.demote, "--imatrix", matrix, "--ctx", asked.ctx]
+            # ggml's encoder and no graphics card: the bytes and the machine of the other side
+            flags = ["--encoder", "ggml", "--gpu-layers", "0"]
+            flags += ["--base", asked.base, "--demote", asked.demote, "--imatrix", matrix, "--ctx", asked.ctx]
             flags += ["--allow-requantize"] if asked.allow_requantize else []
             flags += ["--base-file", asked.base_file] if asked.base_file else []
             flags += ["--select-text", asked.text, "--max-increase", limit, "--threads", asked.threads]
