@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
@@ -20,9 +21,17 @@ COLUMNS = 110
 _FONTS = re.compile(r"\s*@font-face \{.*?\}", re.DOTALL)  # from a server; a picture in a page may load none
 
 
+class Recorder(progress.Terminal):
+    """Is a terminal that wraps what is too long for it: a picture would cut it off."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """Prints within the columns of the picture."""
+        super().print(*objects, **(how | {"soft_wrap": False}))
+
+
 def main() -> None:
     picture, *arguments = sys.argv[1:]
-    recorder = progress.Terminal(record=True, width=COLUMNS)
+    recorder = Recorder(record=True, width=COLUMNS)
     progress.OUT = recorder
     from cerebellum.cli.commands import cli  # takes the recorder where it is imported
 
