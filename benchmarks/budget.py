@@ -39,7 +39,7 @@ from cerebellum.measure.rounding import Sample
 from cerebellum.plan.artifacts import BudgetPlan
 from cerebellum.plan.knapsack import Option, solve
 from cerebellum.progress import Silent
-from cerebellum.settings import DEMO_MODEL, FINE_LADDER, K_LADDER, Budget, Settings
+from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, ENCODERS, FINE_LADDER, K_LADDER, Budget, Settings
 from cerebellum.shards import Variant
 from cerebellum.stats.estimate import Estimate
 from cerebellum.workspace import Workspace
@@ -222,7 +222,8 @@ def engine_for(settings: Settings) -> LlamaEngine:
 def run_flags(asked: argparse.Namespace) -> list[str]:
     made = ["--imatrix", str(asked.imatrix)] if asked.imatrix else []
     chunks = ["--imatrix-chunks", str(asked.imatrix_chunks), "--report-chunks", "8", *made]
-    return [*chunks, "--gpu-layers", str(asked.gpu_layers), "--threads", str(asked.threads)]
+    machine = ["--gpu-layers", str(asked.gpu_layers), "--threads", str(asked.threads)]
+    return [*chunks, "--encoder", asked.encoder, *machine]
 
 
 def arguments() -> argparse.Namespace:
@@ -232,6 +233,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--imatrix", type=Path, help="one made already")
     parser.add_argument("--imatrix-chunks", type=int, default=100)
     parser.add_argument("--report-chunks", type=int, default=0, help="0: the whole text")
+    parser.add_argument("--encoder", choices=ENCODERS, default=DEFAULT_ENCODER, help="of all but the preset")
     parser.add_argument("--gpu-layers", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--name", default="budget", help="of the JSON in results/, one for each budget")
@@ -275,7 +277,12 @@ def main() -> None:
         for budget in asked.budgets:
             result = one_budget(asked, Path(scratch), budget)
             show(budget, result["rows"])
-            print(save(f"{asked.name}-{budget}", {"model": asked.model.name, "budget": budget, **result}))
+            print(
+                save(
+                    f"{asked.name}-{budget}",
+                    {"model": asked.model.name, "encoder": asked.encoder, "budget": budget, **result},
+                )
+            )
 
 
 if __name__ == "__main__":

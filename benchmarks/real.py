@@ -167,7 +167,8 @@ class Real:
 
     def threshold(self) -> None:
         """Runs the published method at a limit of 3%."""
-        self.run("threshold", "--max-increase", "3%", "--base", self.compared, *self.mixed())
+        most = ("--max-chunks", str(self.asked.threshold_chunks))
+        self.run("threshold", "--max-increase", "3%", "--base", self.compared, *most, *self.mixed())
 
     def allocate(self) -> None:
         """Runs a budget run for all sizes that may spend bytes on output head and embeddings, too."""
@@ -280,6 +281,8 @@ class Real:
     def files(self, makers: Iterable[str]) -> dict[str, Path]:
         """Returns the files of some makers that are there, by size and maker, and the source first."""
         planned = {plan.file_label: path for path, plan in results(self.folder / "run")}
+        if not planned:
+            sys.exit(f"{self.folder / 'run'}: holds no finished run; --parts plan,quality come first")
         found = {SOURCE: Path(self.asked.model)}
         for size in self.asked.sizes:
             for maker in makers:
@@ -593,6 +596,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--block", type=int, default=192, help="chunks whose predictions are kept at once")
     parser.add_argument("--minutes", type=float, default=12.0, help="no block begins that would end after it")
     parser.add_argument("--imatrix-chunks", type=int, default=100)
+    parser.add_argument(
+        "--threshold-chunks", type=int, default=150, help="at most, of any group at the limit"
+    )
     parser.add_argument("--questions", type=int, default=2000, help="of each benchmark, 0: all")
     parser.add_argument("--data", type=Path, help="folder of the questions [default: CEREBELLUM_DATA]")
     parser.add_argument("--gpu-layers", type=int, default=0)
