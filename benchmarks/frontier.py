@@ -20,8 +20,6 @@ import matplotlib
 from common import cerebellum, save
 from making import Maker
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from cerebellum import open_run
 from cerebellum.base import preset_base
@@ -32,7 +30,7 @@ from cerebellum.plan.artifacts import FrontierRow
 from cerebellum.plan.budget import frontier, plan_unmeasured
 from cerebellum.plan.target import Target
 from cerebellum.progress import Silent
-from cerebellum.settings import DEMO_MODEL, KLD
+from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, ENCODERS, KLD
 from cerebellum.workspace import Workspace
 
 PRESETS = (
@@ -97,13 +95,17 @@ def picture(rows: list[dict[str, Any]], predicted: Sequence[FrontierRow]) -> Fig
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    table = Table("preset", "bytes", "KL, nats", "plan of its size", "less", "foretold")
+    """Prints the table of benchmarks/README.md, in Markdown."""
+    print(
+        "| preset | bytes | preset, nats | plan, nats | less | foretold |\n| --- | --- | --- | --- | --- | --- |"
+    )
     for row in rows:
         plan = row.get("plan_kld")
-        less = "" if plan is None else f"{100 * (1 - plan / row['preset_kld']):.0f}%"
-        told = ("", "") if plan is None else (f"{plan:.5f}", f"{row['plan_predicted']:.5f}")
-        table.add_row(row["preset"], f"{row['bytes']:,}", f"{row['preset_kld']:.5f}", told[0], less, told[1])
-    Console(width=110).print(table)
+        cells = "under the smallest plan | | "
+        if plan is not None:
+            less = 100 * (1 - plan / row["preset_kld"])
+            cells = f"{plan:.5f} | {less:.0f}% | {row['plan_predicted']:.5f}"
+        print(f"| {row['preset']} | {row['bytes']:,} | {row['preset_kld']:.5f} | {cells} |")
 
 
 def main() -> None:
@@ -111,6 +113,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--chunks", type=int, default=64, help="of the report text")
     parser.add_argument("--folder", type=Path, help="a run folder with curves, instead of a run of its own")
+    parser.add_argument("--encoder", choices=ENCODERS, default=DEFAULT_ENCODER, help="of the plans")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--gpu-layers", type=int, default=0)
     asked = parser.parse_args()
@@ -119,7 +122,7 @@ def main() -> None:
         if not asked.folder:
             flags = ["--budget", "Q3_K_M", "--imatrix-chunks", "100", "--report-chunks", "8", "--keep-shards"]
             machine = ["--threads", str(asked.threads), "--gpu-layers", str(asked.gpu_layers)]
-            cerebellum("run", DEMO_MODEL, "-o", folder, *flags, *machine)
+            cerebellum("run", DEMO_MODEL, "-o", folder, *flags, *machine, "--encoder", asked.encoder)
         workspace = Workspace.reopen(folder, rivals.engine_for, Silent())
         curves = open_run(folder).curves()
         with workspace.locked():
@@ -128,7 +131,7 @@ def main() -> None:
             foretold = frontier(curves, workspace.layout, KLD)
     show(rows)
     picture(rows, foretold).savefig(PICTURE)
-    print(PICTURE, save("frontier", {"chunks": asked.chunks, "rows": rows}))
+    print(PICTURE, save("frontier", {"chunks": asked.chunks, "encoder": asked.encoder, "rows": rows}))
 
 
 if __name__ == "__main__":

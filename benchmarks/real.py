@@ -153,9 +153,10 @@ class Real:
             self.save()
 
     def mixed(self) -> list[str]:
-        """Returns the options for a selection text of prose and code."""
+        """Returns the options for a selection text of prose and code, or for the texts that were asked for."""
         code = self.code("select", SELECT_MODULES)
-        return ["--select-text", f"prose={SELECTION_TEXT}", "--select-text", f"code={code}"]
+        texts = self.asked.select_text or [f"prose={SELECTION_TEXT}", f"code={code}"]
+        return [part for text in texts for part in ("--select-text", text)]
 
     def plan(self) -> None:
         """Runs one budget run for all sizes, on prose and code."""
@@ -592,6 +593,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="for runs, files and scores; some GB")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"by comma, of {', '.join(PARTS)}")
     parser.add_argument("--sizes", default=",".join(SIZES), type=lambda text: tuple(text.split(",")))
+    parser.add_argument(
+        "--select-text", action="append", help="NAME=FILE or domains [default: prose and code]"
+    )
     parser.add_argument("--chunks", type=int, default=0, help="of each report text, 0: all")
     parser.add_argument("--block", type=int, default=192, help="chunks whose predictions are kept at once")
     parser.add_argument("--minutes", type=float, default=12.0, help="no block begins that would end after it")
