@@ -603,7 +603,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--threshold-chunks", type=int, default=150, help="at most, of any group at the limit"
     )
-    parser.add_argument("--questions", type=int, default=2000, help="of each benchmark, 0: all")
+    parser.add_argument("--questions", type=int, default=1000, help="of each benchmark, 0: all")
     parser.add_argument("--data", type=Path, help="folder of the questions [default: CEREBELLUM_DATA]")
     parser.add_argument("--gpu-layers", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
