@@ -18,7 +18,7 @@ test: $(VENV)/installed-test
 
 # The demo's card and report for docs/demo, from a run; the tests then hold the card to them.
 docs: demo
-	rm -rf docs/demo
+	rm -rf docs/demo/charts docs/demo/bench.json
 	mkdir -p docs/demo
 	cp -r $(addprefix cerebellum-demo/,source.json groups.json measurements.json plan.json verify.json) docs/demo/
 	cp -r $(addprefix cerebellum-demo/,manifest.json README.md report.html charts) docs/demo/
@@ -27,7 +27,7 @@ docs: demo
 	$(BIN)/python benchmarks/session.py docs/demo/session.svg demo -o cerebellum-demo
 	if $(BIN)/python -c 'import playwright' 2>/dev/null; then \
 		$(BIN)/python benchmarks/screenshots.py docs/demo/report.html docs/demo; \
-	else echo "docs/demo has no pictures of the report: pip install playwright, and a Chromium"; fi
+	else echo "the pictures of the report in docs/demo are not new: pip install playwright, and a Chromium"; fi
 
 # The pages of docs/ as a site in site/; whatever leads nowhere is an error. `.venv/bin/mkdocs serve` shows it while you write.
 site: $(VENV)/installed-docs
