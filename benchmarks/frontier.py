@@ -2,7 +2,8 @@
 
 One `cerebellum run --budget` measures the response curves; every plan here is what they propose at a
 preset's size, nothing else measured for it. Presets and plans are then scored on the report text, as KL
-divergence from the source. Presets are llama-quantize's, rounded by ggml; plans are rounded as a run rounds them.
+divergence from the source; intervals take articles for independent, and the preset's own error counts. Presets are
+llama-quantize's, rounded by ggml; plans are rounded as a run rounds them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import budget as rivals
 import matplotlib
-from common import cerebellum, save
+from common import articles, bounds, cerebellum, save, share
 from making import Maker
 from matplotlib.figure import Figure
 
@@ -31,6 +32,7 @@ from cerebellum.plan.budget import frontier, plan_unmeasured
 from cerebellum.plan.target import Target
 from cerebellum.progress import Silent
 from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, ENCODERS, KLD
+from cerebellum.stats.clusters import less_than_reference
 from cerebellum.workspace import Workspace
 
 PRESETS = (
@@ -44,21 +46,25 @@ def measure(bench: rivals.Bench, curves: Curves, presets: list[str], chunks: int
     """Measures size and KL divergence of every preset and of the plan of its size, on the report text."""
     workspace = bench.workspace
     maker = Maker(workspace=workspace, folder=bench.folder / "presets")
-    order = range(chunks)
+    corpus = workspace.report_corpus
+    order = range(min(chunks, corpus.n_chunks))
+    of_article = articles(workspace.engine, workspace.source.path, corpus)[: len(order)]
     rows = []
-    with measuring(workspace, workspace.source_variant, order, workspace.report_corpus) as measurer:
+    with measuring(workspace, workspace.source_variant, order, corpus) as measurer:
         for name in presets:
             base = preset_base(workspace.engine, workspace.source, name, workspace.matrix)
             path = maker.write(name, base.types, "ggml", base)
             n_bytes = path.stat().st_size
-            preset = float(measurer.kld_means(file_variant(path, name), order).mean())
-            row: dict[str, Any] = {"preset": name, "bytes": n_bytes, "preset_kld": preset}
+            preset = measurer.kld_means(file_variant(path, name), order)
+            row: dict[str, Any] = {"preset": name, "bytes": n_bytes, "preset_kld": float(preset.mean())}
             with suppress(AnswerIsNo):  # smaller than the types of the curves allow
                 plan = plan_unmeasured(curves, workspace.layout, Target(file_bytes=n_bytes), KLD)
                 variant = workspace.shards.variant(plan.changes)
+                ours = measurer.kld_means(variant, order)
                 row |= {
                     "plan_bytes": plan.file_bytes,
-                    "plan_kld": float(measurer.kld_means(variant, order).mean()),
+                    "plan_kld": float(ours.mean()),
+                    "less_kld_pct": bounds(less_than_reference(ours, preset, of_article)),
                     "plan_predicted": curves.base_kld + (plan.predicted_kld or 0.0),
                 }
             rows.append(row)
@@ -103,8 +109,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         plan = row.get("plan_kld")
         cells = "under the smallest plan | | "
         if plan is not None:
-            less = 100 * (1 - plan / row["preset_kld"])
-            cells = f"{plan:.5f} | {less:.0f}% | {row['plan_predicted']:.5f}"
+            cells = f"{plan:.5f} | {share(row['less_kld_pct'])} | {row['plan_predicted']:.5f}"
         print(f"| {row['preset']} | {row['bytes']:,} | {row['preset_kld']:.5f} | {cells} |")
 
 

@@ -25,17 +25,10 @@ from typing import Any
 
 import budget as rivals
 import numpy as np
-from articles import (
-    REPORT_MODULES,
-    SELECT_MODULES,
-    Documents,
-    code_text,
-    document_of,
-    mean_by_document,
-    ratio_by_document,
-)
-from common import RESULTS, Vector, cerebellum, reference, save, score
+from code_texts import REPORT_MODULES, SELECT_MODULES, code_text
+from common import RESULTS, Vector, articles, bounds, cerebellum, reference, save, save_vectors, score
 from making import Maker
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -53,9 +46,12 @@ from cerebellum.plan.artifacts import BudgetPlan
 from cerebellum.progress import Silent
 from cerebellum.settings import K_LADDER, REPORT_TEXT, SELECTION_TEXT
 from cerebellum.source import open_source
+from cerebellum.stats.clusters import less_than_reference, mean_by_cluster
 from cerebellum.stats.holm import holm
 from cerebellum.texts import Corpus, load_corpus
 from cerebellum.workspace import Workspace
+
+Numbers = NDArray[np.int64]
 
 PARTS = ("plan", "threshold", "prose", "allocate", "quality", "speed", "questions")
 FURTHER = {  # runs beside the first, and what their files are called
@@ -94,8 +90,8 @@ class Text:
 
     name: str
     corpus: Corpus
-    order_N: Documents
-    document_N: Documents
+    order_N: Numbers
+    document_N: Numbers
 
     @property
     def chunks(self) -> int:
@@ -240,7 +236,7 @@ class Real:
             corpus = load_corpus(engine, model, path, 512)
             wanted = min(self.asked.chunks or corpus.n_chunks, corpus.n_chunks)
             order = np.random.default_rng(1).permutation(corpus.n_chunks)[:wanted]
-            documents = document_of(engine, model, corpus)[order]
+            documents = np.array(articles(engine, model, corpus))[order]
             found.append(Text(name=name, corpus=corpus, order_N=order, document_N=documents))
         return found
 
@@ -274,7 +270,7 @@ class Real:
                 show(f"{text.name}, size of {size}, {n} chunks", rows)
         self.found["quality"] = told
         self.found["texts"] = {text.name: described(text) for text in texts}
-        np.savez_compressed(RESULTS / f"{self.asked.name}_vectors.npz", **scores.vectors(texts))
+        save_vectors(self.asked.name, scores.vectors(texts))
         print(self.save(), flush=True)
 
     # --- speed and questions
@@ -467,7 +463,7 @@ class Scores:
 
     def vectors(self, texts: Sequence[Text]) -> dict[str, Vector]:
         """Returns all scores, with the documents of the chunks, for whoever wants to work the intervals out anew."""
-        found: dict[str, Any] = {f"{text.name}/documents": text.document_N for text in texts}
+        found: dict[str, Vector] = {f"{text.name}/documents": text.document_N for text in texts}
         found |= {f"{text.name}/order": text.order_N for text in texts}
         for path in sorted(self.folder.glob("*.npz")):
             text, name = path.stem.split(".", 1)
@@ -515,14 +511,14 @@ def judged(
 ) -> list[dict[str, Any]]:
     """Returns a row for every file of a size, compared with its preset by document."""
     preset = next(each for each in candidates if each.maker == PRESET)
-    documents = text.document_N[:n]
+    documents = text.document_N[:n].tolist()
     source = scores.of(text, SOURCE)[0][:n]
     preset_nll, preset_kld = (vector[:n] for vector in scores.of(text, preset.name))
     rows = []
     for candidate in candidates:
         nll, kld = (vector[:n] for vector in scores.of(text, candidate.name))
-        less = ratio_by_document(kld, preset_kld, documents)
-        loss = mean_by_document(nll - preset_nll, documents)
+        less = less_than_reference(kld, preset_kld, documents)
+        loss = mean_by_cluster(nll - preset_nll, documents)
         path = candidate.path.result()
         assert path is not None
         rows.append(
@@ -531,11 +527,11 @@ def judged(
                 "bytes": path.stat().st_size,
                 "bytes_finer_than_source": wasted(path, source_file),
                 "chunks": n,
-                "documents": less.documents,
+                "documents": less.n,
                 "loss_nats": float((nll - source).mean()),
                 "kld_nats": float(kld.mean()),
-                "less_kld_pct": less.less_pct(),
-                "loss_change_nats": [loss.mean, loss.low, loss.high],
+                "less_kld_pct": bounds(less),
+                "loss_change_nats": bounds(loss),
             }
         )
     return rows

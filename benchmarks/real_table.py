@@ -41,14 +41,19 @@ def tables(found: Found) -> Iterator[str]:
 
 
 def _row(row: Found) -> str:
-    mean, low, high = row["loss_change_nats"]
-    less, least, most = row["less_kld_pct"]
+    change = [_number(value, "+.5f") for value in row["loss_change_nats"]]
+    less = [_number(value, ".1f") for value in row["less_kld_pct"]]
     name = f"**{row['maker']}**" if row["maker"] == "Cerebellum" else row["maker"]
     cells = [name, f"{row['bytes']:,}", f"{row['loss_nats']:.5f}", "", f"{row['kld_nats']:.5f}", ""]
     if row["maker"] != "preset":
-        cells[3] = f"{mean:+.5f} [{low:+.5f}, {high:+.5f}]"
-        cells[5] = f"{less:.1f}% [{least:.1f}, {most:.1f}]"
+        cells[3] = f"{change[0]} [{change[1]}, {change[2]}]"
+        cells[5] = f"{less[0]}% [{less[1]}, {less[2]}]"
     return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None, form: str) -> str:
+    """Writes a number; one without end, which JSON has not, as a question mark."""
+    return "?" if value is None else format(value, form)
 
 
 def speeds(found: Found) -> Iterator[str]:
