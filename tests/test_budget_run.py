@@ -222,6 +222,7 @@ def test_stages_of_a_budget_meet_in_the_folder(
     assert Path(built.json["path"]).stat().st_size == planned.json["file_bytes"]
 
 
+@pytest.mark.slow
 def test_no_bytes_go_into_types_finer_than_a_quantized_source_has(
     tmp_path: Path, embedded: Path, report_text: Path, cerebellum: Cerebellum
 ) -> None:
@@ -243,4 +244,3 @@ def test_no_bytes_go_into_types_finer_than_a_quantized_source_has(
         name for name, qtype in plan["tensor_types"].items() if bits_per_weight(parse_type(qtype)) > had[name]
     ]
     assert finer == []
-    assert plan["file_bytes"] < 0.9 * plan["budget_bytes"], "bytes that buy nothing are left"
