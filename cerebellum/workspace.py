@@ -19,7 +19,7 @@ from cerebellum.encode.encoders import Encoder, choose, watched_inputs
 from cerebellum.engine.protocols import Engine
 from cerebellum.engine.timings import timed
 from cerebellum.errors import BadInput
-from cerebellum.folder import GROUPS, LEDGER, SETTINGS, SOURCE, RunFolder
+from cerebellum.folder import GROUPS, IMATRIX, LEDGER, MOMENTS, SETTINGS, SOURCE, RunFolder
 from cerebellum.groups import Group, Groups, given_groups, make_groups, record_of, source_file
 from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
@@ -215,15 +215,18 @@ class Workspace:
                 raise BadInput(f"{given.path}: has no entry for a tensor of this model; give its own matrix")
             return given
         corpus = self.importance_corpus
-        return imatrix.compute_or_reuse(
+        before = imatrix.recipe_of(self.path(IMATRIX))
+        made = imatrix.compute_or_reuse(
             engine=self.engine,
             shards=self.source.paths,
             fingerprint=lambda: self.source_fingerprint,
             corpus=corpus,
             chunks=self.settings.imatrix_chunks or corpus.n_chunks,
-            out=self.path("imatrix.gguf"),
+            out=self.path(IMATRIX),
             reporter=self.reporter,
         )
+        self._check_as_made(made.path, before, imatrix.recipe_of(made.path) or "", made.sha256)
+        return made
 
     @cached_property
     def importance_corpus(self) -> Corpus:
@@ -247,16 +250,35 @@ class Workspace:
         if self.watched is None or not self.watched.weights:
             return None
         corpus = self.importance_corpus
-        return moments.compute_or_reuse(
+        before = moments.recipe_of(self.path(MOMENTS))
+        made = moments.compute_or_reuse(
             engine=self.engine,
             shards=self.source.paths,
             fingerprint=lambda: self.source_fingerprint,
             watched=self.watched,
             corpus=corpus,
             chunks=self.settings.imatrix_chunks or corpus.n_chunks,
-            out=self.path("moments.gguf"),
+            out=self.path(MOMENTS),
             reporter=self.reporter,
         )
+        self._check_as_made(made.path, before, moments.recipe_of(made.path) or "", made.sha256)
+        return made
+
+    def _check_as_made(self, path: Path, before: str | None, recipe: str, sha256: str) -> None:
+        """Raises BadInput where a file that weights are rounded by is another one than the ledger remembers.
+
+        ``recipe`` is what it was made from, and ``before`` what the file that was there was made from. One that was
+        made just now is remembered: where it comes out otherwise than before it was removed, as on some GPUs, all
+        that rests on it is measured anew.
+        """
+        known = self.ledger.content_hash(path.name, recipe)
+        if known is None or recipe != before:
+            self.ledger.record_content_hash(path.name, recipe, sha256)
+        elif known != sha256:
+            raise BadInput(
+                f"{path}: its bytes changed on the disk since it was made, and weights would be rounded by other "
+                "values than were measured; remove it and run `cerebellum run` again, which makes it anew"
+            )
 
     @cached_property
     def base(self) -> Base:
@@ -399,7 +421,7 @@ class Workspace:
         )
         shards = self.path("shards")
         present = sum(p.stat().st_size for p in shards.glob("*.gguf")) if shards.exists() else 0
-        fed = self.watched.n_bytes if self.watched and not self.path("moments.gguf").exists() else 0
+        fed = self.watched.n_bytes if self.watched and not self.path(MOMENTS).exists() else 0
         needed = self.settings.goal.wholes * self.layout.tensor_bytes() + changed + fed - present
         free = shutil.disk_usage(self.folder).free
         self.reporter.note(f"disk: up to {size(max(needed, 0))} more in {self.folder}, {size(free)} are free")

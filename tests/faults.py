@@ -39,7 +39,7 @@ from cerebellum.errors import CerebellumError
 from cerebellum.llama import guard
 from cerebellum.progress import Silent
 from cerebellum.run import run_all
-from cerebellum.settings import Budget, Goal, Limit, Preset, Settings
+from cerebellum.settings import Budget, EncoderName, Goal, Limit, Preset, Settings
 from cerebellum.source.convert import model_file
 from cerebellum.source.converter import Chosen
 from cerebellum.workspace import Workspace
@@ -92,6 +92,7 @@ class Run(Case):
     """
 
     goal: Goal
+    encoder: EncoderName
 
     def prepare(self) -> None:
         texts = [self.folder / "select.txt", self.folder / "report.txt"]
@@ -104,6 +105,7 @@ class Run(Case):
             report_text=texts[1],
             ctx=CTX,
             threads=1,
+            encoder=self.encoder,
         )
 
     def act(self, out: Path) -> None:
@@ -129,10 +131,12 @@ class Run(Case):
 
 class ByLimit(Run):
     goal = BY_LIMIT
+    encoder = "ggml"
 
 
 class ForBudget(Run):
     goal = FOR_BUDGET
+    encoder = "ours"
 
 
 class Conversion(Case):

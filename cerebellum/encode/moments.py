@@ -225,7 +225,7 @@ def compute_or_reuse(
         made_from = f"{fingerprint()} {corpus.sha256} {corpus.ctx} {count} {engine.identity}"
         return f"{_VERSION} {made_from} {digest}"
 
-    if out.exists() and _recipe_of(out) == recipe():
+    if out.exists() and recipe_of(out) == recipe():
         return read(out)
     inputs = (corpus.inputs(chunk) for chunk in corpus.first(count))
     with reporter.task("second moments", count) as tick:
@@ -236,11 +236,11 @@ def compute_or_reuse(
 
 def refuse_foreign(out: Path) -> None:
     """Raises BadInput where a file is at ``out`` that this program did not write as second moments."""
-    if out.exists() and _recipe_of(out) is None:
+    if out.exists() and recipe_of(out) is None:
         raise BadInput(f"{out}: is there already and holds no second moments made here; name another file")
 
 
-def _recipe_of(path: Path) -> str | None:
+def recipe_of(path: Path) -> str | None:
     """Returns what a file was made from, or None where it holds no moments that this program wrote."""
     try:
         file = read_gguf(path)
