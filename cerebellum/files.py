@@ -17,11 +17,15 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from cerebellum.engine.timings import timed
 from cerebellum.errors import BadInput
+
+Done = TypeVar("Done")
+Started = TypeVar("Started")
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -40,48 +44,106 @@ _WRITE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS,
 
 
 class Disk:
-    """Does every step that changes a disk, one method a step.
+    """Takes every step that changes something outside this process, one method a step.
 
     Tests put another one in its place that fails at the n-th step, or stops there as a crash would, because
-    that is the only way to know what each of these moments leaves behind.
+    that is the only way to know what each of these moments leaves behind. A step that a signal interrupts is
+    taken again: Python sees to that itself for opening, writing and syncing (PEP 475), and not for renaming,
+    removing and making folders, which network file systems interrupt.
     """
+
+    def before(self, step: str) -> None:
+        """Hears of every step just before it is taken, and each time that it is taken again."""
 
     def create(self, path: Path) -> BinaryIO:
         """Opens a new file for writing; a file or a link that is there already is never written through."""
-        return os.fdopen(os.open(path, _NEW_FILE, 0o666), "wb")
+        return self._take("create", lambda: os.fdopen(os.open(path, _NEW_FILE, 0o666), "wb"))
 
     def sync(self, stream: BinaryIO) -> None:
         """Waits until all that was written to a file is on the disk."""
         stream.flush()
-        os.fsync(stream.fileno())
+        self._take("sync", lambda: os.fsync(stream.fileno()))
 
     def replace(self, source: Path, target: Path) -> None:
         """Gives a file another name, in place of whatever had it before."""
-        os.replace(source, target)
+        self._take("replace", partial(os.replace, source, target), partial(_must_exist, target))
 
     def unlink(self, path: Path) -> None:
         """Removes a file, or a link and not what it points at."""
-        path.unlink()
+        self._take("unlink", path.unlink, _done)
+
+    def link(self, path: Path, target: Path) -> None:
+        """Makes a symbolic link at ``path`` that points at ``target``."""
+        self._take("link", lambda: path.symlink_to(target))
 
     def make_folder(self, path: Path) -> None:
         """Makes a folder with all that it lies in; one that is there already is left as it is."""
-        path.mkdir(parents=True, exist_ok=True)
+        self._take("make_folder", lambda: path.mkdir(parents=True, exist_ok=True))
+
+    def remove_folder(self, path: Path) -> None:
+        """Removes a folder that is empty."""
+        self._take("remove_folder", path.rmdir, _done)
 
     def remove_tree(self, path: Path) -> None:
         """Removes a folder of ours with all that is in it, as far as that goes."""
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            self._take("remove_tree", lambda: _remove_all(path))
 
     def sync_folder(self, path: Path) -> None:
         """Makes a rename outlive a power cut; a file system that cannot do that is left alone."""
         with suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            self._take("sync_folder", lambda: _sync_folder(path))
 
     def commit(self, path: Path) -> None:
         """Hears that a transaction is about to be committed: SQLite does its own writing, and does it well."""
+        self.before("commit")
+
+    def spawn(self, start: Callable[[], Started]) -> Started:
+        """Starts another program by calling ``start``; what that one writes is its own affair."""
+        return self._take("spawn", start)
+
+    def _take(self, step: str, act: Callable[[], Done], instead: Callable[[], Done] | None = None) -> Done:
+        """Takes a step, again for as long as a signal interrupts it.
+
+        A network file system may have carried out the call that was interrupted: where the next one finds no file
+        to work on, ``instead`` is called, which raises if the first one did not do it either.
+        """
+        interrupted = False
+        while True:
+            try:
+                self.before(step)
+                return act()
+            except InterruptedError:
+                interrupted = True
+            except FileNotFoundError:
+                if instead is None or not interrupted:
+                    raise
+                return instead()
+
+
+def _done() -> None:
+    """Stands for a removal that was carried out before it was said to be interrupted."""
+
+
+def _must_exist(path: Path) -> None:
+    os.lstat(path)
+
+
+def _remove_all(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except InterruptedError:
+        raise
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 DISK = Disk()

@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
+from cerebellum import files
 from cerebellum.bench.artifacts import BenchResults
 from cerebellum.codec import Artifact, Record, read_artifact, write_artifact
 from cerebellum.errors import BadInput
@@ -41,6 +42,8 @@ BENCH = "bench.json"
 SIZES = "sizes.json"
 PUBLISHED = "published.json"
 MANIFEST = "manifest.json"
+IMATRIX = "imatrix.gguf"
+MOMENTS = "moments.gguf"
 LEDGER = "ledger.sqlite"
 CARD = "README.md"
 REPORT = "report.html"
@@ -186,7 +189,7 @@ class RunFolder:
         made = not self.path.exists()
         lock = FileLock(self / _LOCK, timeout=0)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            files.DISK.make_folder(self.path)
             lock.acquire()
         except Timeout as error:
             raise BadInput(f"{self.path}: another Cerebellum is at work in it; wait, or use -o") from error
@@ -207,5 +210,6 @@ class RunFolder:
         """Removes the lock, and the folder if nothing else is in it; it may be gone already."""
         with suppress(OSError):
             if [path.name for path in self.path.iterdir()] in ([_LOCK], []):
-                (self / _LOCK).unlink(missing_ok=True)
-                self.path.rmdir()
+                if (self / _LOCK).exists():
+                    files.DISK.unlink(self / _LOCK)
+                files.DISK.remove_folder(self.path)

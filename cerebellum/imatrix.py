@@ -77,7 +77,7 @@ def filled(entry: Entry) -> Floats:
     return np.asarray(np.maximum(means, floors), np.float32)
 
 
-def _recipe_of(path: Path) -> str | None:
+def recipe_of(path: Path) -> str | None:
     """Returns what a matrix was made from, or None where the file is none that this program wrote."""
     try:
         found = read_gguf(path).value(_RECIPE)
@@ -90,7 +90,7 @@ def refuse_foreign(out: Path) -> None:
     """Raises BadInput where a file is at ``out`` that this program did not write as an importance matrix."""
     if not out.exists():
         return
-    if _recipe_of(out) is None:
+    if recipe_of(out) is None:
         raise BadInput(
             f"{out}: is there already and is no importance matrix made here; give another -o, or --force to replace it"
         )
@@ -117,7 +117,7 @@ def compute_or_reuse(
     def recipe() -> str:
         return f"{fingerprint()} {corpus.sha256} {corpus.ctx} {count} {engine.identity}"
 
-    if out.exists() and _recipe_of(out) == recipe():
+    if out.exists() and recipe_of(out) == recipe():
         return read(out)
     wanted = beside if beside is not None and not beside.are_there() else None
     what = "importance matrix and second moments" if wanted else "importance matrix"

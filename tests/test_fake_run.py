@@ -16,7 +16,7 @@ from cerebellum.engine.fake import FakeEngine
 from cerebellum.engine.speed import Speeds, speed_of
 from cerebellum.gguf import TensorInfo, bits_per_weight, is_quantized, read_gguf
 from cerebellum.run import run_all
-from cerebellum.settings import Budget, Goal, Limit, Preset, Settings
+from cerebellum.settings import Budget, EncoderName, Goal, Limit, Preset, Settings
 from cerebellum.workspace import Workspace
 
 
@@ -28,7 +28,9 @@ def damage(tensor: TensorInfo) -> float:
     return worth * 4.0 ** -bits_per_weight(tensor.type)
 
 
-def workspace(folder: Path, goal: Goal, engine: FakeEngine | None = None) -> Workspace:
+def workspace(
+    folder: Path, goal: Goal, engine: FakeEngine | None = None, encoder: EncoderName = "ggml"
+) -> Workspace:
     folder.mkdir(parents=True, exist_ok=True)
     texts = [folder / "select.txt", folder / "report.txt"]
     for seed, text in enumerate(texts):
@@ -40,6 +42,7 @@ def workspace(folder: Path, goal: Goal, engine: FakeEngine | None = None) -> Wor
         report_text=texts[1],
         ctx=32,
         threads=2,
+        encoder=encoder,
     )
     return Workspace(folder / "run", settings, engine or FakeEngine(damage=damage), Recorder())
 

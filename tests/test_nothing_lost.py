@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Cerebellum, Finished
 from test_fake_run import workspace
+from tiny import ledger_rows
 
 from cerebellum.engine.fake import FakeEngine
 from cerebellum.errors import BadInput
 from cerebellum.gguf import read_gguf
-from cerebellum.run import build_stage, run_all, verify_stage
+from cerebellum.run import build_stage, measure_stage, run_all, verify_stage
 from cerebellum.settings import Limit
 from cerebellum.workspace import Workspace
 
@@ -29,6 +31,15 @@ def flip(path: Path, at: int) -> None:
 def last_tensor(path: Path) -> int:
     """A place inside the last tensor's bytes."""
     return path.stat().st_size - 64
+
+
+@pytest.fixture
+def fed_back(tmp_path: Path) -> Workspace:
+    """The same with our encoder, which feeds errors back by second moments."""
+    opened = workspace(tmp_path, DEMOTED, encoder="ours")
+    run_all(opened)
+    assert opened.path("moments.gguf").exists()
+    return opened
 
 
 @pytest.fixture
@@ -95,7 +106,7 @@ def test_another_importance_matrix_is_refused_before_anything_is_quantized(run: 
     shards = {path.name for path in run.path("shards").iterdir()}
     for stage in (build_stage, verify_stage):
         again = reopened(run)
-        with again.locked(), pytest.raises(BadInput, match="importance matrix"):
+        with again.locked(), pytest.raises(BadInput, match="its bytes changed on the disk"):
             stage(again)
     assert result(run).read_bytes() == before
     assert {path.name for path in run.path("shards").iterdir()} == shards
@@ -144,3 +155,51 @@ def test_a_result_that_no_run_of_the_folder_made_stays(
     ran = cerebellum("run", embedded, "-o", mine.parent)
     assert ran.code == 2 and mine.name in ran.complaint
     assert mine.read_bytes() == b"mine" and not (mine.parent / "settings.json").exists()
+
+
+@pytest.mark.parametrize("name", ["moments.gguf", "imatrix.gguf"])
+@pytest.mark.parametrize("stage", [build_stage, verify_stage, run_all])
+def test_a_flipped_bit_in_what_rounding_rests_on_is_refused(
+    fed_back: Workspace, name: str, stage: Callable[[Workspace], object]
+) -> None:
+    """Codes would be chosen by other values than were measured, and every shard made anew of them."""
+    flip(fed_back.path(name), last_tensor(fed_back.path(name)))
+    before = {path: path.read_bytes() for path in fed_back.folder.rglob("*.gguf")}
+    again = reopened(fed_back)
+    with pytest.raises(BadInput, match=rf"{name}: .*remove it"):
+        if stage is run_all:
+            stage(again)
+        else:
+            with again.locked():
+                stage(again)
+    assert {path: path.read_bytes() for path in fed_back.folder.rglob("*.gguf")} == before
+
+
+@pytest.mark.parametrize("name", ["moments.gguf", "imatrix.gguf"])
+def test_what_rounding_rests_on_is_made_again_where_it_was_removed(fed_back: Workspace, name: str) -> None:
+    good = result(fed_back).read_bytes()
+    measured = ledger_rows(fed_back.folder)
+    fed_back.path(name).unlink()
+    run_all(reopened(fed_back))
+    assert result(fed_back).read_bytes() == good
+    assert ledger_rows(fed_back.folder) == measured
+
+
+@pytest.mark.parametrize("name", ["moments.gguf", "imatrix.gguf"])
+def test_a_file_that_was_damaged_before_a_plan_was_made_is_noticed(name: str, tmp_path: Path) -> None:
+    fed_back = workspace(tmp_path, DEMOTED, encoder="ours")
+    measure_stage(fed_back)
+    flip(fed_back.path(name), last_tensor(fed_back.path(name)))
+    with pytest.raises(BadInput, match=rf"{name}: .*remove it"):
+        run_all(reopened(fed_back))
+    assert not list(fed_back.folder.glob("*-Cerebellum-*.gguf"))
+
+
+def test_reproduce_names_moments_that_changed(fed_back: Workspace, cerebellum: Cerebellum) -> None:
+    flip(fed_back.path("moments.gguf"), last_tensor(fed_back.path("moments.gguf")))
+    source = fed_back.settings.source
+    ran = cerebellum(
+        "reproduce", fed_back.path("manifest.json"), "--source", source, "-o", fed_back.folder / "again.gguf"
+    )
+    assert ran.code != 0
+    assert "second moments" in ran.out + ran.err

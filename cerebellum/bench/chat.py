@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from cerebellum import files
 from cerebellum.engine.asking import Vocabulary
 from cerebellum.errors import BadInput
 
@@ -82,15 +83,22 @@ class Renderer:
 
 def _started() -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    return subprocess.Popen(
-        [sys.executable, "-P", str(_PROGRAM)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        text=True,
-        encoding="utf-8",
-    )
+    try:
+        return files.DISK.spawn(
+            lambda: subprocess.Popen(
+                [sys.executable, "-P", str(_PROGRAM)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                text=True,
+                encoding="utf-8",
+            )
+        )
+    except OSError as error:
+        raise BadInput(
+            f"{sys.executable}: cannot be started to render chat templates ({error.strerror or error}); run again"
+        ) from error
 
 
 def _why(code: int) -> str:

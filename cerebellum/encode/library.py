@@ -15,17 +15,22 @@ optimisation levels and for other instruction sets, and compares more bytes than
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+
+from cerebellum import files
+from cerebellum.errors import BadInput
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("kquants.c", "blocks.h")
@@ -39,6 +44,10 @@ FLAGS = (
     *("-ffinite-math-only", "-fno-signed-zeros"),
 )
 """Every flag but the processor's; none of them allows reassociation."""
+
+_NO_PROGRAM = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOEXEC, errno.ENOTDIR})
+_NO_SPACE = "No space left"
+_COMPILER_SECONDS = 300.0
 
 _NATIVE = (("-march=native",), ("-mcpu=native",), ())
 _FUSED = ("__FMA__", "__FP_FAST_FMAF", "__aarch64__")  # without it fmaf is a slow call
@@ -119,8 +128,8 @@ def _predefined(compiler: str, flags: Sequence[str]) -> str | None:
     """The macros that the compiler sets with these flags, or None where it refuses them."""
     command = [compiler, *flags, "-dM", "-E", "-x", "c", os.devnull]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
+        done = _run(command)
+    except Unavailable:
         return None
     return done.stdout if done.returncode == 0 else None
 
@@ -137,7 +146,7 @@ def _cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         folder = (Path(base) if base else Path.home() / ".cache") / "cerebellum"
-        folder.mkdir(parents=True, exist_ok=True)
+        files.DISK.make_folder(folder)
     except (OSError, RuntimeError):
         return Path(tempfile.mkdtemp(prefix="cerebellum-"))
     owned = not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
@@ -149,17 +158,43 @@ def compile_library(compiler: str, flags: Sequence[str], out: Path) -> None:
 
     Raises:
         Unavailable: the compiler fails; the message has its first line of complaint.
+        BadInput: it cannot be started just now, or its result cannot be kept.
     """
     beside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     command = [compiler, *flags, str(sources()[0]), "-o", str(beside), "-lm"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{compiler} cannot be run: {error}") from error
-    if done.returncode != 0:
+        done = _run(command)
         complaint = next(iter(done.stderr.splitlines()), "it gave no reason")
-        raise Unavailable(f"{compiler} cannot compile the encoder: {complaint}")
-    os.replace(beside, out)
+        if done.returncode != 0 and _NO_SPACE in done.stderr:
+            raise BadInput(f"{out.parent}: {compiler} finds the disk full; free space, or set XDG_CACHE_HOME")
+        if done.returncode != 0:
+            raise Unavailable(f"{compiler} cannot compile the encoder: {complaint}")
+        files.DISK.replace(beside, out)
+    except OSError as error:
+        raise files.write_refusal(out, error) from error
+    finally:
+        with suppress(OSError):
+            files.DISK.unlink(beside)
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a compiler to its end.
+
+    Raises:
+        Unavailable: there is no such program, or it does not run on this system.
+        BadInput: it cannot be started just now. A run that goes on without our encoder makes other bytes than it
+            began with, so what may be well in a minute is never taken for a machine without a compiler.
+    """
+    try:
+        return files.DISK.spawn(
+            lambda: subprocess.run(command, capture_output=True, text=True, timeout=_COMPILER_SECONDS)
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        if isinstance(error, OSError) and error.errno in _NO_PROGRAM:
+            raise Unavailable(f"{command[0]} cannot be run: {error.strerror}") from error
+        raise BadInput(
+            f"{command[0]}: cannot be started to compile the encoder ({error}); run again, or give --encoder ggml"
+        ) from error
 
 
 def open_library(path: Path) -> ctypes.CDLL:

@@ -233,7 +233,7 @@ class Asked:
 
     def are_there(self) -> bool:
         """Says whether they were made already, from just this."""
-        return self.out.exists() and _recipe_of(self.out) == self.recipe()
+        return self.out.exists() and recipe_of(self.out) == self.recipe()
 
     def keep(self, found: Mapping[str, ColumnProducts]) -> None:
         """Writes what was summed for them."""
@@ -252,11 +252,11 @@ def compute_or_reuse(asked: Asked, *, engine: Engine, shards: Sequence[Path], re
 
 def refuse_foreign(out: Path) -> None:
     """Raises BadInput where a file is at ``out`` that this program did not write as second moments."""
-    if out.exists() and _recipe_of(out) is None:
+    if out.exists() and recipe_of(out) is None:
         raise BadInput(f"{out}: is there already and holds no second moments made here; name another file")
 
 
-def _recipe_of(path: Path) -> str | None:
+def recipe_of(path: Path) -> str | None:
     """Returns what a file was made from, or None where it holds no moments that this program wrote."""
     try:
         file = read_gguf(path)

@@ -12,12 +12,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from gguf import GGMLQuantizationType as Types
 
+from cerebellum import files
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.gguf import TensorInfo
 from cerebellum.settings import DEMO_MODEL
@@ -85,20 +86,30 @@ def try_opening(path: Path, n_bytes: int) -> None:
         "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
         "GGML_NO_BACKTRACE": "1",
     }
-    command = [sys.executable, "-P", "-m", "cerebellum.llama.guard", os.fspath(path)]
     try:
-        done = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=600 + n_bytes / _SLOWEST_DISK,
-        )
+        done = files.DISK.spawn(lambda: _opened_by(path, environment, 600 + n_bytes / _SLOWEST_DISK))
     except subprocess.TimeoutExpired as error:
         raise BadInput(f"{path}: llama.cpp does not get done with opening it; give another model") from error
+    except OSError as error:
+        raise BadInput(
+            f"{sys.executable}: cannot be started to try {path} ({error.strerror or error}); run again"
+        ) from error
     if done.returncode != 0:
         raise BadInput(f"{path}: {_what_happened(done.returncode)}: {_first_reason(done.stderr)}")
+
+
+def _opened_by(
+    path: Path, environment: Mapping[str, str], seconds: float
+) -> subprocess.CompletedProcess[bytes]:
+    """Runs this file as a program of its own, and waits for it."""
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "cerebellum.llama.guard", os.fspath(path)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        timeout=seconds,
+    )
 
 
 def _what_happened(code: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from cerebellum.errors import BadInput
-from cerebellum.files import is_plain_name
+from cerebellum.files import is_plain_name, read_refusal
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -28,6 +28,14 @@ _ANOTHER_LAYOUT = "consolidated*"
 _LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 _PRECISIONS = {"F64": "f32", "F32": "f32", "F16": "f16", "BF16": "bf16"}
 _BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+_WIDTHS = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
+"""Bytes of a value; types of other widths have parts of a byte, and are left to the converter."""
+
 _DEFAULT_PRECISION = "bf16"  # what a converter makes of weights in eight bits and less
 
 _REPAIR = "download the checkpoint again"
@@ -84,8 +92,11 @@ def open_checkpoint(folder: Path, name: str = "") -> Checkpoint:
     """
     names = _names_in(folder)
     _refuse_what_is_none(folder, names)
-    weights = weight_files(names, _index(folder) if INDEX in names else None, str(folder))
-    tensors = [tensor for weight in weights for tensor in _header(folder / weight)]
+    weights = weight_files(names, _read(folder / INDEX) if INDEX in names else None, str(folder))
+    found = _tensors(folder, weights)
+    if INDEX in names:
+        _check_index(folder, found)
+    tensors = list(found.values())
     matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
     precision = _precision(matrices or tensors)
     return Checkpoint(
@@ -151,8 +162,11 @@ def _refuse_what_is_none(folder: Path, names: list[str]) -> None:
     raise BadInput(f"{folder}: is a folder without safetensors; give a GGUF, or a folder of a checkpoint")
 
 
-def _index(folder: Path) -> bytes:
-    return (folder / INDEX).read_bytes()
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise read_refusal(path, error) from error
 
 
 def _weight_map(index: bytes, where: str) -> Mapping[str, str]:
@@ -162,31 +176,69 @@ def _weight_map(index: bytes, where: str) -> Mapping[str, str]:
         raise BadInput(f"{where}: its {INDEX} cannot be read ({error}); {_REPAIR}") from error
 
 
-def _header(path: Path) -> Iterator[_Tensor]:
-    """Yields what a safetensors file says it holds; BadInput where the file is not as long as that.
+def _tensors(folder: Path, weights: Iterable[str]) -> dict[str, _Tensor]:
+    """Returns what the files say they hold, by name; BadInput where two of them hold a tensor of one name."""
+    found: dict[str, _Tensor] = {}
+    for weight in weights:
+        held = _header(folder / weight)
+        twice = found.keys() & held.keys()
+        if twice:
+            raise BadInput(f"{folder / weight}: {min(twice)!a} is in another file, too; {_REPAIR}")
+        found |= held
+    return found
 
-    The layout is eight bytes with the header's length, the header as JSON, then the tensors' bytes
+
+def _check_index(folder: Path, found: Mapping[str, _Tensor]) -> None:
+    """Raises BadInput where the index names a tensor that no file holds: a model would be made without it."""
+    missing = _weight_map(_read(folder / INDEX), str(folder)).keys() - found.keys()
+    if missing:
+        raise BadInput(f"{folder}: no file holds {min(missing)!a}, which its {INDEX} names; {_REPAIR}")
+
+
+def _header(path: Path) -> dict[str, _Tensor]:
+    """Returns what a safetensors file says it holds; BadInput where the file is not just as long as that.
+
+    The layout is eight bytes with the header's length, the header as JSON, then the tensors' bytes, without holes
     (huggingface.co/docs/safetensors).
     """
-    with path.open("rb") as file:
-        n_header = int.from_bytes(file.read(8), "little")
-        n_file = path.stat().st_size
-        if not 2 <= n_header <= min(_LARGEST_HEADER, n_file - 8):
-            raise BadInput(f"{path}: is damaged or no safetensors file; {_REPAIR}")
-        raw = file.read(n_header)
+    try:
+        with path.open("rb") as file:
+            n_header = int.from_bytes(file.read(8), "little")
+            n_file = path.stat().st_size
+            if not 2 <= n_header <= min(_LARGEST_HEADER, n_file - 8):
+                raise BadInput(f"{path}: is damaged or no safetensors file; {_REPAIR}")
+            raw = file.read(n_header)
+    except OSError as error:
+        raise read_refusal(path, error) from error
     try:
         entries = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-        tensors = [
-            msgspec.json.decode(entry, type=_Tensor)
+        tensors = {
+            name: msgspec.json.decode(entry, type=_Tensor)
             for name, entry in entries.items()
             if name != "__metadata__"
-        ]
+        }
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise BadInput(f"{path}: its header cannot be read ({error}); {_REPAIR}") from error
-    end = 8 + n_header + max((tensor.data_offsets[1] for tensor in tensors), default=0)
+    end = 8 + n_header + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if n_file != end:
         raise BadInput(f"{path}: has {n_file:,} of {end:,} bytes; {_REPAIR}")
-    yield from tensors
+    _check_places(path, tensors)
+    return tensors
+
+
+def _check_places(path: Path, tensors: Mapping[str, _Tensor]) -> None:
+    """Raises BadInput where tensors overlap, leave holes, or have not as many bytes as their shapes take."""
+    start = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
+        first, last = tensor.data_offsets
+        width = _WIDTHS.get(tensor.dtype)
+        wanted = last - first if width is None else math.prod(tensor.shape) * width
+        if first != start or last < first or min(tensor.shape, default=0) < 0 or last - first != wanted:
+            raise BadInput(
+                f"{path}: {name!a} is said to be {tensor.dtype} of {list(tensor.shape)} at bytes {first} to {last}, "
+                f"and {start} is where it must begin and {max(wanted, 0)} are its bytes; {_REPAIR}"
+            )
+        start = last
 
 
 def _precision(tensors: Iterable[_Tensor]) -> str:

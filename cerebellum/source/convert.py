@@ -128,6 +128,8 @@ def _convert(
         _make(checkpoint, origin, converter, work / target.name, reporter)
         files.DISK.replace(work, folder)
         files.DISK.sync_folder(folder.parent)
+    except OSError as error:
+        raise files.write_refusal(target, error, checkpoint.n_bytes) from error
     finally:
         files.DISK.remove_tree(work)
 
@@ -139,7 +141,7 @@ def _make(
     seen = home / checkpoint.name
     make_folder(seen)
     for path in checkpoint.files:  # links, so that nothing is seen of what else lies beside them
-        (seen / path.name).symlink_to(path.resolve())
+        files.DISK.link(seen / path.name, path.resolve())
     arguments = [str(seen), "--outfile", str(out), "--outtype", checkpoint.precision]
     run_converter(converter, [*arguments, *_told(origin, home)], out, checkpoint.n_bytes, home, reporter)
     if not out.is_file():

@@ -115,7 +115,9 @@ def _commit(folder: Path) -> str | None:
         return None
     try:
         asked = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-        found = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True)
+        found = files.DISK.spawn(
+            lambda: subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True)
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip() or None
@@ -129,7 +131,9 @@ def _versions(python: Path) -> dict[str, str | None]:
     """Returns the versions of what a converter needs, None for what a Python lacks; BadInput where it cannot run."""
     try:
         asked = [str(python), "-c", _VERSIONS]
-        found = subprocess.run(asked, capture_output=True, env=_environ(), timeout=120, check=True)
+        found = files.DISK.spawn(
+            lambda: subprocess.run(asked, capture_output=True, env=_environ(), timeout=120, check=True)
+        )
         return msgspec.json.decode(found.stdout, type=dict[str, str | None])
     except (OSError, subprocess.SubprocessError, msgspec.MsgspecError) as error:
         raise BadInput(
@@ -175,7 +179,9 @@ def _make(folder: Path, python: Path, reporter: Reporter) -> None:
 def _setup(command: Sequence[str], folder: Path) -> None:
     """Runs a step of making the environment; BadInput with pip's last words where it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=_environ())
+        done = files.DISK.spawn(
+            lambda: subprocess.run(command, capture_output=True, text=True, errors="replace", env=_environ())
+        )
     except OSError as error:
         raise BadInput(f"{folder}: cannot be made ({error.strerror}); give --converter-python") from error
     if done.returncode:
@@ -205,9 +211,11 @@ def run_converter(
     environment = _environ(_SECRETS) | _OFFLINE | {"HF_HOME": str(home / "hf"), "TMPDIR": str(home)}
     command = [*converter.command, *arguments]
     try:
-        with log.open("wb") as told:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=told, stderr=told, cwd=home, env=environment
+        with files.DISK.create(log) as told:
+            process = files.DISK.spawn(
+                lambda: subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=told, stderr=told, cwd=home, env=environment
+                )
             )
             code = _followed(process, out, n_bytes, reporter)
     except OSError as error:
