@@ -4,7 +4,8 @@ At the size of each preset, files from the same source and importance matrix: th
 plan, an allocation over four depth bands (every tensor of a band gets one type; damages measured as ours
 are), and a per-tensor allocation that minimises the squared error weighted by the importance matrix (no
 model is run for it). All are scored on the report text, which chose nothing within these runs; the default
-objective was settled on it, once (docs/LOG.md).
+objective was settled on it, once (docs/LOG.md). Intervals take articles for independent, not chunks, and the share by
+which a loss is smaller has the preset's own error in it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cerebellum, save
+import numpy as np
+from common import articles, bounds, cerebellum, save, save_vectors, share
 from gguf import GGMLQuantizationType
 from rich.console import Console
 from rich.table import Table
@@ -38,10 +40,12 @@ from cerebellum.plan.knapsack import Option, solve
 from cerebellum.progress import Silent
 from cerebellum.settings import DEMO_MODEL, FINE_LADDER, K_LADDER, Budget, Settings
 from cerebellum.shards import Variant
-from cerebellum.stats.estimate import Estimate
+from cerebellum.stats.clusters import less_than_reference, mean_by_cluster
+from cerebellum.stats.paired import Floats
 from cerebellum.workspace import Workspace
 
 Types = Mapping[str, GGMLQuantizationType]
+Vectors = Mapping[str, Floats]
 
 ALL_TYPES = (*K_LADDER, *FINE_LADDER)
 N_BANDS = 4
@@ -142,7 +146,15 @@ def band_damages(bench: Bench) -> list[dict[str, float]]:
     return found
 
 
-def score(bench: Bench, variants: Mapping[str, Variant], chunks: int) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A row for each file, and the vectors behind it: the article of each chunk, its loss and divergence by file."""
+
+    rows: dict[str, dict[str, Any]]
+    vectors: dict[str, Floats]
+
+
+def score(bench: Bench, variants: Mapping[str, Variant], chunks: int) -> Scored:
     """Measures loss above the source on the report text, KL divergence from it, and the change from the preset."""
     source_variant = bench.workspace.source_variant
     corpus = bench.workspace.report_corpus
@@ -151,21 +163,33 @@ def score(bench: Bench, variants: Mapping[str, Variant], chunks: int) -> dict[st
         source = measurer.chunk_means(source_variant, wanted)
         kld = {name: measurer.kld_means(variant, wanted) for name, variant in variants.items()}
         nll = {name: measurer.chunk_means(variant, wanted) for name, variant in variants.items()}
-    loss = {name: float((vector - source).mean()) for name, vector in nll.items()}
-    rows = {}
-    for name in variants:
-        change = Estimate.of(nll[name] - nll["preset"]).interval()
-        kld_change = Estimate.of(kld[name] - kld["preset"]).interval()
-        rows[name] = {
-            "loss_nats": loss[name],
-            "less_loss_than_preset_pct": 100 * (1 - loss[name] / loss["preset"]),
-            "change_from_preset_nats": [change.mean, change.low, change.high],
-            "kld_nats": float(kld[name].mean()),
-            "less_kld_than_preset_pct": 100 * (1 - float(kld[name].mean() / kld["preset"].mean())),
-            "kld_change_nats": [kld_change.mean, kld_change.low, kld_change.high],
-            "chunks": len(wanted),
-        }
-    return rows
+    loss = {name: vector - source for name, vector in nll.items()}
+    everywhere = articles(bench.workspace.engine, bench.workspace.source.path, corpus)
+    of_article = [everywhere[chunk] for chunk in wanted]
+    rows = {name: score_row(loss, kld, name, of_article) for name in variants}
+    return Scored(
+        rows=rows, vectors={"article": np.array(of_article), **_named(loss, "loss"), **_named(kld, "kld")}
+    )
+
+
+def score_row(loss: Vectors, kld: Vectors, name: str, of_article: Sequence[int]) -> dict[str, Any]:
+    """Returns what is told of a file: articles are the clusters of all intervals."""
+    change = mean_by_cluster(loss[name] - loss["preset"], of_article)
+    kld_change = mean_by_cluster(kld[name] - kld["preset"], of_article)
+    return {
+        "loss_nats": float(loss[name].mean()),
+        "less_loss_than_preset_pct": bounds(less_than_reference(loss[name], loss["preset"], of_article)),
+        "change_from_preset_nats": bounds(change),
+        "kld_nats": float(kld[name].mean()),
+        "less_kld_than_preset_pct": bounds(less_than_reference(kld[name], kld["preset"], of_article)),
+        "kld_change_nats": bounds(kld_change),
+        "chunks": len(of_article),
+        "articles": change.n,
+    }
+
+
+def _named(vectors: Vectors, kind: str) -> dict[str, Floats]:
+    return {f"{name}/{kind}": vector.astype(np.float32) for name, vector in vectors.items()}
 
 
 def show(budget: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -178,12 +202,12 @@ def show(budget: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
             name,
             f"{row['bytes']:,}" if row["bytes"] else "",
             f"{row['loss_nats']:.5f}",
-            f"{row['less_loss_than_preset_pct']:.1f}%",
+            share(row["less_loss_than_preset_pct"]),
             f"{mean:+.5f} [{low:+.5f}, {high:+.5f}]" if name != "preset" else "",
             f"{row['kld_nats']:.5f}",
-            f"{row['less_kld_than_preset_pct']:.1f}%",
+            share(row["less_kld_than_preset_pct"]),
         )
-    Console(width=110).print(table)
+    Console(width=150).print(table)
 
 
 def our_plan(folder: Path, asked: argparse.Namespace, budget: str, *flags: str) -> dict[str, Any]:
@@ -253,10 +277,11 @@ def one_budget(asked: argparse.Namespace, scratch: Path, budget: str) -> dict[st
             "weighted MSE, K-quants": bench.write("mse-k", mse_types(bench, size, K_LADDER)),
         }
         variants = {name: file_variant(path, name) for name, path in files.items()}
-        rows = score(bench, variants | without_iq(workspace, plan), asked.report_chunks)
-    for name, row in rows.items():
+        scored = score(bench, variants | without_iq(workspace, plan), asked.report_chunks)
+    for name, row in scored.rows.items():
         row["bytes"] = files[name].stat().st_size if name in files else None
-    return {"rows": rows, "plan": ours, "plan_by_perplexity": by_ppl}
+    save_vectors(f"{asked.name}-{budget}", scored.vectors)
+    return {"rows": scored.rows, "plan": ours, "plan_by_perplexity": by_ppl}
 
 
 def main() -> None:

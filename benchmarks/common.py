@@ -10,10 +10,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from cerebellum.engine.protocols import Engine
+from cerebellum.stats.estimate import Estimate
+from cerebellum.stats.paired import Floats, without_nan
+from cerebellum.texts import Corpus, read_text
 
 RESULTS = Path(__file__).parent / "results"
 FINAL = re.compile(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)")
@@ -71,10 +79,57 @@ def stock_perplexity(binary: Path, model: Path, text: Path, ctx: int, threads: i
     return {"ppl": float(ppl[1]), "se": float(ppl[2]), "chunks": int(chunks[1]), "seconds": done.seconds}
 
 
+_TITLE = re.compile(rb"^ = [^=\n].* = ?$", re.MULTILINE)
+_WITHOUT_TITLES = 10  # neighbouring chunks that count as one article in a text that names none
+
+
+def articles(engine: Engine, model: Path, corpus: Corpus) -> list[int]:
+    """Returns the number of the article that each chunk of a text is of, for errors by article.
+
+    Articles begin at titles as WikiText has them (`` = Title = ``). A chunk is of the article in which its scored half
+    has its middle. Articles are tokenized one by one, which moves a border by a token or two. A text that names no
+    articles is cut into runs of ten chunks.
+    """
+    found: list[int] = []
+    for path, chunks in [(part.path, part.chunks) for part in corpus.parts] or [
+        (corpus.path, range(corpus.n_chunks))
+    ]:
+        text = read_text(path)
+        starts = [0, *(title.start() for title in _TITLE.finditer(text) if title.start() > 0), len(text)]
+        pieces = [text[start:end] for start, end in pairwise(starts)]
+        ends_A = np.cumsum([len(engine.tokenize(model, piece).tokens) for piece in pieces])
+        middles_N = (np.arange(len(chunks)) + 0.75) * corpus.ctx
+        if len(pieces) < 2:
+            ends_A = np.arange(1, len(chunks) + 1) * _WITHOUT_TITLES * corpus.ctx
+        first = found[-1] + 1 if found else 0
+        found += [first + int(place) for place in np.searchsorted(ends_A, middles_N, side="right")]
+    return found
+
+
+def bounds(estimate: Estimate) -> list[float]:
+    """Returns [mean, low, high], the 95% interval, for JSON."""
+    found = estimate.interval()
+    return [found.mean, found.low, found.high]
+
+
+def share(mean_low_high: Sequence[float]) -> str:
+    """Shows a percentage with its interval."""
+    mean, low, high = mean_low_high
+    return f"{mean:.1f}% [{low:.1f}, {high:.1f}]"
+
+
+def save_vectors(name: str, vectors: Mapping[str, Floats]) -> Path:
+    """results/<name>.npz, for whoever wants another interval than the one that was told."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.npz"
+    np.savez_compressed(path, **{key: np.asarray(vector) for key, vector in vectors.items()})
+    return path
+
+
 def save(name: str, result: dict[str, Any]) -> Path:
-    """results/<name>.json, with the machine it was measured on."""
+    """results/<name>.json, with the machine it was measured on; null where a number is not finite."""
     RESULTS.mkdir(exist_ok=True)
     machine = {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()}
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine, **result}, indent=2) + "\n")
+    path.write_text(json.dumps(without_nan({"machine": machine, **result}), indent=2) + "\n")
     return path

@@ -2,7 +2,7 @@
 
 One `cerebellum run --budget` measures the response curves; every plan here is what they propose at a
 preset's size, nothing else measured for it. Presets and plans are then scored on the report text, as KL
-divergence from the source.
+divergence from the source; intervals take articles for independent, and the preset's own error counts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import budget as rivals
 import matplotlib
-from common import cerebellum, save
+from common import articles, bounds, cerebellum, save, share
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +31,7 @@ from cerebellum.plan.budget import frontier, plan_unmeasured
 from cerebellum.plan.target import Target
 from cerebellum.progress import Silent
 from cerebellum.settings import DEMO_MODEL, KLD
+from cerebellum.stats.clusters import less_than_reference
 from cerebellum.workspace import Workspace
 
 PRESETS = (
@@ -43,21 +44,25 @@ PICTURE = Path(__file__).parent.parent / "docs" / "frontier.png"
 def measure(bench: rivals.Bench, curves: Curves, presets: list[str], chunks: int) -> list[dict[str, Any]]:
     """Measures size and KL divergence of every preset and of the plan of its size, on the report text."""
     workspace = bench.workspace
-    order = range(chunks)
+    corpus = workspace.report_corpus
+    order = range(min(chunks, corpus.n_chunks))
+    of_article = articles(workspace.engine, workspace.source.path, corpus)[: len(order)]
     rows = []
-    with measuring(workspace, workspace.source_variant, order, workspace.report_corpus) as measurer:
+    with measuring(workspace, workspace.source_variant, order, corpus) as measurer:
         for name in presets:
             types = preset_base(workspace.engine, workspace.source, name, workspace.matrix).types
             path = bench.write("preset", types)
             n_bytes = path.stat().st_size
-            preset = float(measurer.kld_means(file_variant(path, name), order).mean())
-            row: dict[str, Any] = {"preset": name, "bytes": n_bytes, "preset_kld": preset}
+            preset = measurer.kld_means(file_variant(path, name), order)
+            row: dict[str, Any] = {"preset": name, "bytes": n_bytes, "preset_kld": float(preset.mean())}
             with suppress(AnswerIsNo):  # smaller than the types of the curves allow
                 plan = plan_unmeasured(curves, workspace.layout, Target(file_bytes=n_bytes), KLD)
                 variant = workspace.shards.variant(plan.changes)
+                ours = measurer.kld_means(variant, order)
                 row |= {
                     "plan_bytes": plan.file_bytes,
-                    "plan_kld": float(measurer.kld_means(variant, order).mean()),
+                    "plan_kld": float(ours.mean()),
+                    "less_kld_pct": bounds(less_than_reference(ours, preset, of_article)),
                     "plan_predicted": curves.base_kld + (plan.predicted_kld or 0.0),
                 }
             rows.append(row)
@@ -97,7 +102,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     table = Table("preset", "bytes", "KL, nats", "plan of its size", "less", "foretold")
     for row in rows:
         plan = row.get("plan_kld")
-        less = "" if plan is None else f"{100 * (1 - plan / row['preset_kld']):.0f}%"
+        less = "" if plan is None else share(row["less_kld_pct"])
         told = ("", "") if plan is None else (f"{plan:.5f}", f"{row['plan_predicted']:.5f}")
         table.add_row(row["preset"], f"{row['bytes']:,}", f"{row['preset_kld']:.5f}", told[0], less, told[1])
     Console(width=110).print(table)
