@@ -41,7 +41,7 @@ from cerebellum.settings import DEMO_MODEL, Budget, Given, Goal, Limit, Publishe
 from cerebellum.source import open_source, plain_metadata
 from cerebellum.units import size
 from cerebellum.verdicts import NOTHING
-from cerebellum.verify import Verified, check_file, report, verified
+from cerebellum.verify import Asked, Verified, check_file, report, verified
 from cerebellum.workspace import Workspace
 
 
@@ -401,7 +401,7 @@ def _reporting(workspace: Workspace) -> Iterator[Measurer]:
     corpus = workspace.report_corpus
     if corpus.parts:
         room = min(Budget.prediction_bytes, shutil.disk_usage(workspace.folder).free // 4)
-        order = corpus.first(_report_chunks(workspace))
+        order = _asked(workspace).of(corpus)
         with measuring(workspace, workspace.source_variant, order, corpus, room) as measurer:
             yield measurer
         return
@@ -413,8 +413,9 @@ def _reporting(workspace: Workspace) -> Iterator[Measurer]:
         measurer.close()
 
 
-def _report_chunks(workspace: Workspace) -> int:
-    return workspace.settings.report_chunks or workspace.report_corpus.n_chunks
+def _asked(workspace: Workspace) -> Asked:
+    settings = workspace.settings
+    return Asked(chunks=settings.report_chunks, seed=settings.seed, selection=workspace.selection.texts)
 
 
 def _verify_one(workspace: Workspace, result: RunFolder, measurer: Measurer) -> Verified:
@@ -427,8 +428,7 @@ def _verify_one(workspace: Workspace, result: RunFolder, measurer: Measurer) -> 
         workspace.source_variant,
         workspace.shards.variant(NOTHING),
         out,
-        _report_chunks(workspace),
-        workspace.selection.texts,
+        _asked(workspace),
     )
     proved = verified(checks, found, _speeds(workspace, out, measurer))
     result.write(VERIFY, proved)
