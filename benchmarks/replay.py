@@ -599,7 +599,7 @@ def record(asked: argparse.Namespace) -> int:
         source=asked.model,
         goal=Limit(demote=asked.demote),
         base=asked.base,
-        imatrix_chunks=100,
+        imatrix_chunks=asked.imatrix_chunks,
         kld_cache_bytes=1 << 50,
         threads=asked.threads,
         gpu_layers=asked.gpu_layers,
@@ -676,6 +676,7 @@ def arguments() -> argparse.Namespace:
         "--compared", type=int, help="the first of them, to be compared with the base; all"
     )
     recording.add_argument("--combinations", type=int, default=12)
+    recording.add_argument("--imatrix-chunks", type=int, default=100)
     recording.add_argument("--gpu-layers", type=int, default=0)
     recording.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     replaying = parser.add_argument_group("replay, drawn")
