@@ -133,6 +133,7 @@ def main() -> None:
         results, stock_rows = [], {}
         for limit in asked.max_increase:
             flags = ["--base", asked.base, "--demote", asked.demote, "--imatrix", matrix, "--ctx", asked.ctx]
+            flags += ["--encoder", "ggml"]  # the stock tools' bytes, so that both score the same variants
             flags += ["--allow-requantize"] if asked.allow_requantize else []
             flags += ["--base-file", asked.base_file] if asked.base_file else []
             flags += ["--select-text", asked.text, "--max-increase", limit, "--threads", asked.threads]
