@@ -167,7 +167,7 @@ def score(bench: Bench, variants: Mapping[str, Variant], chunks: int) -> Scored:
     """Measures loss above the source on the report text, KL divergence from it, and the change from the preset."""
     source_variant = bench.workspace.source_variant
     corpus = bench.workspace.report_corpus
-    wanted = range(min(chunks or corpus.n_chunks, corpus.n_chunks))
+    wanted = sorted(corpus.sample(chunks or corpus.n_chunks, bench.workspace.settings.seed))
     unsure = frozenset(variant.digest for variant in (source_variant, *variants.values()))
     with measuring(bench.workspace, source_variant, wanted, corpus, unsure=unsure) as measurer:
         source = measurer.chunk_means(source_variant, wanted)

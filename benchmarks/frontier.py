@@ -47,8 +47,9 @@ def measure(bench: rivals.Bench, curves: Curves, presets: list[str], chunks: int
     workspace = bench.workspace
     maker = Maker(workspace=workspace, folder=bench.folder / "presets")
     corpus = workspace.report_corpus
-    order = range(min(chunks, corpus.n_chunks))
-    of_article = articles(workspace.engine, workspace.source.path, corpus)[: len(order)]
+    order = sorted(corpus.sample(chunks, workspace.settings.seed))
+    everywhere = articles(workspace.engine, workspace.source.path, corpus)
+    of_article = [everywhere[chunk] for chunk in order]
     rows = []
     with measuring(workspace, workspace.source_variant, order, corpus) as measurer:
         for name in presets:
@@ -116,7 +117,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
-    parser.add_argument("--chunks", type=int, default=64, help="of the report text")
+    parser.add_argument("--chunks", type=int, default=64, help="random ones of the report text")
     parser.add_argument("--folder", type=Path, help="a run folder with curves, instead of a run of its own")
     parser.add_argument("--encoder", choices=ENCODERS, default=DEFAULT_ENCODER, help="of the plans")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

@@ -5,8 +5,11 @@ A population is a finite text: a rule's promise is about random orders of its ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +23,52 @@ Matrix = NDArray[np.float64]
 
 SCORED = 255  # tokens of a chunk of 512 that count
 GROUPS, CHUNKS = 12, 530  # of the drawn populations: the demo's
-VECTORS = Path(__file__).parent / "results" / "replay_vectors.npz"
+RESULTS = Path(__file__).parent / "results"
+
+
+def vectors_path(name: str) -> Path:
+    """Returns where a recording lies."""
+    return RESULTS / f"replay-{name}.npz"
+
+
+@lru_cache(maxsize=4)
+def _surprises(groups: int) -> Vector:
+    """Returns a standard normal number for every set of groups, (2^groups,), the same each time."""
+    return np.random.default_rng(15).standard_normal(2**groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interaction:
+    """What wholes do beyond the sum of their parts, s nats: a factor 1 + ``per_nat`` s + a surprise of its own.
+
+    ``scatter`` is the standard deviation of the surprises, as a share of s; nothing can foretell them. Chunks scatter
+    less about a whole of k groups than about the sum of its parts: k^-``damping`` of it.
+    """
+
+    per_nat: float = 0.0
+    scatter: float = 0.0
+    damping: float = 0.0
+
+    def factors(self, sets_SG: NDArray[np.bool_], sums_S: Vector) -> Vector:
+        """Returns by what to multiply the sums of some sets of groups, (S,); a group alone is itself."""
+        numbers = sets_SG @ (1 << np.arange(sets_SG.shape[1]))
+        found = 1 + self.per_nat * sums_S + self.scatter * _surprises(sets_SG.shape[1])[numbers]
+        return np.where(sets_SG.sum(1) > 1, found, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Population:
     """Differences ``nll_GN`` and divergences ``kld_GN`` of every group on every chunk, nats/token.
 
-    A combination is the sum of its groups and, for every nat of that, ``interaction`` of it more: the whole does
-    more than its parts, by the square of what it does. ``recentred`` puts every combination's mean there, so
-    that it lies where a verdict would be wrong.
+    A combination is the sum of its groups times the factor of its ``interaction``. ``recentred`` puts every
+    combination's mean there, so that it lies where a verdict would be wrong.
     """
 
     groups: tuple[str, ...]
     nll_GN: Matrix
     kld_GN: Matrix | None
     bytes_saved: Mapping[str, int] = field(default_factory=dict)
-    interaction: float = 0.0
+    interaction: Interaction = Interaction()
     recentred: float | None = None
 
     @property
@@ -64,7 +96,10 @@ class Population:
     def _whole(self, changes: Changes) -> Vector:
         whole = self.nll_GN[self._places(changes)].sum(0)
         if len(changes) > 1:
-            whole = whole * (1 + self.interaction * float(whole.mean()))
+            members = np.isin(self.groups, list(changes))
+            mean = whole.mean(keepdims=True)
+            about = (whole - mean) * len(changes) ** -self.interaction.damping
+            whole = about + mean * self.interaction.factors(members[None], mean)
             if self.recentred is not None:
                 whole = whole - whole.mean() + self.recentred
         return np.asarray(whole)
@@ -74,39 +109,79 @@ class Population:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A combination as it was recorded, a value a chunk."""
+
+    groups: tuple[str, ...]
+    nll_N: Vector
+    kld_N: Vector
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """A family of recorded vectors: the groups alone, and combinations beside them for checks."""
+    """A recorded model: what made it, its groups alone with the interaction seen, and the combinations behind that."""
 
-    name: str
-    alone: Population
-    combinations: Mapping[tuple[str, ...], tuple[Vector, Vector]]
-
-    @property
-    def interaction(self) -> float:
-        """What recorded combinations do beyond the sum of their parts, for each nat of it: least squares."""
-        sums = np.array([sum(self.alone.truth({n: ""}) for n in names) for names in self.combinations])
-        wholes = np.array([float(nll.mean()) for nll, _ in self.combinations.values()])
-        return float((sums**2 @ (wholes - sums)) / (sums**2 @ sums**2)) if len(sums) else 0.0
+    about: Mapping[str, object]
+    population: Population
+    wholes: tuple[Whole, ...]
 
 
-def load() -> Iterator[Recorded]:
-    """Reads results/replay_vectors.npz: arrays base/type/groups/nll and base/type/groups/kld, and bytes."""
-    with np.load(VECTORS) as stored:
-        arrays = {key: stored[key].astype(np.float64) for key in stored}
-    for family in dict.fromkeys("/".join(key.split("/")[:2]) for key in arrays):
-        parts = [key.split("/")[2] for key in arrays if key.startswith(family) and key.endswith("/nll")]
-        groups = tuple(name for name in parts if "+" not in name)
-        joint = [name for name in parts if "+" in name]
+def load(name: str) -> Recorded:
+    """Reads results/replay-NAME.npz: about (JSON), GROUPS/nll, GROUPS/kld and GROUPS/bytes, groups joined by ``+``.
 
-        def vectors(names: Sequence[str], kind: str, family: str = family) -> Matrix:
-            return np.stack([arrays[f"{family}/{name}/{kind}"] for name in names])
+    Where only some chunks were compared with the base, the divergences of the others are drawn from those.
+    """
+    with np.load(vectors_path(name)) as stored:
+        arrays = {key: stored[key] for key in stored}
+    about = json.loads(str(arrays["about"]))
+    keys = [key.removesuffix("/nll") for key in arrays if key.endswith("/nll")]
+    groups = tuple(key for key in keys if "+" not in key)
+    rng = np.random.default_rng(1)
+    places = rng.integers(
+        int(np.isfinite(arrays[f"{groups[0]}/kld"]).sum()), size=len(arrays[f"{groups[0]}/kld"])
+    )
 
-        saved = dict(zip(groups, (int(arrays[f"{family}/{name}/bytes"]) for name in groups), strict=True))
-        alone = Population(
-            groups=groups, nll_GN=vectors(groups, "nll"), kld_GN=vectors(groups, "kld"), bytes_saved=saved
-        )
-        pairs = {tuple(n.split("+")): (vectors([n], "nll")[0], vectors([n], "kld")[0]) for n in joint}
-        yield Recorded(name=family.replace("/", " to "), alone=alone, combinations=pairs)
+    def kld(key: str) -> Vector:
+        values = arrays[f"{key}/kld"].astype(np.float64)
+        return np.where(np.isfinite(values), values, values[np.isfinite(values)][places])
+
+    alone = Population(
+        groups=groups,
+        nll_GN=np.stack([arrays[f"{group}/nll"].astype(np.float64) for group in groups]),
+        kld_GN=np.stack([kld(group) for group in groups]),
+        bytes_saved={group: int(arrays[f"{group}/bytes"]) for group in groups},
+    )
+    wholes = tuple(
+        Whole(groups=tuple(key.split("+")), nll_N=arrays[f"{key}/nll"].astype(np.float64), kld_N=kld(key))
+        for key in keys
+        if "+" in key
+    )
+    return Recorded(
+        about=about, population=replace(alone, interaction=interaction(alone, wholes)), wholes=wholes
+    )
+
+
+def interaction(alone: Population, wholes: Sequence[Whole]) -> Interaction:
+    """Returns what recorded combinations do beyond the sum of their parts: least squares, and what that leaves."""
+    if not wholes:
+        return Interaction()
+    sums = np.array([sum(alone.truth({name: ""}) for name in whole.groups) for whole in wholes])
+    beyond = np.array([float(whole.nll_N.mean()) for whole in wholes]) / sums - 1
+    per_nat = float(sums @ beyond / (sums @ sums))
+    rest = beyond - per_nat * sums
+    spreads = np.array([_spread(alone, whole) for whole in wholes])
+    sizes = np.log([len(whole.groups) for whole in wholes])
+    return Interaction(
+        per_nat=per_nat,
+        scatter=math.sqrt(float(rest @ rest) / max(len(rest) - 1, 1)),
+        damping=-float(sizes @ np.log(spreads) / (sizes @ sizes)),
+    )
+
+
+def _spread(alone: Population, whole: Whole) -> float:
+    """Returns the standard deviation of a whole's chunks over that of the sum of its parts."""
+    places = [alone.groups.index(name) for name in whole.groups]
+    return float(whole.nll_N.std() / alone.nll_GN[places].sum(0).std())
 
 
 Draw = Callable[[np.random.Generator], Matrix]

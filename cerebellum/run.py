@@ -41,7 +41,7 @@ from cerebellum.settings import DEMO_MODEL, Budget, Given, Goal, Limit, Publishe
 from cerebellum.source import open_source, plain_metadata
 from cerebellum.units import size
 from cerebellum.verdicts import NOTHING
-from cerebellum.verify import Verified, check_file, report, verified
+from cerebellum.verify import Asked, Verified, check_file, report, verified
 from cerebellum.workspace import Workspace
 
 
@@ -402,7 +402,7 @@ def _reporting(workspace: Workspace) -> Iterator[Measurer]:
     unsure = frozenset({workspace.source_variant.digest})  # the card says whether the source is overconfident
     if corpus.parts:
         room = min(Budget.prediction_bytes, shutil.disk_usage(workspace.folder).free // 4)
-        order = corpus.first(_report_chunks(workspace))
+        order = _asked(workspace).of(corpus)
         with measuring(workspace, workspace.source_variant, order, corpus, room, unsure) as measurer:
             yield measurer
         return
@@ -418,8 +418,9 @@ def _reporting(workspace: Workspace) -> Iterator[Measurer]:
         measurer.close()
 
 
-def _report_chunks(workspace: Workspace) -> int:
-    return workspace.settings.report_chunks or workspace.report_corpus.n_chunks
+def _asked(workspace: Workspace) -> Asked:
+    settings = workspace.settings
+    return Asked(chunks=settings.report_chunks, seed=settings.seed, selection=workspace.selection.texts)
 
 
 def _verify_one(workspace: Workspace, result: RunFolder, measurer: Measurer) -> Verified:
@@ -432,8 +433,7 @@ def _verify_one(workspace: Workspace, result: RunFolder, measurer: Measurer) -> 
         workspace.source_variant,
         workspace.shards.variant(NOTHING),
         out,
-        _report_chunks(workspace),
-        workspace.selection.texts,
+        _asked(workspace),
     )
     proved = verified(checks, found, _speeds(workspace, out, measurer))
     result.write(VERIFY, proved)

@@ -70,9 +70,20 @@ class Corpus:
 
         So a part of a corpus is of all its domains, and any beginning of it too.
         """
-        turns = zip_longest(*(part.chunks for part in self.parts or (_whole(self),)))
-        dealt = [chunk for turn in turns for chunk in turn if chunk is not None]
-        return tuple(dealt[:n])
+        return tuple(_dealt([part.chunks for part in self.parts or (_whole(self),)])[:n])
+
+    def sample(self, n: int, seed: int) -> tuple[int, ...]:
+        """Returns ``n`` chunks drawn at random without replacement, in the order drawn.
+
+        Of several domains each gives one in turn, as in ``first``. Every chunk of a text is as likely as any other, so
+        what is found on them speaks for all of it, whatever its articles are. A smaller sample from the same seed
+        begins a larger one: whoever asks for more measures none twice.
+        """
+        drawn = [
+            np.random.default_rng((seed, 2, place)).permutation(np.array(part.chunks)).tolist()
+            for place, part in enumerate(self.parts or (_whole(self),))
+        ]
+        return tuple(_dealt(drawn)[:n])
 
     def inputs(self, chunk: int) -> Tokens:
         """Returns what the model is fed, (ctx,): the chunk, with BOS for its first token if wanted."""
@@ -104,6 +115,11 @@ def read_text(path: Path) -> bytes:
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 at byte {error.start}; convert the text first") from error
     return text
+
+
+def _dealt(hands: Sequence[Sequence[int]]) -> list[int]:
+    """Returns one of each hand in turn, until all are empty."""
+    return [chunk for turn in zip_longest(*hands) for chunk in turn if chunk is not None]
 
 
 def _whole(corpus: Corpus) -> Part:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # whoever only reads verify.json needs none of these
     from cerebellum.layout import Layout
     from cerebellum.measure.measurer import Measurer
     from cerebellum.shards import Shards, Variant
-    from cerebellum.texts import Part
+    from cerebellum.texts import Corpus, Part
 
 
 TEMPLATE_CHECK = "chat template"
@@ -120,7 +120,8 @@ class DomainReport(Record, frozen=True, kw_only=True):
 class Report(Record, frozen=True, kw_only=True):
     """Perplexity of source, base and finished file on the report text, and the paired change in percent.
 
-    A report text of several domains has them in ``domains`` too; its own figures are then of all their chunks.
+    ``seed`` drew ``chunks`` of the text's ``of_chunks`` at random; it is None where all were read. A report text of
+    several domains has them in ``domains`` too; its own figures are then of all their chunks.
     """
 
     text: str
@@ -128,6 +129,7 @@ class Report(Record, frozen=True, kw_only=True):
     same_as_selection: bool
     chunks: int
     of_chunks: int
+    seed: int | None
     source: Measured
     base: Measured
     result: Measured
@@ -138,9 +140,12 @@ class Report(Record, frozen=True, kw_only=True):
 
 
 class Verified(Artifact, frozen=True, kw_only=True):
-    """verify.json: every check, what the report text says, and the speed where it was asked for."""
+    """verify.json: every check, what the report text says, and the speed where it was asked for.
 
-    format: Literal[1] = 1
+    Format 1 read the first chunks of a report text where not all of them were asked for; 2 draws them at random.
+    """
+
+    format: Literal[2] = 2
     ok: bool
     checks: tuple[Check, ...]
     report: Report
@@ -264,27 +269,38 @@ class _Vectors:
         return [place for place, chunk in enumerate(self.chunks) if chunk in part]
 
 
-def report(
-    measurer: Measurer, source: Variant, base: Variant, result: Path, chunks: int, selection: frozenset[str]
-) -> Report:
-    """Measures the three on the first ``chunks`` chunks, as llama-perplexity would count them.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How many chunks of the report text to read (0: all), the seed that draws them, and hashes of what has decided."""
 
-    Of several domains the first chunks of each in turn are taken, and where the measurer keeps the source's
-    predictions, divergences from it are measured too. The source must be one of those whose entropy the measurer
-    measures. The interval is for text like those chunks: it speaks for the articles further on only as far as they
-    are alike. ``selection`` has the hashes of what has decided.
+    chunks: int
+    seed: int
+    selection: frozenset[str]
+
+    def of(self, corpus: Corpus) -> tuple[int, ...]:
+        """Returns the chunks to read, in the order drawn."""
+        return corpus.sample(self.chunks or corpus.n_chunks, self.seed)
+
+
+def report(measurer: Measurer, source: Variant, base: Variant, result: Path, asked: Asked) -> Report:
+    """Measures the three on the chunks that were asked for, and returns what the report text says.
+
+    Where the measurer keeps the source's predictions, divergences from it are measured too. The source must be one of
+    those whose entropy the measurer measures. The interval is for text like this one, of which the chunks that were
+    drawn are a random part.
     """
     corpus = measurer.corpus
-    wanted = corpus.first(min(chunks, corpus.n_chunks))
+    wanted = tuple(sorted(asked.of(corpus)))
     found = _measure(measurer, source, base, result, wanted)
     mean, bounds = _change(found.nll, list(range(len(wanted))))
     told = [Measured.of(perplexity(vector)) for vector in found.nll]
     return Report(
         text=corpus.name,
         text_sha256=corpus.sha256,
-        same_as_selection=bool(corpus.texts & selection),
+        same_as_selection=bool(corpus.texts & asked.selection),
         chunks=len(wanted),
         of_chunks=corpus.n_chunks,
+        seed=asked.seed if len(wanted) < corpus.n_chunks else None,
         source=told[0],
         base=told[1],
         result=told[2],

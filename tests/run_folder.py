@@ -293,6 +293,7 @@ def verify(ok: bool = True, checks: Sequence[Check] | None = None, **report: obj
         same_as_selection=False,
         chunks=592,
         of_chunks=592,
+        seed=None,
         source=Measured(ppl=5.9312, se=0.031, tokens=150_960),
         base=Measured(ppl=6.3376, se=0.034, tokens=150_960),
         result=Measured(ppl=6.4580, se=0.035, tokens=150_960),

@@ -566,8 +566,8 @@ def test_a_missing_artifact_is_one_line(tmp_path: Path, name: str) -> None:
             [],
             "verify.json: holds an array where an object was wanted; run `cerebellum verify` again",
         ),
-        ("verify", {"format": 9}, "verify.json: has format 9, this version reads format 1"),
-        ("source", {"format": 1}, "source.json: the file: has no key 'architecture'"),
+        ("verify", {"format": 9}, "verify.json: has format 9, this version reads format 2"),
+        ("source", {"format": 2}, "source.json: the file: has no key 'architecture'"),
         ("measurements", {"format": 1, "base": 3}, "measurements.json: base: wanted str, got int"),
     ],
 )

@@ -73,6 +73,23 @@ def test_any_beginning_is_of_all_domains(corpus: Corpus) -> None:
     assert everything[-1] == prose + 19
 
 
+def test_a_sample_is_drawn_from_all_of_every_domain(corpus: Corpus) -> None:
+    """Equally likely chunks, of the domains in turn, and a larger sample goes on where a smaller one ends."""
+    seen: list[int] = []
+    for seed in range(300):
+        few, many = corpus.sample(6, seed), corpus.sample(20, seed)
+        assert many[:6] == few and len(set(many)) == 20
+        assert [sum(chunk in part.chunks for chunk in few) for part in corpus.parts] == [2, 2, 2]
+        seen += few
+    counts = np.bincount(seen, minlength=corpus.n_chunks)
+    for part in corpus.parts:
+        expected = 600 / len(part.chunks)
+        off = counts[part.chunks.start : part.chunks.stop] - expected
+        assert float((off**2).sum()) / expected < 3 * len(part.chunks)  # chi-square
+    assert sorted(corpus.sample(corpus.n_chunks, 1)) == list(range(corpus.n_chunks))
+    assert corpus.sample(6, 1) != corpus.sample(6, 2)
+
+
 def test_one_text_is_read_as_ever(tmp_path: Path, model: Path) -> None:
     text = texts(tmp_path, 1)[1]
     engine = FakeEngine(damage=damage)
@@ -158,6 +175,13 @@ def test_few_report_chunks_are_of_all_domains(tmp_path: Path) -> None:
     run_all(opened)
     report = open_run(tmp_path / "run").verified().report
     assert [one.chunks for one in report.domains] == [3, 2, 2]
+    assert report.seed == opened.settings.seed
+    again = workspace(tmp_path, Limit(max_increase_pct=1.0))
+    again.settings = replace(opened.settings, report_chunks=9)
+    before = len(ledger_rows(tmp_path / "run"))
+    with again.locked():
+        verify_stage(again)
+    assert len(ledger_rows(tmp_path / "run")) == before + 3 * 2  # two more, source, base and result
 
 
 def test_a_reproduction_compares_every_text(tmp_path: Path) -> None:

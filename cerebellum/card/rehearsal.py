@@ -136,6 +136,7 @@ def _verified(workspace: Workspace) -> Verified:
         same_as_selection=False,
         chunks=_CHUNKS,
         of_chunks=_CHUNKS,
+        seed=None,
         source=_PPL,
         base=_PPL,
         result=_PPL,

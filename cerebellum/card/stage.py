@@ -279,11 +279,11 @@ def _left_as_they_were(manifest: Manifest) -> list[Sentence]:
 
 
 def _read(report: Report) -> str:
-    """Says how much of the report text was read: the first chunks speak for later ones only if those are alike."""
+    """Says how much of the report text was read, and how a part of it was chosen."""
     if report.chunks == report.of_chunks:
         return f"all {report.chunks:,} chunks"
-    told = f"the first {report.chunks:,} of {report.of_chunks:,} chunks"
-    return f"{told}, which speak for text further on only as far as it is like them"
+    told = f"{report.chunks:,} of {report.of_chunks:,} chunks"
+    return f"{told}, drawn at random (seed {report.seed}) to speak for all of it"
 
 
 def _converted(origin: Origin | None) -> list[Sentence]:

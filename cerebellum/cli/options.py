@@ -514,7 +514,9 @@ source_options = options(
     click.option(
         "--kld-cache", type=Size(), help="Disk for predictions [default: 1GiB; with --budget 8GiB]."
     ),
-    click.option("--report-chunks", type=click.IntRange(0), default=0, help="First N of --report-text."),
+    click.option(
+        "--report-chunks", type=click.IntRange(0), default=0, help="N random chunks of --report-text."
+    ),
     engine_options,
     click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Order of the chunks."),
     click.option(
