@@ -269,14 +269,17 @@ class Crew:
     # --- giving out
 
     def _fill(self) -> None:
-        """Gives every worker something to do, each its first task before any its second."""
+        """Gives every worker something to do, each its first task before any its second.
+
+        What is only likely is never a second task, and is one decode: what is surely wanted would wait behind it.
+        """
         surely, likely = self._surveys()
         lanes: tuple[Lane, ...] = (MODEL, HOST) if self._pool.on_cards else (MODEL,)
         for depth in range(1, self._pace.queued + 1):
             for lane in lanes:
                 for worker in self._hands:
                     if self._busy(worker, lane) < depth:
-                        flight = self._choose(worker, lane, surely, likely)
+                        flight = self._choose(worker, lane, surely, likely if depth == 1 else _Survey())
                         if flight is not None:
                             self._begin(worker, flight)
 
@@ -350,11 +353,12 @@ class Crew:
             if (kept := self._book.kept()) is not None:
                 return self._scoring(worker, kept[0], kept[1])
         for survey in (surely, likely):
-            if does_models and (flight := self._untouched(worker, survey)):
+            most = self._pace.task_decodes if survey is surely else 1
+            if does_models and (flight := self._untouched(worker, survey, most)):
                 return flight
             if does_host and survey.jobs:
                 return self._shard_flight(survey.jobs.pop(0))
-            if does_models and (flight := self._split(worker, survey)):
+            if does_models and (flight := self._split(worker, survey, most)):
                 return flight
         return None
 
@@ -377,7 +381,7 @@ class Crew:
             is_check=True,
         )
 
-    def _untouched(self, worker: int, survey: _Survey) -> _Flight | None:
+    def _untouched(self, worker: int, survey: _Survey, most: int) -> _Flight | None:
         """Goes on with the variant that the worker shows, or begins one that nobody else works on."""
         hand = self._hands[worker]
         elsewhere = {f.variant.digest for f in self._flights.values() if f.variant and f.worker != worker}
@@ -385,16 +389,18 @@ class Crew:
         showing = [digest for digest in survey.bundles if digest == hand.showing and survey.bundles[digest]]
         staged = [digest for digest in free if digest in hand.resident]
         chosen = next(iter((*showing, *staged, *free)), None)
-        return None if chosen is None else self._of(worker, survey, chosen)
+        return None if chosen is None else self._of(worker, survey, chosen, most)
 
-    def _split(self, worker: int, survey: _Survey) -> _Flight | None:
+    def _split(self, worker: int, survey: _Survey, most: int) -> _Flight | None:
         """Helps with the variant that has the most left."""
         digest = max(survey.bundles, key=lambda one: len(survey.bundles[one]), default=None)
-        return self._of(worker, survey, digest) if digest is not None and survey.bundles[digest] else None
+        if digest is None or not survey.bundles[digest]:
+            return None
+        return self._of(worker, survey, digest, most)
 
-    def _of(self, worker: int, survey: _Survey, digest: str) -> _Flight:
+    def _of(self, worker: int, survey: _Survey, digest: str, most: int) -> _Flight:
         fair = math.ceil(survey.left / self.size)
-        bundles = survey.take(digest, max(1, min(self._pace.task_decodes, fair)))
+        bundles = survey.take(digest, max(1, min(most, fair)))
         return self._scoring(worker, survey.variants[digest], bundles)
 
     def _scoring(self, worker: int, variant: Variant, bundles: tuple[Bundle, ...]) -> _Flight:
