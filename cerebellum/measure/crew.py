@@ -37,6 +37,7 @@ from cerebellum.verdicts import NOTHING, Changes
 _MOST_DEATHS = 3
 _QUICK = 0.5  # seconds: where tasks are shorter, each worker has its next one already
 _TASK_SECONDS = 0.1  # a task has at least so much to do, where a chunk takes less
+_AHEAD = 1  # guesses for each worker, of one who asks: what is likeliest comes first, and the rest fails the more often
 _TOLD_EVERY = 10.0  # seconds between two lines of progress
 _PATIENCE = 5.0  # seconds between two looks at the clock while nothing comes back
 
@@ -245,15 +246,19 @@ class Crew:
             yield ended.pop(0)
 
     def wait(self) -> None:
-        """Keeps all workers busy, and returns once something has come back."""
-        self._fill()
+        """Keeps all workers busy, and returns once something has come back.
+
+        What is only likely is begun when whoever decides has nothing more to say, and not just when something has come
+        back: what that makes sure is then not known yet.
+        """
+        self._fill(ahead=True)
         if not self._flights:
             raise CerebellumError("something is wanted that no worker can do; please report this")
         with timed("waiting"):
             ended = self._pool.wait(_PATIENCE)
         for done in ended:
             self._take(done)
-        self._fill()
+        self._fill(ahead=False)
         self._tell()
 
     def settle(self) -> None:
@@ -268,7 +273,7 @@ class Crew:
 
     # --- giving out
 
-    def _fill(self) -> None:
+    def _fill(self, *, ahead: bool) -> None:
         """Gives every worker something to do, each its first task before any its second.
 
         What is only likely is never a second task, and is one decode: what is surely wanted would wait behind it.
@@ -279,7 +284,8 @@ class Crew:
             for lane in lanes:
                 for worker in self._hands:
                     if self._busy(worker, lane) < depth:
-                        flight = self._choose(worker, lane, surely, likely if depth == 1 else _Survey())
+                        guesses = likely if ahead and depth == 1 else _Survey()
+                        flight = self._choose(worker, lane, surely, guesses)
                         if flight is not None:
                             self._begin(worker, flight)
 
@@ -297,7 +303,11 @@ class Crew:
             surely.jobs = [*base, *surely.jobs]
         begun |= {(digest, bundle) for digest, bundles in surely.bundles.items() for bundle in bundles}
         making |= {job.path for job in surely.jobs}
-        likely = self._survey([wish for _, wishes in self._wishes.values() for wish in wishes], begun, making)
+        likely = self._survey(
+            [wish for _, wishes in self._wishes.values() for wish in wishes[: _AHEAD * self.size]],
+            begun,
+            making,
+        )
         return surely, likely
 
     def _survey(self, wishes: Sequence[Wish], begun: set[tuple[str, Bundle]], making: set[Path]) -> _Survey:
