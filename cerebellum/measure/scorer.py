@@ -90,7 +90,9 @@ class Scorer:
             return
         model = self._opened(variant, ctx)
         for bundle in bundles:
-            jobs = [replace(_job(variant, chunk, inputs(chunk), against), entropy=entropy) for chunk in bundle]
+            jobs = [
+                replace(_job(variant, chunk, inputs(chunk), against), entropy=entropy) for chunk in bundle
+            ]
             for chunk, scores in zip(bundle, model.score(jobs), strict=True):
                 if scores.kept is not None and against is not None:
                     against.cache.store(chunk, scores.kept)
