@@ -163,6 +163,7 @@ class _Hand:
     opened: Path | None = None
     shown: str = ""
     staged: set[Path] = field(default_factory=set)
+    compared: set[object] = field(default_factory=set)
     busy: float = 0.0
 
 
@@ -193,8 +194,9 @@ class SimulatedPool:
         rates = self._rates
         if not isinstance(task, ScoreTask):
             return 0.0
-        seconds = -(-len(task.chunks) // rates.at_once) * rates.decode
+        seconds = len(task.bundles) * rates.decode
         variant = task.variant
+        seconds += self._reference_seconds(hand, task)
         if hand.opened != variant.paths[0]:
             seconds += rates.load if len(variant.paths) > 1 else rates.load_source
             hand.opened = variant.paths[0]
@@ -206,13 +208,30 @@ class SimulatedPool:
         hand.shown = variant.digest
         return seconds
 
+    def _reference_seconds(self, hand: _Hand, task: ScoreTask) -> float:
+        """What a worker with a card decodes of the reference before it can compare with it, as `Scorer.score` does."""
+        if task.kept is None or not self.on_cards:
+            return 0.0
+        wanted = {
+            (task.kept.text, task.kept.reference.digest, bundle)
+            for bundle in task.bundles
+            if not task.kept.chunks.isdisjoint(bundle)
+        } - hand.compared
+        hand.compared |= wanted
+        if task.variant.digest == task.kept.reference.digest:
+            return 0.0
+        reference = replace(
+            task, variant=task.kept.reference, bundles=tuple(b for *_, b in wanted), kept=None
+        )
+        return self._seconds(hand, reference) if wanted else 0.0
+
     def wait(self, seconds: float) -> Sequence[Done]:
         if not self._events:
             return ()
         self.now, ticket, worker, task, took = heapq.heappop(self._events)
         result: object = None
         if isinstance(task, ScoreTask):
-            result = Scored(found=self._recorded.found(task), at_once=self._rates.at_once)
+            result = Scored(found=self._recorded.found(task))
         else:
             assert isinstance(task, ShardTask)
         outcome = Outcome(

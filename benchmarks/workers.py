@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -58,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, help="where the run folders go, and stay [default: a temporary folder]"
     )
+    parser.add_argument("--also", default="", help="more options of `cerebellum run`, in one argument")
     parser.add_argument("--no-warm-up", action="store_true", help="the shards are made while it is timed")
     parser.add_argument("--name", default="workers")
     parser.add_argument("--json", action="store_true", help="the result on stdout, and nothing else")
@@ -77,6 +79,7 @@ def command(asked: argparse.Namespace, folder: Path, workers: int) -> list[str]:
     options += ["--allow-requantize"] if asked.allow_requantize else []
     options += ["--encoder", asked.encoder] if asked.encoder else []
     options += ["--no-feedback"] if asked.no_feedback else []
+    options += shlex.split(asked.also)
     whole = [sys.executable, "-m", "cerebellum", "run", asked.source, "-o", folder, *goal, *options]
     return [str(part) for part in [*whole, "--keep-shards", "--timings", "--json"]]
 

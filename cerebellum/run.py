@@ -22,7 +22,7 @@ from cerebellum.files import is_one_of
 from cerebellum.folder import BENCH, PLAN, VERIFY, RunFolder
 from cerebellum.manifest import Manifest, make_manifest
 from cerebellum.measure.artifacts import Curves, Measurements
-from cerebellum.measure.measurer import Measurer, measuring
+from cerebellum.measure.measurer import Measurer, decode_order, measuring
 from cerebellum.measure.probe import open_session
 from cerebellum.measure.stage import measure_against_limit, measure_for_budget
 from cerebellum.plan.artifacts import AnyPlan, BudgetPlan, GivenPlan, LimitPlan
@@ -410,6 +410,7 @@ def _reporting(workspace: Workspace) -> Iterator[Measurer]:
         *(workspace.engine, workspace.ledger, corpus, workspace.reporter),
         crew=workspace.crew,
         unsure=unsure,
+        order=decode_order(workspace, corpus),
     )
     try:
         yield measurer

@@ -238,7 +238,7 @@ def side_by_side(
             (
                 yield Batch(
                     asks=tuple(ask for batch in batches for ask in batch.asks),
-                    likely=(*(ask for batch in batches for ask in batch.likely), *likely),
+                    likely=(*likely, *(ask for batch in batches for ask in batch.likely)),
                 )
             )
         )

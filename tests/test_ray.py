@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cerebellum
-from tiny import command, ledger_rows, run_process
+from tiny import command, ledger_rows, ray_workers_of, run_process
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,27 +73,6 @@ def test_a_wrong_number_of_workers_is_one_line(
 with_ray = pytest.mark.slow  # each starts Ray, which takes some seconds
 
 
-def children(pid: int) -> list[int]:
-    """Processes of a process, and theirs."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
-    found = [child for child, parent in pairs if parent == pid]
-    return found + [below for child in found for below in children(child)]
-
-
-def workers_of(pid: int) -> list[int]:
-    """The actors among them: Ray names their processes."""
-    found = []
-    for child in children(pid):
-        try:
-            name = Path(f"/proc/{child}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"_Worker" in name:
-            found.append(child)
-    return found
-
-
 @with_ray
 @pytest.mark.parametrize("goal", [(), ("--budget", "Q3_K_M")], ids=["limit", "budget"])
 def test_two_workers_end_as_one_bit_for_bit(
@@ -137,7 +116,7 @@ def test_killed_at_ten_moments_it_ends_as_if_nothing_had_been(
                 process.kill()
                 process.wait()
             else:
-                living = sorted(workers_of(process.pid))
+                living = sorted(ray_workers_of(process.pid))
                 if len(living) < 2:
                     time.sleep(0.05)
                     continue

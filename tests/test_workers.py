@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_fake_run import artifacts, damage, workspace
-from tiny import ledger_rows
+from tiny import ledger_rows, small_text
 
 from cerebellum.engine.fake import FakeEngine
 from cerebellum.engine.fake_pool import FakePool
@@ -17,6 +20,8 @@ from cerebellum.engine.protocols import Bytes, QuantizeJob
 from cerebellum.engine.workers import Task
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.gguf import TensorInfo
+from cerebellum.measure.bundles import Bundles
+from cerebellum.measure.race import chunk_order, fresh_order
 from cerebellum.measure.worker import MakeWorkRoom, PackedRecipe, ScoreTask
 from cerebellum.run import run_all
 from cerebellum.settings import Budget, Goal, Limit, Preset
@@ -32,7 +37,9 @@ def make_engine(
     identity: str = "fake",
     at_once: int = 1,
 ) -> FakeEngine:
-    return FakeEngine(damage=damage, identity=identity, chunks_at_once=at_once)
+    """With several chunks at once, each is off in its last bits by the company that it has in a decode."""
+    mingling = 1e-4 if at_once > 1 else 0.0
+    return FakeEngine(damage=damage, identity=identity, chunks_at_once=at_once, mingling=mingling)
 
 
 @dataclass(kw_only=True)
@@ -60,9 +67,11 @@ class Hired:
         return self.pool
 
 
-def with_workers(folder: Path, goal: Goal, hired: Hired | None) -> Workspace:
+def with_workers(folder: Path, goal: Goal, hired: Hired | None, at_once: int = 1) -> Workspace:
     """The run of ``workspace``, by workers."""
-    plain = workspace(folder, goal)
+    plain = workspace(folder, goal, make_engine(print, at_once=at_once))
+    if at_once > 1:
+        plain.settings.select_text.write_bytes(small_text(42 * 32))
     return Workspace(plain.folder, plain.settings, plain.engine, plain.reporter, hire=hired)
 
 
@@ -196,7 +205,7 @@ def test_a_worker_with_other_numbers_is_not_used(tmp_path: Path, alone: dict[str
     run_all(run)
     same_decisions(alone_of(alone, goal), tmp_path / "run")
     notes = [note for note in run.reporter.notes if "is not used" in note]  # type: ignore[attr-defined]
-    assert len(notes) == 1 and "two chunks of the base" in notes[0]
+    assert len(notes) == 1 and "the first chunks of the base" in notes[0]
 
 
 @dataclass
@@ -228,7 +237,7 @@ def test_resumed_on_other_numbers_all_are_refused(tmp_path: Path) -> None:
     """What the ledger has of the base is the column that workers are held to."""
     run_all(with_workers(tmp_path, Limit(chunks=2), None))
     hired = Hired(make_engine=lambda _: FakeEngine(damage=lambda t: damage(t) + 1e-6))
-    with pytest.raises(CerebellumError, match="no worker can be used: on two chunks of the base"):
+    with pytest.raises(CerebellumError, match="no worker can be used: on the first chunks of the base"):
         run_all(with_workers(tmp_path, Limit(chunks=4), hired))
 
 
@@ -241,3 +250,86 @@ def test_bad_input_in_a_worker_is_the_runs_own_line(tmp_path: Path) -> None:
 class Refusing(FakeEngine):
     def quantize(self, job: QuantizeJob, threads: int) -> Iterator[Bytes]:
         raise BadInput(f"{job.name}: cannot be {job.to_type.name}")
+
+
+# --- several chunks a decode: a chunk's last bits depend on those beside it
+
+
+@pytest.fixture(scope="module", params=[4, 8])
+def mingling(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, dict[str, Path]]:
+    """How many chunks share a decode, and the runs of both goals by one worker in this process.
+
+    The text has 42 chunks, so the last decode has two.
+    """
+    found = {}
+    for goal in MINGLED:
+        folder = tmp_path_factory.mktemp("alone")
+        run_all(with_workers(folder, goal, None, request.param))
+        found[type(goal).__name__] = folder / "run"
+    return request.param, found
+
+
+MINGLED = [Limit(max_increase_pct=1.0), Budget(sizes=(Preset(name="Q3_K_M"),), passes=6.0)]
+each_mingled = pytest.mark.parametrize("goal", MINGLED, ids=["limit", "budget"])
+
+
+def mingled_hired(at_once: int, **how: object) -> Hired:
+    return Hired(make_engine=partial(make_engine, at_once=at_once), **how)  # type: ignore[arg-type]
+
+
+@each_mingled
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_who_decodes_what_and_with_whom_changes_no_bit(
+    tmp_path: Path, mingling: tuple[int, dict[str, Path]], goal: Goal, size: int
+) -> None:
+    at_once, alone = mingling
+    hired = mingled_hired(at_once, size=size, seed=size, on_cards=size % 2 == 0)
+    run_all(with_workers(tmp_path, goal, hired, at_once))
+    same_decisions(alone_of(alone, goal), tmp_path / "run")
+
+
+@each_mingled
+def test_killed_workers_and_drivers_change_no_bit_of_a_decode(
+    tmp_path: Path, mingling: tuple[int, dict[str, Path]], goal: Goal
+) -> None:
+    """Drivers die in the middle of everything, workers under some tasks; then one process ends the run."""
+    at_once, alone = mingling
+    for n_tasks in (4, 9, 23):
+        with pytest.raises(Stopped):
+            hired = mingled_hired(at_once, kills_on=Countdown(n_tasks), on_cards=n_tasks == 9)
+            run_all(with_workers(tmp_path, goal, hired, at_once))
+    kills = frozenset((3, 11, 17))
+    run_all(with_workers(tmp_path, goal, mingled_hired(at_once, size=2, kills=kills), at_once))
+    same_decisions(alone_of(alone, goal), tmp_path / "run")
+    run_all(with_workers(tmp_path, goal, None, at_once))
+    same_decisions(alone_of(alone, goal), tmp_path / "run")
+
+
+@each_mingled
+def test_a_decode_cut_by_a_kill_is_the_same_when_one_process_goes_on(
+    tmp_path: Path, mingling: tuple[int, dict[str, Path]], goal: Goal
+) -> None:
+    """The ledger has some chunks of a decode and lacks others: the whole decode is made again, and the rest kept."""
+    at_once, alone = mingling
+    whole = alone_of(alone, goal)
+    shutil.copytree(whole.parent, tmp_path, dirs_exist_ok=True)
+    with sqlite3.connect(tmp_path / "run" / "ledger.sqlite") as ledger:
+        ledger.execute("DELETE FROM divergence WHERE chunk % 3 = 1")
+        ledger.execute("DELETE FROM chunk WHERE chunk % 3 = 1")
+    assert len(ledger_rows(tmp_path / "run")) < len(ledger_rows(whole))
+    opened = with_workers(tmp_path, goal, None, at_once)
+    run_all(opened)
+    same_decisions(whole, tmp_path / "run")
+    assert ledger_rows(tmp_path / "run") == ledger_rows(whole)
+
+
+def test_every_chunk_is_in_one_decode_whatever_order_asks() -> None:
+    bundles = Bundles.of(chunk_order(42, 1), 4)
+    assert sorted(chunk for bundle in bundles.every for chunk in bundle) == list(range(42))
+    assert [len(bundle) for bundle in bundles.every] == [4] * 10 + [2]
+    other = fresh_order(42, 1, 4)
+    assert set(Bundles.of(other, 4).every) == set(bundles.every) and other != chunk_order(42, 1)
+    first, *_, last = bundles.every
+    assert bundles.holding([last[1], first[3], first[0]]) == [last, first]

@@ -368,6 +368,32 @@ def ledger_rows(folder: Path) -> dict[tuple[Any, ...], bytes]:
         database.close()
 
 
+def children_of(pid: int) -> list[int]:
+    """Processes of a process, and theirs."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout
+    below: dict[int, list[int]] = {}
+    for line in listed.splitlines():
+        child, parent = map(int, line.split())
+        below.setdefault(parent, []).append(child)
+    found = list(below.get(pid, []))
+    for child in found:  # it grows while it is read
+        found += below.get(child, [])
+    return found
+
+
+def ray_workers_of(pid: int) -> list[int]:
+    """The processes of Ray's actors that a run has started: Ray names them."""
+    found = []
+    for child in children_of(pid):
+        try:
+            name = Path(f"/proc/{child}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"_Worker" in name:
+            found.append(child)
+    return found
+
+
 def total_bytes(kind: GGMLQuantizationType, shapes: Sequence[tuple[int, ...]]) -> int:
     return sum(tensor_bytes(kind, shape) for shape in shapes)
 

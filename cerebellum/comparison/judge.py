@@ -214,7 +214,9 @@ class _Desk:
         """Reads chunks with the source and some files, as many at a time as the predictions have room for."""
         n_vocab = self._engine.vocab_size(self._source.path)
         each = text.corpus.scored_per_chunk * n_vocab * 4
+        together = self._engine.chunks_together(text.corpus.ctx)
         room = max(1, self._request.prediction_bytes // each)
+        room = room // together * together or room  # whole decodes
         for start in range(0, len(chunks), room):
             part = chunks[start : start + room]
             cache = PredictionCache(
@@ -233,7 +235,13 @@ class _Desk:
 
     def _measurer(self, text: _Text, cache: PredictionCache | None = None) -> Measurer:
         return Measurer(
-            self._engine, self._ledger, text.corpus, self._reporter, reference=self._reference, cache=cache
+            self._engine,
+            self._ledger,
+            text.corpus,
+            self._reporter,
+            reference=self._reference,
+            cache=cache,
+            order=text.order,
         )
 
     def _compared(self, variant: Variant, text: _Text, n: int) -> tuple[Matrix, Matrix]:

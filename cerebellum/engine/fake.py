@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +63,8 @@ def no_damage(_tensor: TensorInfo) -> float:
 @dataclass
 class FakeEngine:
     """Tokens are bytes. ``scored`` counts how often each (paths, chunk) was decoded, ``opened`` loads,
-    ``swapped`` swaps; ``cannot_swap`` is why it refuses to swap, if it does."""
+    ``swapped`` swaps; ``cannot_swap`` is why it refuses to swap, if it does. Where ``chunks_at_once`` share a decode,
+    each chunk's NLL is off by up to ``mingling`` nats, by which chunks they are and by its place among them."""
 
     damage: Damage = no_damage
     noise: float = 0.2
@@ -74,6 +75,7 @@ class FakeEngine:
     opened: int = 0
     swapped: int = 0
     chunks_at_once: int = 1
+    mingling: float = 0.0
     cannot_swap: str = ""
     on_gpu: bool = False
     _rounded: dict[bytes, Floats] = field(default_factory=dict, repr=False)
@@ -224,7 +226,19 @@ class FakeModel:
         return self.engine.n_vocab
 
     def score(self, jobs: Sequence[Job]) -> list[Scores]:
-        return [score_rows(self.logits(job.tokens_T), job) for job in jobs]
+        size = self.chunks_at_once
+        decodes = [jobs[at : at + size] for at in range(0, len(jobs), size)]
+        return [self._mingled(decode, place) for decode in decodes for place in range(len(decode))]
+
+    def _mingled(self, decode: Sequence[Job], place: int) -> Scores:
+        """Scores the chunk at a place of a decode, off by what its company does."""
+        found = score_rows(self.logits(decode[place].tokens_T), decode[place])
+        if not self.engine.mingling:
+            return found
+        company = b"".join(job.tokens_T.tobytes() for job in decode)
+        off = self.engine.mingling * (zlib.crc32(bytes([place]) + company) / 2**32)
+        kld_S = None if found.kld_S is None else found.kld_S + off
+        return replace(found, nll_S=found.nll_S + off, kld_S=kld_S)
 
     def logits(self, tokens_T: Tokens) -> Logits:
         """The target's probability is exp(-nll) with nll = 2 + noise + damage * (1 + noise)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -169,8 +169,9 @@ class LlamaModel:
     def score(self, jobs: Sequence[Job]) -> list[Scores]:
         """Scores chunks of one length, ``chunks_at_once`` a decode.
 
-        A decode is filled up with its last chunk: the form of a batch changes the last bits of its logits,
-        and a chunk's score should depend on nothing but the chunk.
+        A decode is filled up with its last chunk: the form of a batch changes the last bits of its logits. So do the
+        chunks beside one; whoever wants the same bits again asks for the same chunks in the same places. NLL is
+        always the device's, also where there is no room there for the predictions.
         """
         found: list[Scores] = []
         size = self._shape.sequences
@@ -192,7 +193,7 @@ class LlamaModel:
             return [self._on_host(chunk, job) for chunk, job in zip(of_chunk, jobs, strict=True)]
         found = self._scorer.score(jobs, rows)
         return [
-            self._on_host(chunk, job) if _lacks(scores, job) else scores
+            replace(self._on_host(chunk, job), nll_S=scores.nll_S) if _lacks(scores, job) else scores
             for chunk, job, scores in zip(of_chunk, jobs, found, strict=True)
         ]
 

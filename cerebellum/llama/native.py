@@ -96,7 +96,7 @@ class LlamaEngine:
         if settings.gpu_room is not None:
             parts.append(f"what fits into {settings.gpu_room >> 20} MiB")
         if self._decode_tokens:
-            parts.append(f"{self._decode_tokens} tokens a decode")
+            parts.append(f"{self._decode_tokens} tokens a decode in fixed company")
         if self.on_gpu:
             parts.append("+".join(dict.fromkeys(device.description for device in gpus())))
         return ", ".join(parts)

@@ -3,10 +3,12 @@
 Only this process writes the ledger: workers return vectors. Who works on what follows four rules, in this order: go
 on with the variant that is open; take one that nobody works on, a resident one first; make a shard that is missing;
 help with a variant that others work on. What is surely wanted goes before what is likely. A worker that dies is
-replaced and its tasks are given out again; a variant that three die on, at the same chunk, ends the run by its name.
+replaced and its tasks are given out again; a variant that three die on, at the same decode, ends the run by its name.
 
-Every worker first scores two chunks of the base. One whose numbers are not those of the others, bit for bit, or whose
-engine has another name, is not used: no paired difference may be one between two kinds of arithmetic.
+Chunks are given out by whole decodes (bundles.py), so that no number depends on who is asked for what. Every worker
+first scores the first decode of the base, or two where that is a chunk alone. One whose numbers are not those of the
+others, bit for bit, or whose engine has another name, is not used: no paired difference may be one between two kinds
+of arithmetic.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 from cerebellum.engine.timings import book_beside, timed
 from cerebellum.engine.workers import HOST, MODEL, Done, Lane, Outcome, Pool, Task
 from cerebellum.errors import CerebellumError
+from cerebellum.measure.bundles import Bundle
 from cerebellum.measure.scorer import Found
 from cerebellum.measure.worker import Scored, ScoreTask, ShardTask
 from cerebellum.progress import Reporter
@@ -34,11 +37,12 @@ from cerebellum.verdicts import NOTHING, Changes
 _MOST_DEATHS = 3
 _QUICK = 0.5  # seconds: where tasks are shorter, each worker has its next one already
 _TASK_SECONDS = 0.1  # a task has at least so much to do, where a chunk takes less
+_AHEAD = 1  # guesses for each worker, of one who asks: what is likeliest comes first, and the rest fails the more often
 _TOLD_EVERY = 10.0  # seconds between two lines of progress
 _PATIENCE = 5.0  # seconds between two looks at the clock while nothing comes back
 
 Column = NDArray[np.float32]
-"""NLL of the anchor chunks by token, nats, (2, scored tokens)."""
+"""NLL of the anchor chunks by token, nats, (chunks, scored tokens)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,30 +62,30 @@ class Wish:
 class Book(Protocol):
     """What wishes are about: a text, a reference, and the ledger in which answers are written."""
 
-    def missing(self, variant: Variant, wish: Wish) -> list[int]:
-        """Returns the chunks of a wish that the ledger lacks, in the order of the wish."""
+    def missing(self, variant: Variant, wish: Wish) -> list[Bundle]:
+        """Returns the decodes with chunks of a wish that the ledger lacks, in the order of the wish."""
         ...
 
-    def task(self, variant: Variant, chunks: Sequence[int]) -> ScoreTask:
-        """Returns what a worker has to do for some chunks."""
+    def task(self, variant: Variant, bundles: Sequence[Bundle]) -> ScoreTask:
+        """Returns what a worker has to do for some decodes."""
         ...
 
     def record(self, variant: Variant, found: Found) -> None:
         """Writes a chunk into the ledger, unless it is there."""
         ...
 
-    def reference_first(self, variant: Variant, chunk: int) -> Variant | None:
-        """Returns the reference where its own measurement of the chunk should come first, or None."""
+    def reference_first(self, variant: Variant, bundle: Bundle) -> Variant | None:
+        """Returns the reference where its own measurement of the decode should come first, or None."""
         ...
 
-    def kept(self) -> tuple[Variant, tuple[int, ...]] | None:
-        """Returns the reference and the chunks for which its predictions are kept, or None without one."""
+    def kept(self) -> tuple[Variant, tuple[Bundle, ...]] | None:
+        """Returns the reference and the decodes of which its predictions are kept, or None without one."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anchors:
-    """Two chunks of the base that every worker scores first; ``known`` is what the ledger has of them."""
+    """Chunks of the base that every worker scores first; ``known`` is what the ledger has of them."""
 
     task: ScoreTask
     identity: str
@@ -98,7 +102,7 @@ class _Flight:
     about: str
     land: Callable[[object], None]
     variant: Variant | None = None
-    chunks: tuple[int, ...] = ()
+    bundles: tuple[Bundle, ...] = ()
     is_check: bool = False
 
 
@@ -115,9 +119,9 @@ class _Hand:
 
 @dataclass(kw_only=True)
 class _Survey:
-    """What can be given out now: chunks by variant, in the order they are wanted, and shards that are missing."""
+    """What can be given out now: decodes by variant, in the order they are wanted, and shards that are missing."""
 
-    chunks: dict[str, list[int]] = field(default_factory=dict)
+    bundles: dict[str, list[Bundle]] = field(default_factory=dict)
     variants: dict[str, Variant] = field(default_factory=dict)
     jobs: list[ShardJob] = field(default_factory=list)
 
@@ -126,42 +130,46 @@ class _Survey:
         """The files of the shards."""
         return {job.path for job in self.jobs}
 
-    def add(self, variant: Variant, chunk: int) -> None:
-        """Takes in a chunk, once."""
-        self.variants.setdefault(variant.digest, variant)
-        wanted = self.chunks.setdefault(variant.digest, [])
-        if chunk not in wanted:
-            wanted.append(chunk)
+    @property
+    def left(self) -> int:
+        """How many decodes nobody has taken."""
+        return sum(map(len, self.bundles.values()))
 
-    def take(self, digest: str, n: int) -> tuple[int, ...]:
-        """Takes the first chunks of a variant out."""
-        taken = tuple(self.chunks[digest][:n])
-        self.chunks[digest] = self.chunks[digest][n:]
+    def add(self, variant: Variant, bundle: Bundle) -> None:
+        """Takes in a decode, once."""
+        self.variants.setdefault(variant.digest, variant)
+        wanted = self.bundles.setdefault(variant.digest, [])
+        if bundle not in wanted:
+            wanted.append(bundle)
+
+    def take(self, digest: str, n: int) -> tuple[Bundle, ...]:
+        """Takes the first decodes of a variant out."""
+        taken = tuple(self.bundles[digest][:n])
+        self.bundles[digest] = self.bundles[digest][n:]
         return taken
 
 
 @dataclass(kw_only=True)
 class _Pace:
-    """How fast it goes: chunks at once, seconds of a chunk on one worker and of a task, chunks so far."""
+    """How fast it goes: seconds of a decode on one worker and of a task, chunks so far."""
 
-    at_once: int = 1
-    chunk_seconds: float = 0.0
+    decode_seconds: float = 0.0
     task_seconds: float = math.inf
     scored: int = 0
     started: float = field(default_factory=time.monotonic)
     told: float = field(default_factory=time.monotonic)
 
-    def book(self, chunks: int, seconds: float) -> None:
+    def book(self, decodes: int, chunks: int, seconds: float) -> None:
         """Takes in a task; the mean leans on the last ones."""
         self.scored += chunks
-        self.chunk_seconds = _leaning(self.chunk_seconds or seconds / chunks, seconds / chunks)
+        self.decode_seconds = _leaning(self.decode_seconds or seconds / decodes, seconds / decodes)
         self.task_seconds = seconds if math.isinf(self.task_seconds) else _leaning(self.task_seconds, seconds)
 
     @property
-    def task_chunks(self) -> int:
-        """Chunks of a task: as many as one decode takes, or more where that is over at once."""
-        wanted = _TASK_SECONDS / self.chunk_seconds if self.chunk_seconds else 1
-        return math.ceil(min(wanted, 64) / self.at_once) * self.at_once
+    def task_decodes(self) -> int:
+        """Decodes of a task: one, or more where that is over at once."""
+        wanted = _TASK_SECONDS / self.decode_seconds if self.decode_seconds else 1
+        return math.ceil(min(wanted, 64))
 
     @property
     def queued(self) -> int:
@@ -186,7 +194,7 @@ class Crew:
         self._book: Book | None = None
         self._wishes: dict[int, tuple[Sequence[Wish], Sequence[Wish]]] = {}
         self._resolved: dict[frozenset[tuple[str, str]], Variant] = {}
-        self._deaths: Counter[tuple[str, int]] = Counter()
+        self._deaths: Counter[tuple[str, Bundle]] = Counter()
         self._column: Column | None = None
         self._notes: set[str] = set()
         self._pace = _Pace()
@@ -238,15 +246,19 @@ class Crew:
             yield ended.pop(0)
 
     def wait(self) -> None:
-        """Keeps all workers busy, and returns once something has come back."""
-        self._fill()
+        """Keeps all workers busy, and returns once something has come back.
+
+        What is only likely is begun when whoever decides has nothing more to say, and not just when something has come
+        back: what that makes sure is then not known yet.
+        """
+        self._fill(ahead=True)
         if not self._flights:
             raise CerebellumError("something is wanted that no worker can do; please report this")
         with timed("waiting"):
             ended = self._pool.wait(_PATIENCE)
         for done in ended:
             self._take(done)
-        self._fill()
+        self._fill(ahead=False)
         self._tell()
 
     def settle(self) -> None:
@@ -261,15 +273,19 @@ class Crew:
 
     # --- giving out
 
-    def _fill(self) -> None:
-        """Gives every worker something to do, each its first task before any its second."""
+    def _fill(self, *, ahead: bool) -> None:
+        """Gives every worker something to do, each its first task before any its second.
+
+        What is only likely is never a second task, and is one decode: what is surely wanted would wait behind it.
+        """
         surely, likely = self._surveys()
         lanes: tuple[Lane, ...] = (MODEL, HOST) if self._pool.on_cards else (MODEL,)
         for depth in range(1, self._pace.queued + 1):
             for lane in lanes:
                 for worker in self._hands:
                     if self._busy(worker, lane) < depth:
-                        flight = self._choose(worker, lane, surely, likely)
+                        guesses = likely if ahead and depth == 1 else _Survey()
+                        flight = self._choose(worker, lane, surely, guesses)
                         if flight is not None:
                             self._begin(worker, flight)
 
@@ -279,18 +295,22 @@ class Crew:
 
     def _surveys(self) -> tuple[_Survey, _Survey]:
         """Looks through all wishes, the sure ones and then the likely ones, for what nobody works on."""
-        begun = {(f.variant.digest, c) for f in self._flights.values() if f.variant for c in f.chunks}
+        begun = {(f.variant.digest, b) for f in self._flights.values() if f.variant for b in f.bundles}
         making = {f.task.job.path for f in self._flights.values() if isinstance(f.task, ShardTask)}
         surely = self._survey([wish for wishes, _ in self._wishes.values() for wish in wishes], begun, making)
         if not all(hand.proven for hand in self._hands.values()):
             base = [job for job in self._base_jobs() if job.path not in making | surely.paths]
             surely.jobs = [*base, *surely.jobs]
-        begun |= {(digest, chunk) for digest, chunks in surely.chunks.items() for chunk in chunks}
+        begun |= {(digest, bundle) for digest, bundles in surely.bundles.items() for bundle in bundles}
         making |= {job.path for job in surely.jobs}
-        likely = self._survey([wish for _, wishes in self._wishes.values() for wish in wishes], begun, making)
+        likely = self._survey(
+            [wish for _, wishes in self._wishes.values() for wish in wishes[: _AHEAD * self.size]],
+            begun,
+            making,
+        )
         return surely, likely
 
-    def _survey(self, wishes: Sequence[Wish], begun: set[tuple[str, int]], making: set[Path]) -> _Survey:
+    def _survey(self, wishes: Sequence[Wish], begun: set[tuple[str, Bundle]], making: set[Path]) -> _Survey:
         found = _Survey()
         for wish in wishes:
             variant = self._variant(wish)
@@ -303,11 +323,11 @@ class Crew:
             if lacking and (gone := self._shards().removed(variant)):
                 found.jobs += [job for job in gone if job.path not in making | found.paths]
                 continue
-            for chunk in lacking:
-                first = None if self._pool.on_cards else self._book.reference_first(variant, chunk)
+            for bundle in lacking:
+                first = None if self._pool.on_cards else self._book.reference_first(variant, bundle)
                 one = first or variant
-                if (one.digest, chunk) not in begun:
-                    found.add(one, chunk)
+                if (one.digest, bundle) not in begun:
+                    found.add(one, bundle)
         return found
 
     def _base_jobs(self) -> list[ShardJob]:
@@ -343,11 +363,12 @@ class Crew:
             if (kept := self._book.kept()) is not None:
                 return self._scoring(worker, kept[0], kept[1])
         for survey in (surely, likely):
-            if does_models and (flight := self._untouched(worker, survey)):
+            most = self._pace.task_decodes if survey is surely else 1
+            if does_models and (flight := self._untouched(worker, survey, most)):
                 return flight
             if does_host and survey.jobs:
                 return self._shard_flight(survey.jobs.pop(0))
-            if does_models and (flight := self._split(worker, survey)):
+            if does_models and (flight := self._split(worker, survey, most)):
                 return flight
         return None
 
@@ -370,28 +391,29 @@ class Crew:
             is_check=True,
         )
 
-    def _untouched(self, worker: int, survey: _Survey) -> _Flight | None:
+    def _untouched(self, worker: int, survey: _Survey, most: int) -> _Flight | None:
         """Goes on with the variant that the worker shows, or begins one that nobody else works on."""
         hand = self._hands[worker]
         elsewhere = {f.variant.digest for f in self._flights.values() if f.variant and f.worker != worker}
-        free = [digest for digest, chunks in survey.chunks.items() if chunks and digest not in elsewhere]
-        showing = [digest for digest in survey.chunks if digest == hand.showing and survey.chunks[digest]]
+        free = [digest for digest, bundles in survey.bundles.items() if bundles and digest not in elsewhere]
+        showing = [digest for digest in survey.bundles if digest == hand.showing and survey.bundles[digest]]
         staged = [digest for digest in free if digest in hand.resident]
         chosen = next(iter((*showing, *staged, *free)), None)
-        return None if chosen is None else self._of(worker, survey, chosen)
+        return None if chosen is None else self._of(worker, survey, chosen, most)
 
-    def _split(self, worker: int, survey: _Survey) -> _Flight | None:
+    def _split(self, worker: int, survey: _Survey, most: int) -> _Flight | None:
         """Helps with the variant that has the most left."""
-        digest = max(survey.chunks, key=lambda one: len(survey.chunks[one]), default=None)
-        return self._of(worker, survey, digest) if digest is not None and survey.chunks[digest] else None
+        digest = max(survey.bundles, key=lambda one: len(survey.bundles[one]), default=None)
+        if digest is None or not survey.bundles[digest]:
+            return None
+        return self._of(worker, survey, digest, most)
 
-    def _of(self, worker: int, survey: _Survey, digest: str) -> _Flight:
-        left = sum(map(len, survey.chunks.values()))
-        fair = math.ceil(left / self.size / self._pace.at_once) * self._pace.at_once
-        chunks = survey.take(digest, max(self._pace.at_once, min(self._pace.task_chunks, fair)))
-        return self._scoring(worker, survey.variants[digest], chunks)
+    def _of(self, worker: int, survey: _Survey, digest: str, most: int) -> _Flight:
+        fair = math.ceil(survey.left / self.size)
+        bundles = survey.take(digest, max(1, min(most, fair)))
+        return self._scoring(worker, survey.variants[digest], bundles)
 
-    def _scoring(self, worker: int, variant: Variant, chunks: tuple[int, ...]) -> _Flight:
+    def _scoring(self, worker: int, variant: Variant, bundles: tuple[Bundle, ...]) -> _Flight:
         book = self._book
         assert book is not None
         hand = self._hands[worker]
@@ -405,11 +427,11 @@ class Crew:
 
         return _Flight(
             worker=worker,
-            task=book.task(variant, chunks),
+            task=book.task(variant, bundles),
             about=variant.label,
             land=land,
             variant=variant,
-            chunks=chunks,
+            bundles=bundles,
         )
 
     def _shard_flight(self, job: ShardJob) -> _Flight:
@@ -444,7 +466,7 @@ class Crew:
         elif done.error is not None:
             raise done.error
         elif done.outcome is not None:
-            for place in flight.chunks or (-1,):
+            for place in flight.bundles or ((),):
                 self._deaths.pop((flight.about, place), None)
             flight.land(done.outcome.result)
 
@@ -452,8 +474,7 @@ class Crew:
         """Books times and passes notes on, each once."""
         book_beside(outcome.seconds)
         if isinstance(outcome.result, Scored) and outcome.result.found:
-            self._pace.at_once = outcome.result.at_once
-            self._pace.book(len(outcome.result.found), outcome.wall)
+            self._pace.book(max(1, len(flight.bundles)), len(outcome.result.found), outcome.wall)
         for note in outcome.notes:
             if note not in self._notes:
                 self._notes.add(note)
@@ -464,7 +485,7 @@ class Crew:
         hand = self._hands[worker]
         lost = [self._flights.pop(ticket) for ticket in hand.flights]
         under_way = next((flight for flight in lost if flight.task.lane == MODEL), lost[0])
-        places = under_way.chunks or (-1,)
+        places = under_way.bundles or ((),)
         self._deaths.update((under_way.about, place) for place in places)
         self._errands += [flight for flight in lost if flight.variant is None and not flight.is_check]
         self._hands[worker] = _Hand()
@@ -507,8 +528,8 @@ class Crew:
                 else np.nan
             )
             return (
-                f"on two chunks of the base its NLL ({outcome.where}) differs by up to {off:.2g} nats a token from "
-                "what was measured before; machines of one kind are needed"
+                f"on the first chunks of the base its NLL ({outcome.where}) differs by up to {off:.2g} nats a token "
+                "from what was measured before; machines of one kind are needed"
             )
         return ""
 
@@ -522,9 +543,9 @@ class Crew:
             return
         pace.told = now
         rate = pace.scored / max(now - pace.started, 1e-9)
-        left = sum(map(len, self._surveys()[0].chunks.values())) + sum(
-            len(flight.chunks) for flight in self._flights.values()
-        )
+        waiting = [bundle for bundles in self._surveys()[0].bundles.values() for bundle in bundles]
+        under_way = [bundle for flight in self._flights.values() for bundle in flight.bundles]
+        left = sum(map(len, (*waiting, *under_way)))
         doing = []
         for worker, hand in self._hands.items():
             about = self._flights[hand.flights[0]].about if hand.flights else "idle"

@@ -159,7 +159,7 @@ def measure_response(
     """
     wanted = [ProbeAsk(probe=probe, n=n) for n in looks(min(method.first_look, most), method.growth, most)]
     for number, ask in enumerate(wanted):
-        (score,) = yield Batch(asks=(ask,), likely=(*wanted[number + 1 : number + 2], *then))
+        (score,) = yield Batch(asks=(ask,), likely=(*then, *wanted[number + 1 : number + 2]))
         found = reference.damage(score)
         if found.kld is None:
             break

@@ -19,6 +19,7 @@ from cerebellum.engine.predictions import PredictionCache
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.ledger import Divergence, Ledger, SeriesKey
+from cerebellum.measure.bundles import Bundle, Bundles
 from cerebellum.measure.crew import Anchors, Crew, Wish
 from cerebellum.measure.race import chunk_order
 from cerebellum.measure.scorer import Compared, Found, Scorer
@@ -44,7 +45,8 @@ class Measurer:
 
     With ``reference`` and ``cache``, chunks in the cache are also compared with its predictions: those of
     the base, or of the source. With a ``crew``, its workers score, and no model is open here. Of a variant in
-    ``unsure`` (digests) the entropy of its predictions is measured too.
+    ``unsure`` (digests) the entropy of its predictions is measured too. ``order`` has all chunks of the text as they
+    share decodes (bundles.py): None is their order in the text.
     ``measured`` and ``reused`` count chunks of this session; ``doing`` stands before the titles of tasks.
     """
 
@@ -58,6 +60,7 @@ class Measurer:
         cache: PredictionCache | None = None,
         crew: Crew | None = None,
         unsure: frozenset[str] = frozenset(),
+        order: Sequence[int] | None = None,
     ) -> None:
         self.engine = engine
         self.ledger = ledger
@@ -70,6 +73,9 @@ class Measurer:
         self._crew = crew
         self._unsure = unsure
         self._scorer = Scorer(engine, self.reporter.note)
+        self.bundles = Bundles.of(
+            corpus.first(corpus.n_chunks) if order is None else order, engine.chunks_together(corpus.ctx)
+        )
         self._of_variant: dict[tuple[str, str], int] = {}
         if reference is not None and cache is not None:
             cache.claim(f"{reference.digest} {corpus.sha256} {corpus.ctx} {engine.identity}")
@@ -106,16 +112,16 @@ class Measurer:
         if self._crew is not None:
             self._crew.settle()
 
-    def missing(self, variant: Variant, wish: Wish) -> list[int]:
-        """Returns the chunks of a wish that the ledger lacks, in the order of the wish."""
+    def missing(self, variant: Variant, wish: Wish) -> list[Bundle]:
+        """Returns the decodes with chunks of a wish that the ledger lacks, in the order of the wish."""
         lacking = self.ledger.lacking(self._series(variant), wish.nll)
         if wish.kld and self.reference is not None and not self._is_reference(variant):
             lacking += self._undiverged(variant, wish.kld)
         lacking += self._entropy_lacking(variant, wish.nll)
-        return list(dict.fromkeys(lacking))
+        return self.bundles.holding(lacking)
 
-    def task(self, variant: Variant, chunks: Sequence[int]) -> ScoreTask:
-        """Returns what a worker has to do for some chunks."""
+    def task(self, variant: Variant, bundles: Sequence[Bundle]) -> ScoreTask:
+        """Returns what a worker has to do for some decodes."""
         kept = None
         if self.reference is not None and self.cache is not None:
             kept = KeptOf(
@@ -124,10 +130,10 @@ class Measurer:
                 folder=self.cache.folder,
                 chunks=self.cache.chunks,
             )
-        inputs = np.stack([self.corpus.inputs(chunk) for chunk in chunks])
+        inputs = np.stack([self.corpus.inputs(chunk) for bundle in bundles for chunk in bundle])
         return ScoreTask(
             variant=variant,
-            chunks=tuple(chunks),
+            bundles=tuple(bundles),
             inputs=inputs,
             kept=kept,
             entropy=variant.digest in self._unsure,
@@ -145,25 +151,20 @@ class Measurer:
             self.ledger.record_entropy(series, found.chunk, found.entropy)
         if divergence is not None and self._undiverged(variant, [found.chunk]):
             self.ledger.record_divergence(series, found.chunk, divergence)
-        elif divergence is None and not self._is_reference(variant) and found.entropy is None:
-            raise CerebellumError(
-                f"{variant.label}: chunk {found.chunk} was compared with no prediction of the "
-                f"{self.reference.label if self.reference else 'reference'}; give more with --kld-cache"
-            )
 
-    def reference_first(self, variant: Variant, chunk: int) -> Variant | None:
-        """Returns the reference where it was not measured on a chunk on which this variant is compared with it."""
+    def reference_first(self, variant: Variant, bundle: Bundle) -> Variant | None:
+        """Returns the reference where it was not measured on a decode on which this variant is compared with it."""
         if self.reference is None or self.cache is None or self._is_reference(variant):
             return None
-        if chunk not in self.cache.chunks or not self.ledger.lacking(self._series(self.reference), [chunk]):
-            return None
-        return self.reference
+        compared = [chunk for chunk in bundle if chunk in self.cache.chunks]
+        return self.reference if self.ledger.lacking(self._series(self.reference), compared) else None
 
-    def kept(self) -> tuple[Variant, tuple[int, ...]] | None:
-        """Returns the reference and the chunks for which its predictions are kept, or None without one."""
+    def kept(self) -> tuple[Variant, tuple[Bundle, ...]] | None:
+        """Returns the reference and the decodes of which its predictions are kept, or None without one."""
         if self.reference is None or self.cache is None or not self.cache.chunks:
             return None
-        return self.reference, tuple(sorted(self.cache.chunks))
+        kept = [bundle for bundle in self.bundles.every if not self.cache.chunks.isdisjoint(bundle)]
+        return self.reference, tuple(kept)
 
     # --- answers
 
@@ -173,7 +174,7 @@ class Measurer:
         series = self._series(variant)
         missing = self.ledger.lacking(series, chunks)
         self.reused += len(chunks) - len(missing)
-        self._measure(variant, missing)
+        self._measure(variant, self.bundles.holding(missing))
         found = self.ledger.nll(series, chunks)
         if found.shape[1] != self.corpus.scored_per_chunk:
             raise BadInput(
@@ -192,9 +193,16 @@ class Measurer:
             raise ValueError("a measurer without a reference knows no divergence")
         if variant.digest == self.reference.digest:
             return np.zeros(len(chunks))
+        undiverged = self._undiverged(variant, chunks)
+        unkept = [c for c in undiverged if self.cache is None or c not in self.cache.chunks]
+        if unkept:
+            raise CerebellumError(
+                f"{variant.label}: there is no prediction of the {self.reference.label} to compare chunk {unkept[0]} "
+                "with; give more with --kld-cache"
+            )
         self.gather(Wish(nll=(), kld=tuple(chunks), variant=variant))
         series = self._series(variant)
-        self._measure(variant, self._undiverged(variant, chunks))
+        self._measure(variant, self.bundles.holding(self._undiverged(variant, chunks)))
         found = self.ledger.diverged(series, self._series(self.reference))
         return np.array([found[chunk] for chunk in chunks])
 
@@ -204,7 +212,7 @@ class Measurer:
         A chunk whose NLL is known but whose entropy is not is decoded again; its NLL stays as it was.
         """
         self.gather(Wish(nll=tuple(chunks), variant=variant))
-        self._measure(variant, self._entropy_lacking(variant, chunks))
+        self._measure(variant, self.bundles.holding(self._entropy_lacking(variant, chunks)))
         found = self.ledger.entropies(self._series(variant))
         return np.array([found[chunk] for chunk in chunks])
 
@@ -215,16 +223,16 @@ class Measurer:
         known = self.ledger.entropies(self._series(variant))
         return [chunk for chunk in chunks if chunk not in known]
 
-    def _measure(self, variant: Variant, chunks: Sequence[int]) -> None:
-        """Scores chunks on the model in this process."""
-        if not chunks:
+    def _measure(self, variant: Variant, bundles: Sequence[Bundle]) -> None:
+        """Scores the chunks of some decodes on the model in this process."""
+        if not bundles:
             return
         against = None
         if self.reference is not None and self.cache is not None:
             against = Compared(reference=self.reference, cache=self.cache)
-        with self.reporter.task(self.doing + variant.label, len(chunks)) as tick:
+        with self.reporter.task(self.doing + variant.label, sum(map(len, bundles))) as tick:
             scored = self._scorer.score(
-                *(variant, chunks, self.corpus.inputs, self.corpus.ctx, against),
+                *(variant, bundles, self.corpus.inputs, self.corpus.ctx, against),
                 entropy=variant.digest in self._unsure,
             )
             for found in scored:
@@ -306,20 +314,30 @@ def with_divergence(
     return found if known is None else found.with_divergence(*known)
 
 
-def base_anchors(workspace: Workspace) -> Anchors:
-    """The first two chunks that the base is scored on, by which workers are compared, and what the ledger has of them.
+def decode_order(workspace: Workspace, corpus: Corpus) -> tuple[int, ...]:
+    """Returns all chunks of a text as they share decodes: in seeded order where it decides, else as it is read."""
+    if corpus.sha256 == workspace.selection.sha256:
+        return chunk_order(corpus.n_chunks, workspace.settings.seed)
+    return corpus.first(corpus.n_chunks)
 
-    They are measured anyway, so that the comparison costs other workers two chunks each and the first one nothing.
+
+def base_anchors(workspace: Workspace) -> Anchors:
+    """The first chunks that the base is scored on, by which workers are compared, and what the ledger has of them.
+
+    They are a decode, or two where one takes a chunk alone. They are measured anyway, so that the comparison costs
+    other workers so many chunks each and the first one nothing.
     """
     corpus = workspace.selection
-    order = chunk_order(corpus.n_chunks, workspace.settings.seed)[:2]
+    order = decode_order(workspace, corpus)
     base = workspace.shards.variant(NOTHING)
-    measurer = Measurer(workspace.engine, workspace.ledger, corpus)
+    measurer = Measurer(workspace.engine, workspace.ledger, corpus, order=order)
+    bundles = measurer.bundles.holding(order[:2])
+    chunks = tuple(chunk for bundle in bundles for chunk in bundle)
     known = None
-    if not measurer.missing(base, Wish(nll=order, variant=base)):
-        known = measurer.nll(base, order)
+    if not measurer.missing(base, Wish(nll=chunks, variant=base)):
+        known = measurer.nll(base, chunks)
     return Anchors(
-        task=measurer.task(base, order),
+        task=measurer.task(base, bundles),
         identity=workspace.engine.identity,
         known=known,
         record=lambda found: measurer.record(base, found),
@@ -362,6 +380,7 @@ def measuring(
         cache=cache,
         crew=workspace.crew,
         unsure=unsure,
+        order=decode_order(workspace, corpus),
     )
     try:
         yield measurer

@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cerebellum.measure.bundles import Bundles
 from cerebellum.stats.paired import Interval
 from cerebellum.stats.sequential import Rule, Sample, foretold_sd
 from cerebellum.stats.unusual import unusual
@@ -56,14 +57,21 @@ def chunk_order(n_chunks: int, seed: int) -> tuple[int, ...]:
     return tuple(int(i) for i in np.random.default_rng(seed).permutation(n_chunks))
 
 
-def fresh_order(n_chunks: int, seed: int) -> tuple[int, ...]:
+def fresh_order(n_chunks: int, seed: int, together: int = 1) -> tuple[int, ...]:
     """Another order from the same seed, independent of ``chunk_order``: that of the combinations.
+
+    Where ``together`` chunks share a decode, whole decodes change places: their chunks came together by chance. A last
+    one that has fewer stays the last, so that looks end where decodes do.
 
     The noise of the groups on the first chunks of their order decides which combination is tried. Read on
     the same chunks, it would look better than it is: with sharp bounds at their full level one in four
     combinations just over the limit passed.
     """
-    return tuple(int(i) for i in np.random.default_rng((seed, 1)).permutation(n_chunks))
+    drawn = np.random.default_rng((seed, 1)).permutation(n_chunks)
+    place = {int(chunk): number for number, chunk in enumerate(drawn)}
+    every = Bundles.of(chunk_order(n_chunks, seed), together).every
+    moved = sorted(every, key=lambda bundle: (len(bundle) < together, place[bundle[0]]))
+    return tuple(chunk for bundle in moved for chunk in bundle)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cerebellum.engine.predictions import PredictionCache
 from cerebellum.engine.protocols import CannotSwap, Engine, Job, Resident, Scores, Tokens
+from cerebellum.measure.bundles import Bundle
 from cerebellum.shards import Variant
 
 Inputs = Callable[[int], Tokens]
@@ -55,48 +56,44 @@ class Scorer:
         self._open_digest = ""
         self._refusals: set[str] = set()
 
-    @property
-    def at_once(self) -> int:
-        """How many chunks one decode of the open model takes; 1 where none is open."""
-        return self._model.chunks_at_once if self._model is not None else 1
-
     def score(
         self,
         variant: Variant,
-        chunks: Sequence[int],
+        bundles: Sequence[Bundle],
         inputs: Inputs,
         ctx: int,
         against: Compared | None,
         *,
         entropy: bool = False,
     ) -> Iterator[Found]:
-        """Scores chunks, as many at once as the model decodes together; ``entropy`` asks for that of predictions.
+        """Scores all chunks of some decodes; ``entropy`` asks for that of predictions.
 
         Where predictions of the reference should be kept and are gone (after a kill, say) it is decoded again first.
         """
         if against is not None and variant.digest != against.reference.digest:
-            missing = against.cache.missing(chunks)
+            missing = [bundle for bundle in bundles if against.cache.missing(bundle)]
             for _ in self._score(against.reference, missing, inputs, ctx, against, entropy=False):
                 pass
-        yield from self._score(variant, chunks, inputs, ctx, against, entropy=entropy)
+        yield from self._score(variant, bundles, inputs, ctx, against, entropy=entropy)
 
     def _score(
         self,
         variant: Variant,
-        chunks: Sequence[int],
+        bundles: Sequence[Bundle],
         inputs: Inputs,
         ctx: int,
         against: Compared | None,
         *,
         entropy: bool,
     ) -> Iterator[Found]:
-        if not chunks:
+        if not bundles:
             return
         model = self._opened(variant, ctx)
-        size = model.chunks_at_once
-        for part in (chunks[start : start + size] for start in range(0, len(chunks), size)):
-            jobs = [replace(_job(variant, chunk, inputs(chunk), against), entropy=entropy) for chunk in part]
-            for chunk, scores in zip(part, model.score(jobs), strict=True):
+        for bundle in bundles:
+            jobs = [
+                replace(_job(variant, chunk, inputs(chunk), against), entropy=entropy) for chunk in bundle
+            ]
+            for chunk, scores in zip(bundle, model.score(jobs), strict=True):
                 if scores.kept is not None and against is not None:
                     against.cache.store(chunk, scores.kept)
                 yield _found(chunk, scores)

@@ -17,6 +17,7 @@ from cerebellum.engine.workers import HOST, MODEL, Lane, Room
 from cerebellum.errors import BadInput
 from cerebellum.imatrix import ImportanceMatrix
 from cerebellum.layout import Layout
+from cerebellum.measure.bundles import Bundle
 from cerebellum.measure.scorer import Compared, Found, Scorer
 from cerebellum.shards import Recipe, ShardJob, Variant, write_shard
 from cerebellum.source import open_source
@@ -145,23 +146,27 @@ class KeptOf:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What a ScoreTask gives: the chunks, and how many of them one decode takes."""
+    """What a ScoreTask gives: all chunks of its decodes."""
 
     found: tuple[Found, ...]
-    at_once: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTask:
-    """Score chunks of a variant; ``inputs`` are what the model is fed, (chunks, ctx) tokens, and ``entropy`` asks how
-    unsure its predictions are.
+    """Decode ``bundles`` of chunks on a variant; ``inputs`` are what the model is fed, (chunks, ctx) tokens, and
+    ``entropy`` asks how unsure its predictions are.
     """
 
     variant: Variant
-    chunks: tuple[int, ...]
+    bundles: tuple[Bundle, ...]
     inputs: Tokens
     kept: KeptOf | None
     entropy: bool = False
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The chunks of all its decodes, in the order of ``inputs``."""
+        return tuple(chunk for bundle in self.bundles for chunk in bundle)
 
     @property
     def lane(self) -> Lane:
@@ -175,9 +180,9 @@ class ScoreTask:
         ctx = int(self.inputs.shape[1])
         against = room.compared(self.kept)
         found = room.scorer.score(
-            self.variant, self.chunks, numbered.__getitem__, ctx, against, entropy=self.entropy
+            self.variant, self.bundles, numbered.__getitem__, ctx, against, entropy=self.entropy
         )
-        return Scored(found=tuple(found), at_once=room.scorer.at_once)
+        return Scored(found=tuple(found))
 
 
 @dataclass(frozen=True, kw_only=True)

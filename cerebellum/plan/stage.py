@@ -44,7 +44,9 @@ def plan_against_limit(workspace: Workspace, limit: Limit) -> LimitPlan:
     """
     known = read_recorded(workspace.path(MEASUREMENTS))
     singles = tuple(m for m in known if len(m.changes) == 1)
-    order = fresh_order(workspace.selection.n_chunks, workspace.settings.seed)
+    corpus = workspace.selection
+    together = workspace.engine.chunks_together(corpus.ctx)
+    order = fresh_order(corpus.n_chunks, workspace.settings.seed, together)
     combinations: list[Measurement] = []
     with against_base(workspace, order) as measurer:
         racing = Racing(workspace=workspace, limit=limit, measurer=measurer, order=order)
@@ -55,7 +57,7 @@ def plan_against_limit(workspace: Workspace, limit: Limit) -> LimitPlan:
             return combinations[-1]
 
         chosen = drive(threshold_plan(make_units(singles, workspace.layout), limit.threshold), measured)
-        of_groups = chunk_order(workspace.selection.n_chunks, workspace.settings.seed)
+        of_groups = chunk_order(corpus.n_chunks, workspace.settings.seed)
         write_measurements(workspace, limit, {of_groups: singles, order: combinations})
     return written(workspace, limit_plan(chosen, workspace.layout, limit))
 

@@ -22,7 +22,7 @@ from cerebellum.folder import CURVES, MEASUREMENTS, TRANSFER, RunFolder
 from cerebellum.manifest import Manifest, make_manifest
 from cerebellum.measure.artifacts import Curves, MeasurementRow, Measurements, Response, finite_pair
 from cerebellum.measure.curves import Probe, measure_response
-from cerebellum.measure.measurer import Measurer, measuring
+from cerebellum.measure.measurer import Measurer, decode_order, measuring
 from cerebellum.measure.probe import MeasurementBudget, Session, curves_of, open_session
 from cerebellum.measure.race import chunk_order
 from cerebellum.measure.rounding import read_or_make_errors
@@ -231,7 +231,14 @@ def _check_promise(workspace: Workspace, plan: GivenPlan, promise: Promise) -> C
     base = workspace.shards.variant(NOTHING)
     whole = workspace.shards.variant(plan.changes)
     if promise.share is None:
-        measurer = Measurer(workspace.engine, workspace.ledger, workspace.selection, workspace.reporter)
+        corpus = workspace.selection
+        measurer = Measurer(
+            workspace.engine,
+            workspace.ledger,
+            corpus,
+            workspace.reporter,
+            order=decode_order(workspace, corpus),
+        )
         with closing(measurer):
             nll_N = measurer.chunk_means(whole, order) - measurer.chunk_means(base, order)
         return _checked(nll_N - promise.limit_nats, None)
