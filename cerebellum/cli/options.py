@@ -23,7 +23,6 @@ from cerebellum.settings import (
     KLD,
     OBJECTIVES,
     REPORT_TEXT,
-    SELECTION_TEXT,
     Budget,
     Bytes,
     Domain,
@@ -542,28 +541,36 @@ bench_options = options(
 )
 
 
+_SIX = tuple((text.name, text.path) for text in shipped_domains("report"))
+
+
 class NamedTexts(click.ParamType[Any]):
-    """A text with the name that tables give it: ``code=FILE``; the file's own name where none is given."""
+    """Texts with the names that tables give them: ``code=FILE``, or ``domains`` for the six that report.
+
+    A file has its own name where none is given.
+    """
 
     name = "name=file"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, Path]:
-        """Returns name and path."""
+    ) -> tuple[tuple[str, Path], ...]:
+        """Returns the name and path of each."""
         if isinstance(value, tuple):
             return value
+        if value == ALL_DOMAINS:
+            return _SIX
         name, _, path = str(value).rpartition("=")
         if not path:
             self.fail(f"{value!r} names no file; give NAME=FILE", param, ctx)
-        return name or Path(path).stem, Path(path)
+        return ((name or Path(path).stem, Path(path)),)
 
 
 def take_texts(
-    _ctx: click.Context, _param: click.Parameter, given_texts: Sequence[tuple[str, Path]]
+    _ctx: click.Context, _param: click.Parameter, given_texts: Sequence[tuple[tuple[str, Path], ...]]
 ) -> dict[str, Path]:
-    """Returns texts by name, those that come along where none was given; refuses a name that is there twice."""
-    named = given_texts or ((REPORT_TEXT.stem, REPORT_TEXT), (SELECTION_TEXT.stem, SELECTION_TEXT))
+    """Returns texts by name, the domains that report where none was given; refuses a name that is there twice."""
+    named = [text for texts in given_texts or (_SIX,) for text in texts]
     found = dict(named)
     if len(found) < len(named):
         raise click.UsageError("--text: two texts have one name; give each its own with NAME=FILE")
@@ -577,7 +584,8 @@ judge_options = options(
         type=NamedTexts(),
         multiple=True,
         callback=take_texts,
-        help="NAME=FILE, a UTF-8 text; may be repeated [default: the two that come along].",
+        help="NAME=FILE, a UTF-8 text, `domains`, or .jsonl with conversations for the model's chat template; "
+        "may be repeated [default: the six domains that report].",
     ),
     ctx_option,
     click.option("--chunks", type=click.IntRange(0), default=0, help="Exactly N of each text, in one look."),
