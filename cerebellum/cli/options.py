@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 from click.core import ParameterSource
@@ -18,13 +18,16 @@ from cerebellum.gguf import parse_preset, parse_weight_type, preset_label
 from cerebellum.settings import (
     ALLOCATED,
     DEFAULT_ENCODER,
+    DEFAULT_TEXTS,
     ENCODERS,
+    HALVES,
     K_LADDER,
     KLD,
     OBJECTIVES,
     REPORT_TEXT,
     Budget,
     Bytes,
+    ComeAlong,
     Domain,
     Given,
     Goal,
@@ -33,6 +36,7 @@ from cerebellum.settings import (
     Preset,
     Published,
     shipped_domains,
+    texts_that_come_along,
 )
 from cerebellum.units import parse_size
 
@@ -169,12 +173,12 @@ class FileSize(click.ParamType[Any]):
 
 
 _DOMAIN = re.compile(r"(?P<name>[\w.-]{1,40})=(?P<path>.+)", re.DOTALL)
-ALL_DOMAINS = "domains"
-"""What stands for all texts of several domains that come along."""
+COME_ALONG = get_args(ComeAlong)
+"""Words that stand for texts that come along."""
 
 
 class NamedText(click.ParamType[Any]):
-    """``NAME=FILE``, a text of one domain, or a file alone, or ``domains``: those that come along."""
+    """``NAME=FILE``, a text of one domain, or a file alone, or ``prose`` or ``domains``: those that come along."""
 
     name = "[name=]file"
 
@@ -183,9 +187,9 @@ class NamedText(click.ParamType[Any]):
     ) -> tuple[Domain, ...]:
         """Returns one text, or all of those that come along; a file whose own name has an = in it is a file."""
         text = str(value)
-        if text == ALL_DOMAINS:
+        if text in COME_ALONG:
             selects = param is not None and param.name == "select_text"
-            return shipped_domains("select" if selects else "report")
+            return texts_that_come_along(cast(ComeAlong, text), "select" if selects else "report")
         found = None if Path(text).exists() else _DOMAIN.fullmatch(text)
         if found is not None:
             return (Domain(name=found["name"], path=Path(found["path"])),)
@@ -197,8 +201,10 @@ def settle_texts(asked: dict[str, Any]) -> None:
 
     Raises a usage error where several are given and one has no name, or two have the same.
     """
-    for half in ("select", "report"):
-        texts = named_texts(asked.pop(f"{half}_text"), f"--{half}-text")
+    for half in HALVES:
+        texts = named_texts(asked.pop(f"{half}_text"), f"--{half}-text") or texts_that_come_along(
+            DEFAULT_TEXTS, half
+        )
         if len(texts) == 1 and not texts[0].name:
             asked[f"{half}_text"] = texts[0].path.absolute()
         elif texts:
@@ -501,13 +507,13 @@ source_options = options(
         "--select-text",
         type=NamedText(),
         multiple=True,
-        help="Text that decides; NAME=FILE several times, or domains [default: Wikipedia articles].",
+        help=f"Text that decides; NAME=FILE several times, prose or domains [default: {DEFAULT_TEXTS}].",
     ),
     click.option(
         "--report-text",
         type=NamedText(),
         multiple=True,
-        help="Text that reports; NAME=FILE several times, or domains [default: WikiText-2 test].",
+        help=f"Text that reports; NAME=FILE several times, prose or domains [default: {DEFAULT_TEXTS}].",
     ),
     ctx_option,
     click.option(
@@ -558,7 +564,7 @@ class NamedTexts(click.ParamType[Any]):
         """Returns the name and path of each."""
         if isinstance(value, tuple):
             return value
-        if value == ALL_DOMAINS:
+        if value == "domains":
             return _SIX
         name, _, path = str(value).rpartition("=")
         if not path:
