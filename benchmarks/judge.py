@@ -1,6 +1,6 @@
 """llama.cpp's presets and Cerebellum's files of one model, judged on prose, code, German and chat.
 
-    python benchmarks/judge.py MODEL --ours RUN/*.gguf --imatrix RUN/imatrix.gguf --gpu-layers -1 --name judge-model
+    python benchmarks/judge.py MODEL --ours RUN/*Cerebellum*.gguf --imatrix RUN/imatrix.gguf --gpu-layers -1
 
 Presets are made from the model with the matrix, by ggml's encoder (the bytes that llama-quantize writes). Without
 --ours, one `cerebellum run --budget` of the sizes of --budgets makes them first. `cerebellum judge` then reads all
