@@ -84,7 +84,16 @@ def judged(asked: argparse.Namespace, folder: Path, files: Sequence[Path]) -> No
     machine = ["--threads", str(asked.threads), "--gpu-layers", str(asked.gpu_layers)]
     most = ["--max-chunks", str(asked.max_chunks), "--kld-cache", asked.kld_cache]
     out = folder / "judged"
-    command = [*files, "--source", asked.model, *texts(asked.model, folder), *most, *machine, "-o", out]
+    command: list[str | Path] = [
+        *files,
+        "--source",
+        asked.model,
+        *texts(asked.model, folder),
+        *most,
+        *machine,
+        "-o",
+        out,
+    ]
     found, seconds = cerebellum("judge", *command)
     RESULTS.mkdir(exist_ok=True)
     for suffix in (".json", ".png"):

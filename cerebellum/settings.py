@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -81,6 +82,13 @@ def texts_that_come_along(which: ComeAlong, half: Half) -> tuple[Domain, ...]:
             return shipped_domains(half)
         case "prose":
             return _alone(SELECTION_TEXT if half == "select" else REPORT_TEXT)
+
+
+def held(texts: Sequence[Domain]) -> tuple[Path | None, tuple[Domain, ...]]:
+    """Returns texts as Settings has them, absolute: one without a name as its path, others as domains and None."""
+    if len(texts) == 1 and not texts[0].name:
+        return texts[0].path.absolute(), ()
+    return None, tuple(Domain(name=text.name, path=text.path.absolute()) for text in texts)
 
 
 class Bytes(Record, frozen=True, kw_only=True, tag="bytes", tag_field="by"):

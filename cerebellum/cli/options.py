@@ -35,6 +35,7 @@ from cerebellum.settings import (
     Limit,
     Preset,
     Published,
+    held,
     shipped_domains,
     texts_that_come_along,
 )
@@ -205,13 +206,8 @@ def settle_texts(asked: dict[str, Any]) -> None:
         texts = named_texts(asked.pop(f"{half}_text"), f"--{half}-text") or texts_that_come_along(
             DEFAULT_TEXTS, half
         )
-        if len(texts) == 1 and not texts[0].name:
-            asked[f"{half}_text"] = texts[0].path.absolute()
-        elif texts:
-            asked[f"{half}_text"] = None
-            asked[f"{half}_domains"] = tuple(
-                Domain(name=text.name, path=text.path.absolute()) for text in texts
-            )
+        path, domains = held(texts)
+        asked |= {f"{half}_text": path, f"{half}_domains": domains}
 
 
 def named_texts(given: Sequence[tuple[Domain, ...]], flag: str) -> tuple[Domain, ...]:
