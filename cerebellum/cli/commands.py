@@ -222,7 +222,9 @@ def imatrix(
 @click.option("--imatrix", type=PathArgument, help="An importance matrix (GGUF or .dat) [default: none].")
 @encoder_options
 @click.option(
-    "--moments", type=PathArgument, help="Second moments, made where missing [default: beside OUT]."
+    "--moments",
+    type=PathArgument,
+    help="Second moments, used as they are, or made where missing [default: beside OUT].",
 )
 @click.option(
     "--imatrix-text", "--text", type=PathArgument, default=SELECTION_TEXT, help="To make them from."
