@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,10 @@ DATA = Path(__file__).parent / "data"
 DEMO_MODEL = DATA / "cerebellum-demo.F16.gguf"
 SELECTION_TEXT = DATA / "selection.txt"
 REPORT_TEXT = DATA / "report.txt"
+
+Half = Literal["select", "report"]
+HALVES: tuple[Half, ...] = ("select", "report")
+"""What texts are for: to decide, or to tell what became of it."""
 
 DOMAINS = ("prose", "code", "questions", "structured", "german", "french")
 """The texts of several domains that come along, each in two halves; training/domains.py makes them."""
@@ -58,9 +63,32 @@ class Domain(Record, frozen=True, kw_only=True):
     path: Path
 
 
-def shipped_domains(half: Literal["select", "report"]) -> tuple[Domain, ...]:
+def shipped_domains(half: Half) -> tuple[Domain, ...]:
     """Returns the texts of several domains that come along: those that select, or those that report."""
     return tuple(Domain(name=name, path=DATA / "domains" / f"{half}-{name}.txt") for name in DOMAINS)
+
+
+ComeAlong = Literal["prose", "domains"]
+"""The two sets of texts that come along: Wikipedia's prose, or texts of several domains."""
+
+DEFAULT_TEXTS: ComeAlong = "prose"
+"""Which of them select and report where none are named; benchmarks/domains.py measures what the choice does."""
+
+
+def texts_that_come_along(which: ComeAlong, half: Half) -> tuple[Domain, ...]:
+    """Returns one set of texts by its name: those that select, or those that report."""
+    match which:
+        case "domains":
+            return shipped_domains(half)
+        case "prose":
+            return _alone(SELECTION_TEXT if half == "select" else REPORT_TEXT)
+
+
+def held(texts: Sequence[Domain]) -> tuple[Path | None, tuple[Domain, ...]]:
+    """Returns texts as Settings has them, absolute: one without a name as its path, others as domains and None."""
+    if len(texts) == 1 and not texts[0].name:
+        return texts[0].path.absolute(), ()
+    return None, tuple(Domain(name=text.name, path=text.path.absolute()) for text in texts)
 
 
 class Bytes(Record, frozen=True, kw_only=True, tag="bytes", tag_field="by"):

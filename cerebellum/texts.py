@@ -154,10 +154,17 @@ def load_corpus(engine: Engine, model: Path, path: Path, ctx: int) -> Corpus:
 
     Raises BadInput where the text cannot be read or is shorter than one chunk, or the chunk under 8 tokens.
     """
+    return cut(engine, model, path, read_text(path), ctx)
+
+
+def cut(engine: Engine, model: Path, path: Path, text: bytes, ctx: int, *, special: bool = False) -> Corpus:
+    """Cuts the ``text`` that ``path`` holds, or that was made of it; with ``special`` it has special tokens.
+
+    Raises BadInput as ``load_corpus`` does.
+    """
     if ctx < 8:
         raise BadInput(f"--ctx {ctx}: a chunk needs at least 8 tokens")
-    text = read_text(path)
-    found = engine.tokenize(model, text)
+    found = engine.tokenize(model, text, special=special)
     n_chunks = len(found.tokens) // ctx
     if n_chunks < 1:
         raise BadInput(

@@ -18,13 +18,24 @@ from tiny import Recorder, ledger_rows, small_text, write_hybrid
 from cerebellum import open_run
 from cerebellum.card.domains import across_domains, domain_cells
 from cerebellum.card.stage import make_card
-from cerebellum.cli.options import named_texts, settle_texts, source_options
+from cerebellum.cli.options import COME_ALONG, named_texts, settle_texts, source_options
 from cerebellum.engine.fake import FakeEngine
 from cerebellum.errors import BadInput
 from cerebellum.progress import Silent
 from cerebellum.recipes.reproduce import SAME, Reproduction, reproduce
 from cerebellum.run import run_all, verify_stage
-from cerebellum.settings import DOMAINS, Budget, Domain, Goal, Limit, Preset, Settings, shipped_domains
+from cerebellum.settings import (
+    DOMAINS,
+    REPORT_TEXT,
+    SELECTION_TEXT,
+    Budget,
+    Domain,
+    Goal,
+    Limit,
+    Preset,
+    Settings,
+    shipped_domains,
+)
 from cerebellum.texts import Corpus, load_corpora, load_corpus
 from cerebellum.verify import Divergence, DomainReport, Measured
 from cerebellum.workspace import Workspace
@@ -293,9 +304,18 @@ def taken(*arguments: str) -> dict[str, object]:
     }
 
 
+@pytest.mark.parametrize("which", COME_ALONG)
+def test_the_default_is_as_if_it_had_been_named(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cerebellum.cli.options.DEFAULT_TEXTS", which)
+    assert taken() == taken("--select-text", which, "--report-text", which)
+    mine = taken("--select-text", "a.txt")
+    assert mine["select_text"] == Path("a.txt").absolute() and mine["select_domains"] == ()
+
+
 def test_one_text_several_or_those_that_come_along(tmp_path: Path) -> None:
-    assert taken() == {}
-    assert taken("--select-text", "a.txt") == {"select_text": Path("a.txt").absolute()}
+    for half, path in (("select", SELECTION_TEXT), ("report", REPORT_TEXT)):
+        assert taken(f"--{half}-text", "prose")[f"{half}_text"] == path
+    assert taken("--select-text", "a.txt")["select_text"] == Path("a.txt").absolute()
     several = taken("--report-text", "code=a.txt", "--report-text", "prose=b.txt")
     assert several["report_text"] is None
     assert several["report_domains"] == (
@@ -306,7 +326,7 @@ def test_one_text_several_or_those_that_come_along(tmp_path: Path) -> None:
     assert taken("--report-text", "domains")["report_domains"] == shipped_domains("report")
     odd = tmp_path / "a=b.txt"
     odd.write_text("text")
-    assert taken("--select-text", str(odd)) == {"select_text": odd}
+    assert taken("--select-text", str(odd))["select_text"] == odd
 
 
 @pytest.mark.parametrize(
@@ -340,7 +360,7 @@ def test_the_halves_that_come_along_share_nothing_to_learn_from() -> None:
 def test_what_comes_along_is_small_and_named_in_the_licences() -> None:
     paths = [text.path for half in (shipped_domains("select"), shipped_domains("report")) for text in half]
     assert len({hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}) == 2 * len(DOMAINS)
-    assert 200_000 < sum(path.stat().st_size for path in paths) < 400_000
+    assert 1_000_000 < sum(path.stat().st_size for path in paths) < 1_200_000
     licences = (paths[0].parents[1] / "LICENSES.md").read_text(encoding="utf-8")
     for name in DOMAINS:
         assert f"`domains/*-{name}.txt`" in licences

@@ -325,6 +325,26 @@ def test_quantize_with_ggml_is_llama_quantize(embedded: Path, tmp_path: Path, se
 
 
 @ours_is_here
+def test_moments_that_are_given_are_used_as_they_are(tmp_path: Path) -> None:
+    """Those of a run are of its own texts: nothing decodes another one, and nothing is written over them."""
+    made = workspace(tmp_path, Limit(), CountingEngine())
+    run = Workspace(made.folder, structs.replace(made.settings, encoder=OURS), made.engine, made.reporter)
+    run.folder.mkdir(exist_ok=True)
+    assert run.moments is not None
+    path = run.folder / "moments.gguf"
+    before = path.read_bytes()
+    watched = run.watched
+    assert watched is not None
+    assert moments.read_given(path, watched).sha256 == run.moments.sha256
+    fewer = moments.Watched(weights=dict(list(watched.weights.items())[:-1]), n_bytes=0, left_out=())
+    with pytest.raises(BadInput, match="of other weights"):
+        moments.read_given(path, fewer)
+    with pytest.raises(BadInput, match="no second moments"):
+        moments.read_given(made.settings.source, watched)
+    assert path.read_bytes() == before
+
+
+@ours_is_here
 def test_quantize_with_ours_has_the_same_types_and_replaces_its_own(
     embedded: Path, tmp_path: Path, select_text: Path
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from conftest import Cerebellum
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tiny import Recorder, Shapes, hybrid_records, hybrid_shapes, random_tensor, small_text, write_hybrid
 
+from cerebellum.cli.options import NamedTexts, take_texts
 from cerebellum.codec import read_artifact
+from cerebellum.comparison.conversations import load_text
 from cerebellum.comparison.judge import JUDGE, Judging, judge, percentile
 from cerebellum.comparison.judgement import LESS, MORE, OPEN, TIE, Judgement
 from cerebellum.comparison.order import (
@@ -27,6 +30,7 @@ from cerebellum.comparison.order import (
 )
 from cerebellum.comparison.published import publish, survivors_rows
 from cerebellum.engine.fake import FakeEngine
+from cerebellum.engine.protocols import Tokenized
 from cerebellum.errors import BadInput
 from cerebellum.gguf import (
     GGMLQuantizationType,
@@ -38,7 +42,8 @@ from cerebellum.gguf import (
     write_gguf,
 )
 from cerebellum.progress import Silent
-from cerebellum.settings import DEMO_MODEL
+from cerebellum.settings import DEMO_MODEL, shipped_domains
+from cerebellum.source import TEMPLATE_KEY, open_source
 from cerebellum.stats.paired import Interval
 from cerebellum.stats.strata import Looks, StrataMean, Stratum
 from cerebellum.verdicts import drive
@@ -350,6 +355,53 @@ def test_the_command_judges_presets(
     assert words.code == 0 and "Q4_K_M" in words.out and "judge.png" in words.out
     pair = cerebellum("compare", DEMO_MODEL, files[0], "--text", report_text, *few, "--json").json
     assert found["files"][0]["texts"][1]["chunks"] == pair["chunks"] == 6
+
+
+# ---- conversations ----
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+class Special(FakeEngine):
+    """Keeps the texts that it tokenizes with special tokens."""
+
+    def tokenize(self, path: Path, text: bytes, *, special: bool = False) -> Tokenized:
+        if special:
+            self.notes = text
+        return super().tokenize(path, text, special=special)
+
+    notes: bytes = b""
+
+
+def test_conversations_are_read_in_the_models_own_template(tmp_path: Path) -> None:
+    asked = '{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b\\n"}]}\n'
+    path = tmp_path / "chat.jsonl"
+    path.write_text(asked * 40)
+    model = quantized(tmp_path / "m.gguf", T.Q2_K, extra={TEMPLATE_KEY: TEMPLATE})
+    engine = Special()
+    corpus = load_text(engine, open_source(model, allow_requantize=True), path, 32)
+    assert engine.notes == b"<user>a?<assistant>b\n" * 40
+    assert corpus.n_chunks == len(engine.notes) // 32 and corpus.path == path
+
+
+def test_what_is_no_conversation_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a?"}]}\n{"text": "b"}\n')
+    model = quantized(tmp_path / "m.gguf", T.Q2_K, extra={TEMPLATE_KEY: TEMPLATE})
+    with pytest.raises(BadInput, match="line 2 is no conversation"):
+        load_text(FakeEngine(), open_source(model, allow_requantize=True), path, 32)
+    bare = quantized(tmp_path / "bare.gguf", T.Q2_K)
+    with pytest.raises(BadInput, match="has no chat template"):
+        load_text(FakeEngine(), open_source(bare, allow_requantize=True), path, 32)
+
+
+def test_without_a_text_the_domains_that_report_are_read() -> None:
+    expected = {text.name: text.path for text in shipped_domains("report")}
+    context = click.Context(click.Command("judge"))
+    option = click.Option(["--text"])
+    assert take_texts(context, option, ()) == expected
+    named = [NamedTexts().convert(text, None, None) for text in ("domains", "chat=talks.jsonl")]
+    assert take_texts(context, option, named) == expected | {"chat": Path("talks.jsonl")}
 
 
 def test_a_name_that_is_there_twice_is_refused(cerebellum: Cerebellum, report_text: Path) -> None:

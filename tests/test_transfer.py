@@ -28,7 +28,7 @@ from cerebellum.plan.artifacts import BudgetPlan, GivenPlan, LimitPlan
 from cerebellum.recipes.transfer import Done, Finetune, transfer, transferred_settings
 from cerebellum.recipes.transferred import BROKEN, HOLDS, Transferred
 from cerebellum.run import run_all
-from cerebellum.settings import DEMO_MODEL, Budget, Goal, Limit, Preset, Settings
+from cerebellum.settings import DEMO_MODEL, Budget, Domain, Goal, Limit, Preset, Settings
 from cerebellum.source import open_source
 from cerebellum.workspace import Workspace
 
@@ -130,6 +130,19 @@ def test_a_budget_that_is_broken_is_planned_from_new_curves(tmp_path: Path) -> N
         name for name, qtype in done.plan.changes.items() if qtype in ("Q2_K", "IQ2_XXS", "IQ2_XS", "IQ2_S")
     }
     assert not any("ffn_down_exps" in name for name in cheap)
+
+
+def test_texts_of_several_domains_take_the_place_of_the_runs(tmp_path: Path) -> None:
+    before = workspace(tmp_path, LIMIT)
+    (tmp_path / "run").mkdir()
+    before.save_settings()
+    run = open_run(tmp_path / "run")
+    two = (Domain(name="code", path=tmp_path / "code.txt"), Domain(name="chat", path=tmp_path / "chat.txt"))
+    found = transferred_settings(run, Finetune(source=tmp_path / "tuned.gguf", select_texts=two))
+    assert found.select_texts == two and found.select_text is None
+    assert found.report_texts == before.settings.report_texts
+    one = transferred_settings(run, Finetune(source=tmp_path / "tuned.gguf", report_texts=two[:1]))
+    assert one.report_texts == two[:1] and one.select_texts == before.settings.select_texts
 
 
 def test_what_does_not_hold_is_a_no_where_nothing_may_be_revised(tmp_path: Path) -> None:

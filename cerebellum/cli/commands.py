@@ -222,7 +222,9 @@ def imatrix(
 @click.option("--imatrix", type=PathArgument, help="An importance matrix (GGUF or .dat) [default: none].")
 @encoder_options
 @click.option(
-    "--moments", type=PathArgument, help="Second moments, made where missing [default: beside OUT]."
+    "--moments",
+    type=PathArgument,
+    help="Second moments, used as they are, or made where missing [default: beside OUT].",
 )
 @click.option(
     "--imatrix-text", "--text", type=PathArgument, default=SELECTION_TEXT, help="To make them from."
@@ -454,8 +456,12 @@ def reproduce(
 
 @cli.command()
 @click.argument("run_folder", metavar="RUN", type=PathArgument)
-@click.option("--select-text", type=PathArgument, help="The text that decides [default: the run's].")
-@click.option("--report-text", type=PathArgument, help="The text that reports [default: the run's].")
+@click.option(
+    "--select-text", type=NamedText(), multiple=True, help="The text that decides [default: the run's]."
+)
+@click.option(
+    "--report-text", type=NamedText(), multiple=True, help="The text that reports [default: the run's]."
+)
 @click.option("--source", type=PathArgument, required=True, help="A finetune of the run's model, as GGUF.")
 @folder_option
 @click.option(
@@ -472,6 +478,8 @@ def transfer(
     run_folder: Path,
     source: Path,
     out: Path,
+    select_text: tuple[tuple[Domain, ...], ...],
+    report_text: tuple[tuple[Domain, ...], ...],
     chunks: int,
     revise: bool,
     threads: int,
@@ -486,7 +494,13 @@ def transfer(
 
     run = RunFolder(run_folder)
     given_paths = {name: path.absolute() for name, path in asked.items() if path is not None}
-    settings = transferred_settings(run, Finetune(source=source, **given_paths))
+    finetune = Finetune(
+        source=source,
+        select_texts=named_texts(select_text, "--select-text"),
+        report_texts=named_texts(report_text, "--report-text"),
+        **given_paths,
+    )
+    settings = transferred_settings(run, finetune)
     placed = _placed(out, source, settings.ctx) if gpu_layers is None else None
     settings = msgspec.structs.replace(
         settings,

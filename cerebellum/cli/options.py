@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 from click.core import ParameterSource
@@ -18,14 +18,16 @@ from cerebellum.gguf import parse_preset, parse_weight_type, preset_label
 from cerebellum.settings import (
     ALLOCATED,
     DEFAULT_ENCODER,
+    DEFAULT_TEXTS,
     ENCODERS,
+    HALVES,
     K_LADDER,
     KLD,
     OBJECTIVES,
     REPORT_TEXT,
-    SELECTION_TEXT,
     Budget,
     Bytes,
+    ComeAlong,
     Domain,
     Given,
     Goal,
@@ -33,7 +35,9 @@ from cerebellum.settings import (
     Limit,
     Preset,
     Published,
+    held,
     shipped_domains,
+    texts_that_come_along,
 )
 from cerebellum.units import parse_size
 
@@ -170,12 +174,12 @@ class FileSize(click.ParamType[Any]):
 
 
 _DOMAIN = re.compile(r"(?P<name>[\w.-]{1,40})=(?P<path>.+)", re.DOTALL)
-ALL_DOMAINS = "domains"
-"""What stands for all texts of several domains that come along."""
+COME_ALONG = get_args(ComeAlong)
+"""Words that stand for texts that come along."""
 
 
 class NamedText(click.ParamType[Any]):
-    """``NAME=FILE``, a text of one domain, or a file alone, or ``domains``: those that come along."""
+    """``NAME=FILE``, a text of one domain, or a file alone, or ``prose`` or ``domains``: those that come along."""
 
     name = "[name=]file"
 
@@ -184,9 +188,9 @@ class NamedText(click.ParamType[Any]):
     ) -> tuple[Domain, ...]:
         """Returns one text, or all of those that come along; a file whose own name has an = in it is a file."""
         text = str(value)
-        if text == ALL_DOMAINS:
+        if text in COME_ALONG:
             selects = param is not None and param.name == "select_text"
-            return shipped_domains("select" if selects else "report")
+            return texts_that_come_along(cast(ComeAlong, text), "select" if selects else "report")
         found = None if Path(text).exists() else _DOMAIN.fullmatch(text)
         if found is not None:
             return (Domain(name=found["name"], path=Path(found["path"])),)
@@ -198,15 +202,12 @@ def settle_texts(asked: dict[str, Any]) -> None:
 
     Raises a usage error where several are given and one has no name, or two have the same.
     """
-    for half in ("select", "report"):
-        texts = named_texts(asked.pop(f"{half}_text"), f"--{half}-text")
-        if len(texts) == 1 and not texts[0].name:
-            asked[f"{half}_text"] = texts[0].path.absolute()
-        elif texts:
-            asked[f"{half}_text"] = None
-            asked[f"{half}_domains"] = tuple(
-                Domain(name=text.name, path=text.path.absolute()) for text in texts
-            )
+    for half in HALVES:
+        texts = named_texts(asked.pop(f"{half}_text"), f"--{half}-text") or texts_that_come_along(
+            DEFAULT_TEXTS, half
+        )
+        path, domains = held(texts)
+        asked |= {f"{half}_text": path, f"{half}_domains": domains}
 
 
 def named_texts(given: Sequence[tuple[Domain, ...]], flag: str) -> tuple[Domain, ...]:
@@ -502,13 +503,13 @@ source_options = options(
         "--select-text",
         type=NamedText(),
         multiple=True,
-        help="Text that decides; NAME=FILE several times, or domains [default: Wikipedia articles].",
+        help=f"Text that decides; NAME=FILE several times, prose or domains [default: {DEFAULT_TEXTS}].",
     ),
     click.option(
         "--report-text",
         type=NamedText(),
         multiple=True,
-        help="Text that reports; NAME=FILE several times, or domains [default: WikiText-2 test].",
+        help=f"Text that reports; NAME=FILE several times, prose or domains [default: {DEFAULT_TEXTS}].",
     ),
     ctx_option,
     click.option(
@@ -544,28 +545,36 @@ bench_options = options(
 )
 
 
+_SIX = tuple((text.name, text.path) for text in shipped_domains("report"))
+
+
 class NamedTexts(click.ParamType[Any]):
-    """A text with the name that tables give it: ``code=FILE``; the file's own name where none is given."""
+    """Texts with the names that tables give them: ``code=FILE``, or ``domains`` for the six that report.
+
+    A file has its own name where none is given.
+    """
 
     name = "name=file"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, Path]:
-        """Returns name and path."""
+    ) -> tuple[tuple[str, Path], ...]:
+        """Returns the name and path of each."""
         if isinstance(value, tuple):
             return value
+        if value == "domains":
+            return _SIX
         name, _, path = str(value).rpartition("=")
         if not path:
             self.fail(f"{value!r} names no file; give NAME=FILE", param, ctx)
-        return name or Path(path).stem, Path(path)
+        return ((name or Path(path).stem, Path(path)),)
 
 
 def take_texts(
-    _ctx: click.Context, _param: click.Parameter, given_texts: Sequence[tuple[str, Path]]
+    _ctx: click.Context, _param: click.Parameter, given_texts: Sequence[tuple[tuple[str, Path], ...]]
 ) -> dict[str, Path]:
-    """Returns texts by name, those that come along where none was given; refuses a name that is there twice."""
-    named = given_texts or ((REPORT_TEXT.stem, REPORT_TEXT), (SELECTION_TEXT.stem, SELECTION_TEXT))
+    """Returns texts by name, the domains that report where none was given; refuses a name that is there twice."""
+    named = [text for texts in given_texts or (_SIX,) for text in texts]
     found = dict(named)
     if len(found) < len(named):
         raise click.UsageError("--text: two texts have one name; give each its own with NAME=FILE")
@@ -579,7 +588,8 @@ judge_options = options(
         type=NamedTexts(),
         multiple=True,
         callback=take_texts,
-        help="NAME=FILE, a UTF-8 text; may be repeated [default: the two that come along].",
+        help="NAME=FILE, a UTF-8 text, `domains`, or .jsonl with conversations for the model's chat template; "
+        "may be repeated [default: the six domains that report].",
     ),
     ctx_option,
     click.option("--chunks", type=click.IntRange(0), default=0, help="Exactly N of each text, in one look."),

@@ -145,10 +145,12 @@ def _matrix(path: Path, source: Source) -> imatrix.ImportanceMatrix:
 def _moments(
     request: Quantizing, engine: Engine, source: Source, reporter: Reporter
 ) -> moments.Moments | None:
-    """Returns second moments made from this source and text, made now where they are not there yet."""
+    """Returns the second moments that were given, whatever text they are of, or those of this text."""
     watched = watched_inputs(request.encoder, request.feedback, source.tensors)
     if watched is None or not watched.weights:
         return None
+    if request.moments is not None and request.moments.exists():
+        return moments.read_given(request.moments, watched)
     out = request.moments or request.out.with_suffix(".moments.gguf")
     moments.refuse_foreign(out)
     reporter.note(watched.said())

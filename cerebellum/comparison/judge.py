@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cerebellum import __version__
+from cerebellum.comparison.conversations import load_text
 from cerebellum.comparison.judgement import (
     LESS,
     MORE,
@@ -51,7 +52,7 @@ from cerebellum.shards import Variant
 from cerebellum.source import Source, open_source
 from cerebellum.stats.paired import as_percent, perplexity
 from cerebellum.stats.strata import Looks, StrataMean, Stratum, like_these
-from cerebellum.texts import Corpus, load_corpus
+from cerebellum.texts import Corpus
 from cerebellum.verdicts import drive
 
 JUDGE = "judge.json"
@@ -124,7 +125,7 @@ def judge(request: Judging, engine: Engine, reporter: Reporter, folder: Path | N
     """
     source, files = open_judged(request)
     texts = [
-        _text(name, load_corpus(engine, source.path, path, request.ctx), request.seed)
+        _text(name, load_text(engine, source, path, request.ctx), request.seed)
         for name, path in request.texts.items()
     ]
     with _kept_in(folder) as place, closing(Ledger(place / LEDGER)) as ledger:

@@ -224,12 +224,10 @@ class Asked:
 
     def recipe(self) -> str:
         """Names everything that they are made from."""
-        inputs = sorted(self.watched.weights.items())
-        asked = json.dumps([[name, kept.span, kept.pooled] for name, kept in inputs])
         made_from = (
             f"{self.fingerprint()} {self.corpus.sha256} {self.corpus.ctx} {self.n_chunks} {self.engine}"
         )
-        return f"{_VERSION} {made_from} {hashlib.sha256(asked.encode()).hexdigest()}"
+        return f"{_VERSION} {made_from} {_digest(self.watched)}"
 
     def are_there(self) -> bool:
         """Says whether they were made already, from just this."""
@@ -248,6 +246,27 @@ def compute_or_reuse(asked: Asked, *, engine: Engine, shards: Sequence[Path], re
             found = engine.moments(shards, asked.corpus.ctx, inputs, asked.watched.weights, tick)
         asked.keep(found)
     return read(asked.out)
+
+
+def read_given(path: Path, watched: Watched) -> Moments:
+    """Returns moments that were made before, of whatever text: a run's, say, of all its domains.
+
+    Raises BadInput where the file holds none, or those of other weights than the ``watched`` ones.
+    """
+    refuse_foreign(path)
+    if not (_recipe_of(path) or "").endswith(f" {_digest(watched)}"):
+        raise BadInput(
+            f"{path}: holds second moments of other weights than this model's; name its own, or a file that is "
+            "not there yet to have them made"
+        )
+    return read(path)
+
+
+def _digest(watched: Watched) -> str:
+    """Names the weights that are watched, and how, in what a file says that it was made from."""
+    inputs = sorted(watched.weights.items())
+    asked = json.dumps([[name, kept.span, kept.pooled] for name, kept in inputs])
+    return hashlib.sha256(asked.encode()).hexdigest()
 
 
 def refuse_foreign(out: Path) -> None:

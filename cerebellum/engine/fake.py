@@ -80,7 +80,7 @@ class FakeEngine:
     on_gpu: bool = False
     _rounded: dict[bytes, Floats] = field(default_factory=dict, repr=False)
 
-    def tokenize(self, path: Path, text: bytes) -> Tokenized:
+    def tokenize(self, path: Path, text: bytes, *, special: bool = False) -> Tokenized:
         read_gguf(path)
         return Tokenized(tokens=np.frombuffer(text, np.uint8).astype(np.int32), bos=None)
 

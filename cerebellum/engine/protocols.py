@@ -211,8 +211,11 @@ class Engine(Protocol):
         """Returns how many chunks of ``ctx`` tokens one decode takes; fewer cost as much."""
         ...
 
-    def tokenize(self, path: Path, text: bytes) -> Tokenized:
-        """Returns the text as tokens of the model at ``path``, exactly as llama-perplexity has them."""
+    def tokenize(self, path: Path, text: bytes, *, special: bool = False) -> Tokenized:
+        """Returns the text as tokens of the model at ``path``, exactly as llama-perplexity has them.
+
+        With ``special`` what is written like a special token is one, as in a prompt that a chat template made.
+        """
         ...
 
     def vocab_size(self, path: Path) -> int:

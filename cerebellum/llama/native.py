@@ -188,13 +188,13 @@ class LlamaEngine:
         """Several chunks a decode on a GPU, one on a CPU."""
         return max(1, self._decode_tokens // ctx)
 
-    def tokenize(self, path: Path, text: bytes) -> Tokenized:
-        """Tokens of ``text`` exactly as llama-perplexity has them (specials added, none parsed)."""
+    def tokenize(self, path: Path, text: bytes, *, special: bool = False) -> Tokenized:
+        """Tokens of ``text`` exactly as llama-perplexity has them (specials added, none parsed but by ``special``)."""
         lib = llama()
         with self.weights([path], vocab_only=True) as model:
             vocab = lib.llama_model_get_vocab(model)
             bos = lib.llama_vocab_bos(vocab) if lib.llama_vocab_get_add_bos(vocab) else None
-            return Tokenized(tokens=_tokenize(lib, vocab, text), bos=bos)
+            return Tokenized(tokens=_tokenize(lib, vocab, text, special), bos=bos)
 
     def vocab_size(self, path: Path) -> int:
         """How many tokens the model's vocabulary has; loads nothing else."""
@@ -300,10 +300,10 @@ def _overrides(n_layers: int) -> ctypes.Array[_Override] | None:
     return overrides
 
 
-def _tokenize(lib: Bindings, vocab: Pointer, text: bytes) -> Tokens:
+def _tokenize(lib: Bindings, vocab: Pointer, text: bytes, special: bool) -> Tokens:
     room = len(text) + 2
     buffer = (ctypes.c_int32 * room)()
-    count = lib.llama_tokenize(vocab, text, len(text), buffer, room, True, False)
+    count = lib.llama_tokenize(vocab, text, len(text), buffer, room, True, special)
     if count < 0:
         raise CerebellumError(f"llama_tokenize wants room for {-count} tokens, had {room}")
     return np.ctypeslib.as_array(buffer)[:count].astype(np.int32)

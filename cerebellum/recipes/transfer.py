@@ -32,7 +32,7 @@ from cerebellum.plan.stage import plan_against_limit, plan_for_budget
 from cerebellum.plan.target import target_of
 from cerebellum.recipes.transferred import BROKEN, HOLDS, OPEN, Figure, GroupAgain, Transferred, Verdict
 from cerebellum.run import build_stage, card_if_possible, check, drop_shards, verify_stage, way_of
-from cerebellum.settings import Budget, Given, Limit, Published, Settings
+from cerebellum.settings import Budget, Domain, Given, Limit, Published, Settings, held
 from cerebellum.source import Source
 from cerebellum.stats.estimate import Estimate
 from cerebellum.stats.paired import Interval, as_nats, superpopulation_interval
@@ -101,8 +101,8 @@ class Finetune:
     source: Path
     imatrix: Path | None = None
     base_file: Path | None = None
-    select_text: Path | None = None
-    report_text: Path | None = None
+    select_texts: tuple[Domain, ...] = ()
+    report_texts: tuple[Domain, ...] = ()
 
 
 def transferred_settings(run: RunFolder, finetune: Finetune) -> Settings:
@@ -120,6 +120,8 @@ def transferred_settings(run: RunFolder, finetune: Finetune) -> Settings:
     goal = settings.goal
     if isinstance(goal, Budget):
         goal = goal.with_sizes(goal.sizes[:1])
+    select_text, select_domains = held(finetune.select_texts or settings.select_texts)
+    report_text, report_domains = held(finetune.report_texts or settings.report_texts)
     return replace(
         settings,
         goal=goal,
@@ -127,10 +129,10 @@ def transferred_settings(run: RunFolder, finetune: Finetune) -> Settings:
         source=finetune.source.absolute(),
         imatrix=finetune.imatrix,
         base_file=finetune.base_file,
-        select_text=finetune.select_text or settings.select_text,
-        select_domains=() if finetune.select_text else settings.select_domains,
-        report_text=finetune.report_text or settings.report_text,
-        report_domains=() if finetune.report_text else settings.report_domains,
+        select_text=select_text,
+        select_domains=select_domains,
+        report_text=report_text,
+        report_domains=report_domains,
     )
 
 
