@@ -254,7 +254,7 @@ def read_given(path: Path, watched: Watched) -> Moments:
     Raises BadInput where the file holds none, or those of other weights than the ``watched`` ones.
     """
     refuse_foreign(path)
-    if not (_recipe_of(path) or "").endswith(f" {_digest(watched)}"):
+    if not (recipe_of(path) or "").endswith(f" {_digest(watched)}"):
         raise BadInput(
             f"{path}: holds second moments of other weights than this model's; name its own, or a file that is "
             "not there yet to have them made"
