@@ -372,10 +372,7 @@ def measuring(
         kept += f" ({len(chunks)} wanted; --kld-cache bounds it)"
     workspace.reporter.note(f"keeping the predictions of the {reference.label}: {kept}")
     measurer = Measurer(
-        workspace.engine,
-        workspace.ledger,
-        corpus,
-        workspace.reporter,
+        *(workspace.engine, workspace.ledger, corpus, workspace.reporter),
         reference=reference,
         cache=cache,
         crew=workspace.crew,
