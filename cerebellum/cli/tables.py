@@ -93,6 +93,10 @@ def measurements_table(measured: Measurements) -> Table:
     """
     title = f"To {shown(measured.demote)} from {shown(measured.base)}, one at a time"
     table = Table("groups", "type", "delta", "KL divergence", "chunks", "verdict", title=title)
+    alpha_pct = 100 * measured.alpha
+    table.caption = (
+        f"verdicts hold together at {100 - alpha_pct:g}%, their intervals at {100 - 2 * alpha_pct:g}%"
+    )
     for row in measured.measurements:
         table.add_row(
             shown(" + ".join(row.groups)),
