@@ -25,8 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, cerebellum, save
-from encoder_quality import Vector, reference, score
+from common import RESULTS, Vector, cerebellum, reference, save, score
 
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.settings import DEMO_MODEL, SELECTION_TEXT, shipped_domains
@@ -149,13 +148,15 @@ def scored(
     source = open_source(asked.model, allow_requantize=True)
     for text in shipped_domains("report"):
         corpus = load_corpus(engine, source.path, text.path, asked.ctx)
-        n = min(asked.chunks or corpus.n_chunks, corpus.n_chunks)
-        predictions, nll_source = reference(engine, source, corpus, n)
+        chunks = range(min(asked.chunks or corpus.n_chunks, corpus.n_chunks))
+        predictions, nll_source = reference(engine, source.paths, corpus, chunks)
         seen = {}
         for key, path in paths.items():
-            nll, kld = score(engine, path, corpus, predictions)
+            nll, kld = score(engine, [path], corpus, chunks, predictions)
             seen[key] = Seen(nll=nll, kld=kld)
             print(f"{text.name}, {' '.join(key)}: KL {kld.mean():.5f} nats", file=sys.stderr)
+        for prediction in predictions:
+            prediction.close()
         yield text.name, nll_source, seen
 
 

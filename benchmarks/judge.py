@@ -74,7 +74,7 @@ def preset(asked: argparse.Namespace, folder: Path, name: str, imatrix: Path) ->
     """Makes a preset as llama-quantize does, unless it is there."""
     out = folder / f"{asked.model.stem}-{name}.gguf"
     if not out.exists():
-        how = ["--encoder", "ggml", "--imatrix", imatrix, "--threads", str(asked.threads)]
+        how: list[str | Path] = ["--encoder", "ggml", "--imatrix", imatrix, "--threads", str(asked.threads)]
         cerebellum("quantize", asked.model, name, "-o", out, "--allow-requantize", *how)
     return out
 
