@@ -216,8 +216,6 @@ def run_all(workspace: Workspace, request: BenchRequest | None = None) -> Manife
             with stage("checking"):
                 check(workspace, way)
                 tell_unknown_origin(workspace)
-            with stage("preparing"):
-                workspace.prepare()
             with stage("measuring"):
                 way.measure_and_plan(workspace)
             with stage("building"):

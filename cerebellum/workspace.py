@@ -400,10 +400,6 @@ class Workspace:
         """Writes groups.json; it follows the goal, since a budget cuts roles into spans of layers."""
         self.artifacts.write(GROUPS, Groups(groups=tuple(record_of(group) for group in self.groups)))
 
-    def prepare(self) -> None:
-        """Makes what all measuring needs: importance matrix, second moments, the list of the base's types."""
-        _ = self.shards
-
     def can_swap(self, model: Changes, tried: Iterable[Changes]) -> bool:
         """Whether changes are expected to be swapped in place into a model with the changes ``model``.
 

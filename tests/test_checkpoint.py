@@ -126,7 +126,7 @@ def test_a_folder_is_converted_once_and_kept_with_its_origin(setting: Setting) -
     source = open_source(made)
     assert source.name == "My Model"
     assert source.value("test.outtype") == "bf16"
-    origin = source_file(source, "0" * 64).origin
+    origin = source_file(source, "0" * 64, None).origin
     assert origin is not None
     assert (origin.repository, origin.commit, origin.converter) == (None, None, "convert_hf_to_gguf.py")
     assert origin.converter_version.startswith("code ")
@@ -363,7 +363,7 @@ def test_a_repository_is_fetched_and_converted_and_says_what_it_is(
     assert done.returncode == 0, done.stderr
     made = open_source(done.stdout.strip())
     assert made.path.name == "tiny.BF16.gguf"
-    found = source_file(made, "0" * 64)
+    found = source_file(made, "0" * 64, None)
     assert found.origin is not None
     assert (found.origin.repository, found.origin.commit) == (REPO, COMMIT)
     assert base_model(found.metadata) == REPO

@@ -85,7 +85,7 @@ def test_settings_come_back_as_they_were_written(tmp_path: Path, goal: Limit | B
     [
         ({"ctx": "512"}, "ctx: wanted int, got str"),
         ({"ctxx": 512}, "unknown key 'ctxx'"),
-        ({"format": 1}, "format 1, this version reads format 2"),
+        ({"format": 1}, "format 1, this version reads format 3"),
         ({"goal": {"goal": "hope"}}, "goal.goal"),
         ({"goal": []}, "goal: wanted object, got array"),
         ({"source": None}, "source"),

@@ -16,7 +16,7 @@ class PartTime(Record, frozen=True, kw_only=True):
     beside_seconds: float
 
 
-_MAKING = ("quantizing", "waiting")
+_MAKING = ("importance matrix", "quantizing", "waiting", "hashing")  # what shards are made from and of
 
 
 class StageTime(Record, frozen=True, kw_only=True):
@@ -27,7 +27,7 @@ class StageTime(Record, frozen=True, kw_only=True):
 
     @property
     def decoding_share(self) -> float:
-        """The share of decoding in what the stage took beyond making shards and waiting for them."""
+        """The share of decoding in what the stage took beyond making shards, what they need, and waiting for them."""
         making = sum(self.parts.get(part, 0.0) for part in _MAKING)
         return self.parts.get("decoding", 0.0) / max(self.wall_seconds - making, 1e-9)
 

@@ -315,10 +315,10 @@ def with_divergence(
 
 
 def decode_order(workspace: Workspace, corpus: Corpus) -> tuple[int, ...]:
-    """Returns all chunks of a text as they share decodes: in seeded order where it decides, else as it is read."""
+    """Returns all chunks of a text as they share decodes: in seeded order, another one where it decides."""
     if corpus.sha256 == workspace.selection.sha256:
         return chunk_order(corpus.n_chunks, workspace.settings.seed)
-    return corpus.first(corpus.n_chunks)
+    return corpus.sample(corpus.n_chunks, workspace.settings.seed)
 
 
 def base_anchors(workspace: Workspace) -> Anchors:

@@ -118,7 +118,7 @@ def read_model(path: Path) -> None:
     source = open_source(path, allow_requantize=True)
     groups = make_groups(source, spans=8)
     json.dumps(as_json(describe(source, groups)), allow_nan=False)
-    json.dumps(as_json(source_file(source, source.header_sha256)), allow_nan=False)
+    json.dumps(as_json(source_file(source, source.header_sha256, None)), allow_nan=False)
     metadata = plain_metadata(source.files[0])
     shape = memory_shape(metadata, attention_layers(source), len(recurrent_layers(source)), source.n_bytes)
     memory = shape.at(4096, 4)
