@@ -115,7 +115,14 @@ class RunFolder:
             raise BadInput(
                 f"{self / SIZES}: names {strange!r}, which is no label; run `cerebellum plan` again"
             )
-        return (RunFolder(self.path), *(RunFolder(self.path, row.label) for row in rows[1:]))
+        views = (RunFolder(self.path), *(RunFolder(self.path, row.label) for row in rows[1:]))
+        for row, view in zip(rows, views, strict=True):
+            if row.plan != view.place(PLAN) or [other.label for other in rows].count(row.label) > 1:
+                raise BadInput(
+                    f"{self / SIZES}: {row.label!r} is there twice or has its plan at {row.plan!r}, not at "
+                    f"{view.place(PLAN)!r}; run `cerebellum plan` again"
+                )
+        return views
 
     def settings(self) -> Settings:
         """What was asked; BadInput where this is no run folder."""
@@ -140,8 +147,14 @@ class RunFolder:
         return self._read(CURVES, Curves, "run `cerebellum measure --budget` again in this folder")
 
     def plan(self) -> AnyPlan:
-        """What to ship, of either goal."""
-        return self._read(PLAN, AnyPlan, "run `cerebellum plan` again")  # type: ignore[arg-type]
+        """What to ship, of either goal; BadInput where a size has the plan of another one."""
+        found: AnyPlan = self._read(PLAN, AnyPlan, "run `cerebellum plan` again")  # type: ignore[arg-type]
+        if self.label is not None and found.file_label != self.label:
+            raise BadInput(
+                f"{self / PLAN}: is the plan of {found.file_label!r} and not of {self.label!r}; "
+                "run `cerebellum plan` again"
+            )
+        return found
 
     def verified(self) -> Verified:
         """What was proved of the finished file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,49 @@ def test_a_list_of_sizes_that_leads_out_of_the_folder_is_refused(
     (again.folder / "sizes.json").write_text(json.dumps(listed))
     with pytest.raises(BadInput, match="no label"):
         again.artifacts.results()
+
+
+def _twice(folder: Path, listed: dict[str, Any]) -> None:
+    listed["sizes"][2] = listed["sizes"][1]
+
+
+def _the_first_again(folder: Path, listed: dict[str, Any]) -> None:
+    listed["sizes"][1] = listed["sizes"][0]
+
+
+def _another_place(folder: Path, listed: dict[str, Any]) -> None:
+    listed["sizes"][1]["plan"] = "plan.json"
+
+
+def _plans_swapped(folder: Path, listed: dict[str, Any]) -> None:
+    one, other = (folder / row["plan"] for row in listed["sizes"][1:])
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def _the_firsts_plan(folder: Path, listed: dict[str, Any]) -> None:
+    first, second = (folder / row["plan"] for row in listed["sizes"][:2])
+    second.write_bytes(first.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "damage", [_twice, _the_first_again, _another_place, _plans_swapped, _the_firsts_plan]
+)
+@pytest.mark.parametrize("stage", [build_stage, verify_stage])
+def test_sizes_that_were_mixed_up_are_one_line(
+    finished: Workspace,
+    tmp_path: Path,
+    damage: Callable[[Path, dict[str, Any]], None],
+    stage: Callable[[Workspace], object],
+) -> None:
+    """Else a size would be left out in silence, or built twice and never as itself."""
+    again = copied(finished, tmp_path)
+    listed = json.loads((again.folder / "sizes.json").read_text())
+    damage(again.folder, listed)
+    (again.folder / "sizes.json").write_text(json.dumps(listed))
+    with again.locked(), pytest.raises(BadInput, match="run `cerebellum plan` again"):
+        stage(again)
 
 
 # --- splits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from tiny import ledger_rows, small_text
 from cerebellum.engine.fake import FakeEngine
 from cerebellum.engine.fake_pool import FakePool
 from cerebellum.engine.protocols import Bytes, QuantizeJob
-from cerebellum.engine.workers import Task
+from cerebellum.engine.workers import Room, Task
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.gguf import TensorInfo
 from cerebellum.measure.bundles import Bundles
 from cerebellum.measure.race import chunk_order, fresh_order
-from cerebellum.measure.worker import MakeWorkRoom, PackedRecipe, ScoreTask
+from cerebellum.measure.scorer import Found
+from cerebellum.measure.worker import MakeWorkRoom, PackedRecipe, Scored, ScoreTask
 from cerebellum.run import run_all
 from cerebellum.settings import Budget, Goal, Limit, Preset
 from cerebellum.workspace import Workspace
@@ -333,3 +334,84 @@ def test_every_chunk_is_in_one_decode_whatever_order_asks() -> None:
     assert set(Bundles.of(other, 4).every) == set(bundles.every) and other != chunk_order(42, 1)
     first, *_, last = bundles.every
     assert bundles.holding([last[1], first[3], first[0]]) == [last, first]
+
+
+def _short(found: Found) -> tuple[Found, ...]:
+    return (replace(found, nll=found.nll[:-1]),)
+
+
+def _short_divergence(found: Found) -> tuple[Found, ...]:
+    return (found if found.kld is None else replace(found, kld=found.kld[:-1]),)
+
+
+def _negative(found: Found) -> tuple[Found, ...]:
+    return (replace(found, nll=found.nll - 100.0),)
+
+
+def _of_another_chunk(found: Found) -> tuple[Found, ...]:
+    return (replace(found, chunk=found.chunk + 1),)
+
+
+def _twice(found: Found) -> tuple[Found, ...]:
+    return (found, found)
+
+
+def _none(found: Found) -> tuple[Found, ...]:
+    return ()
+
+
+SPOILT = {
+    _short: "values",
+    _short_divergence: "values",
+    _negative: "below zero",
+    _of_another_chunk: "was asked for",
+    _twice: "was asked for",
+    _none: "was asked for",
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_what_no_model_can_have_given_is_an_error_and_never_recorded(
+    spoil: Callable[[Found], tuple[Found, ...]],
+    tmp_path: Path,
+    alone: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = ScoreTask.run
+    tasks = 0
+
+    def run(task: ScoreTask, room: Room) -> Scored:
+        nonlocal tasks
+        tasks += 1
+        scored = whole(task, room)
+        if tasks < 20:
+            return scored
+        return replace(scored, found=(*spoil(scored.found[0]), *scored.found[1:]))
+
+    monkeypatch.setattr(ScoreTask, "run", run)
+    goal = GOALS[1] if spoil is _short_divergence else GOALS[0]
+    with pytest.raises(CerebellumError, match=SPOILT[spoil]):
+        run_all(with_workers(tmp_path, goal, Hired()))
+    good = ledger_rows(alone[type(goal).__name__])
+    rows = ledger_rows(tmp_path / "run")
+    assert rows
+    assert all(row == good[key] for key, row in rows.items() if key in good)
+
+
+def test_what_is_not_finite_has_collapsed_whoever_measured_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a result, which no number is made of: the group is not demoted."""
+    whole = ScoreTask.run
+
+    def run(task: ScoreTask, room: Room) -> Scored:
+        scored = whole(task, room)
+        if "ffn_gate_shexp:Q2_K" not in task.variant.label:
+            return scored
+        return replace(scored, found=tuple(replace(one, nll=one.nll * np.nan) for one in scored.found))
+
+    monkeypatch.setattr(ScoreTask, "run", run)
+    opened = with_workers(tmp_path, Limit(max_increase_pct=900.0), Hired())
+    run_all(opened)
+    row = next(row for row in opened.artifacts.plan().groups if row.name == "ffn_gate_shexp")
+    assert (row.delta_pct, row.chosen_type) == (None, "base")

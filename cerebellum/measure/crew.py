@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -422,6 +423,13 @@ class Crew:
 
         def land(result: object) -> None:
             assert isinstance(result, Scored)
+            chunks = sorted(chain.from_iterable(bundles))
+            came = sorted(found.chunk for found in result.found)
+            if came != chunks:
+                raise CerebellumError(
+                    f"{variant.label}: worker {worker + 1} was asked for the chunks {chunks} and gave {came}; "
+                    "nothing was recorded of them"
+                )
             for found in result.found:
                 book.record(variant, found)
 

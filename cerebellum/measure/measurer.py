@@ -40,6 +40,9 @@ Vector = NDArray[np.float64]
 Matrix = NDArray[np.float32]
 
 
+_LEAST_NLL = -0.01  # nats: of a token that is certain, rounding gives a little less than nothing
+
+
 class Measurer:
     """``nll`` gives vectors; one model stays open between calls, and other variants are swapped into it.
 
@@ -141,6 +144,7 @@ class Measurer:
 
     def record(self, variant: Variant, found: Found) -> None:
         """Writes a chunk into the ledger as one commit, or what the ledger lacks of it."""
+        self._check(variant, found)
         series = self._series(variant)
         divergence = self._divergence(variant, found)
         if self.ledger.lacking(series, [found.chunk]):
@@ -151,6 +155,22 @@ class Measurer:
             self.ledger.record_entropy(series, found.chunk, found.entropy)
         if divergence is not None and self._undiverged(variant, [found.chunk]):
             self.ledger.record_divergence(series, found.chunk, divergence)
+
+    def _check(self, variant: Variant, found: Found) -> None:
+        """Raises CerebellumError where no model can have given this; what is not finite has collapsed: a result."""
+        vectors = [part for part in (found.nll, found.kld, found.same_top, found.entropy) if part is not None]
+        lengths = sorted({part.shape for part in vectors})
+        if lengths != [(self.corpus.scored_per_chunk,)]:
+            raise CerebellumError(
+                f"{variant.label}: chunk {found.chunk} came back with {lengths} values, and "
+                f"{self.corpus.scored_per_chunk} tokens of a chunk are scored; nothing was recorded of it"
+            )
+        least = float(np.min(found.nll, where=np.isfinite(found.nll), initial=0.0))
+        if least < _LEAST_NLL:
+            raise CerebellumError(
+                f"{variant.label}: chunk {found.chunk} came back with {least:.4g} nats for a token, and none can be "
+                "below zero; nothing was recorded of it"
+            )
 
     def reference_first(self, variant: Variant, bundle: Bundle) -> Variant | None:
         """Returns the reference where it was not measured on a decode on which this variant is compared with it."""
