@@ -18,6 +18,7 @@ from cerebellum.llama.native import LlamaEngine
 from cerebellum.llama.presets import preset_types
 from cerebellum.shards import shard_tensors
 from cerebellum.source import open_source
+from cerebellum.texts import load_corpus
 
 
 def test_the_artifacts_of_the_contract_are_there(finished: Finished) -> None:
@@ -96,14 +97,24 @@ def test_llama_cpp_loads_and_runs_it(finished: Finished, llama_engine: LlamaEngi
 
 
 def test_the_report_is_the_perplexity_of_the_file_itself(
-    cerebellum: Cerebellum, finished: Finished, embedded: Path, report_text: Path
+    finished: Finished, embedded: Path, report_text: Path, llama_engine: LlamaEngine
 ) -> None:
+    """On the three chunks that the seed draws, by the logits of the finished file opened as anybody opens it."""
     report = finished.read("verify.json")["report"]
+    corpus = load_corpus(llama_engine, embedded, report_text, 64)
+    drawn = corpus.sample(3, report["seed"])
+    assert sorted(drawn) != [0, 1, 2]
     for model, key in ((finished.gguf, "result"), (embedded, "source")):
-        asked = ["--text", report_text, "--ctx", 64, "--chunks", 3, "--threads", 2, "--json"]
-        found = cerebellum("perplexity", model, *asked).json
-        assert found["ppl"] == pytest.approx(report[key]["ppl"], rel=1e-6)
-        assert found["tokens"] == report[key]["tokens"] == 3 * 31
+        with llama_engine.open([model], 64) as opened:
+            nll = [_nll(opened.logits(corpus.inputs(chunk)), corpus.targets(chunk)) for chunk in drawn]
+        assert np.exp(np.mean(nll)) == pytest.approx(report[key]["ppl"], rel=1e-5)
+        assert report[key]["tokens"] == 3 * 31
+
+
+def _nll(logits_SV: np.ndarray, targets_S: np.ndarray) -> np.ndarray:
+    """Returns the NLL of each token, nats."""
+    shifted = logits_SV.astype(np.float64) - logits_SV.max(axis=1, keepdims=True)
+    return np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(targets_S)), targets_S]
 
 
 # ---- a second time ----
