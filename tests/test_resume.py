@@ -137,7 +137,7 @@ def evidence(folder: Path) -> list[str]:
 def steps_reported(log: str) -> int:
     """Chunks that a run said it would measure: every `<variant>: N steps` but the other tasks' lines."""
     counts = [line.rsplit(": ", 1) for line in log.splitlines() if line.endswith(" steps")]
-    others = ("importance matrix", "hashing the source")
+    others = ("importance matrix", "reading the source", "hashing the source")
     return sum(int(count.split()[0]) for title, count in counts if not title.startswith(others))
 
 
