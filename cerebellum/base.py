@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from cerebellum.source import Source, open_source
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of llama.cpp
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+
+
+_PRESETS = (
+    *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_XS", "IQ4_NL"),
+    *("Q2_K_S", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,15 @@ def preset_base(
     records = preset_records(source, file_type, matrix)
     alignment = source.files[0].alignment
     return Base(label=preset_label(file_type), types=types, records=records, alignment=alignment)
+
+
+def all_presets(engine: Engine, source: Source) -> dict[str, dict[str, GGMLQuantizationType]]:
+    """Returns the types of every preset that llama.cpp can plan for this model, by its name; no weights are loaded."""
+    found: dict[str, dict[str, GGMLQuantizationType]] = {}
+    for name in _PRESETS:
+        with suppress(BadInput):
+            found[name] = preset_base(engine, source, name, None).types
+    return found
 
 
 def file_base(source: Source, path: Path) -> Base:

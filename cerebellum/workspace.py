@@ -11,8 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gguf import GGMLQuantizationType
+
 from cerebellum import imatrix
-from cerebellum.base import Base, file_base, preset_base
+from cerebellum.base import Base, all_presets, file_base, preset_base
 from cerebellum.codec import write_artifact
 from cerebellum.encode import moments
 from cerebellum.encode.encoders import Encoder, choose, watched_inputs
@@ -324,6 +326,11 @@ class Workspace:
             folder=self.path("shards"),
             threads=self.settings.threads,
         )
+
+    @cached_property
+    def presets(self) -> dict[str, dict[str, GGMLQuantizationType]]:
+        """The types that llama.cpp's presets give this model's tensors, by preset."""
+        return all_presets(self.engine, self.source)
 
     @cached_property
     def shards(self) -> Shards:

@@ -10,6 +10,7 @@ from functools import cache
 from typing import TypeVar
 
 import numpy as np
+from gguf import GGMLQuantizationType
 from msgspec.structs import replace
 
 from cerebellum.base import preset_base
@@ -197,6 +198,10 @@ class TrueSession:
     @property
     def layout(self) -> Layout:
         return self.truth.layout
+
+    @property
+    def presets(self) -> dict[str, dict[str, GGMLQuantizationType]]:
+        return {}
 
     def measure_reference(self) -> Reference:
         return self.truth.reference()

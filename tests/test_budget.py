@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from synthetic import BITS, TrueSession, Truth, by_layer, by_role
 
 from cerebellum.codec import as_json, read_artifact, write_artifact
@@ -31,11 +32,13 @@ from cerebellum.plan.budget import (
     plan_unmeasured,
     tradeoff,
 )
-from cerebellum.plan.damage import DamageModel
+from cerebellum.plan.damage import DamageModel, base_point
+from cerebellum.plan.presets import largest_fitting
 from cerebellum.plan.target import Target
 from cerebellum.settings import DEMO_MODEL, FINE_LADDER, KLD
 from cerebellum.shards import Recipe, Shards
 from cerebellum.source import open_source
+from cerebellum.stats.estimate import Estimate
 from cerebellum.verdicts import NOTHING, Changes, drive
 
 
@@ -100,6 +103,49 @@ def test_the_base_is_asked_for_first_and_by_name(model: DamageModel, truth: Trut
     found = plan(model, truth, truth.layout.file_bytes() - 500_000)
     assert found.asked[0] == NOTHING and all(found.asked[1:])
     assert [each.how for each in found.decision.proposals][:2] == ["the sum of the parts", "K-quants alone"]
+
+
+def test_what_llama_cpp_would_choose_is_tried_and_ships_where_it_measures_best(
+    model: DamageModel, truth: Truth
+) -> None:
+    """The additive model is made wrong about everything but the preset: no plan may ship that measured worse."""
+    layout = truth.layout
+    q2 = {name: GGMLQuantizationType.Q2_K for group in layout.groups.values() for name in group.tensors}
+    budget = layout.file_bytes() - 500_000
+    base = truth.score(NOTHING)
+    wanted = {name: "Q2_K" for name in layout.groups}
+
+    def score(changes: Changes) -> Score:
+        return replace(base, kld=base.kld + (0.01 if changes == wanted else 0.5)) if changes else base
+
+    presets = {"Q2_K": dict(layout.base.types) | q2, "Q8_0": dict.fromkeys(q2, GGMLQuantizationType.Q8_0)}
+    found = drive(budget_plan(model, truth.reference(), budget, presets=presets), score)
+    assert found.chosen.how == "llama.cpp's Q2_K, group by group"
+    assert found.chosen.file_bytes == layout.file_bytes(found.chosen.changes) <= budget
+    without = drive(budget_plan(model, truth.reference(), budget), score)
+    assert without.chosen.how != found.chosen.how
+
+
+def test_a_preset_of_mixed_groups_is_followed_at_the_type_of_most_bytes_or_the_smaller_one() -> None:
+    layout = by_role()
+    name, group = next((name, group) for name, group in layout.groups.items() if len(group.tensors) > 1)
+    mixed = dict.fromkeys(group.tensors, GGMLQuantizationType.Q6_K)
+    mixed[group.tensors[0]] = GGMLQuantizationType.Q2_K
+    zero = Estimate.exact(0.0)
+    points = [base_point(one, layout) for one in layout.groups] + [
+        PointRow(group=name, type=kind, bytes=layout.group_bytes(name, kind), kld=zero, nll=zero)
+        for kind in ("Q2_K", "Q6_K")
+    ]
+    presets = {"mixed": dict(layout.base.types) | mixed}
+
+    def followed(file_bytes: int) -> dict[str, str] | None:
+        found = largest_fitting(presets, points, layout, file_bytes)
+        return None if found is None else {point.group: point.type for point in found[1] if point.type}
+
+    assert followed(layout.file_bytes({name: "Q6_K"})) == {name: "Q6_K"}
+    assert followed(layout.file_bytes({name: "Q6_K"}) - 1) == {name: "Q2_K"}
+    assert followed(layout.file_bytes({name: "Q2_K"})) == {name: "Q2_K"}
+    assert followed(layout.file_bytes({name: "Q2_K"}) - 1) is None
 
 
 def test_the_prediction_is_the_truth_where_damages_add_up(model: DamageModel, truth: Truth) -> None:

@@ -6,11 +6,12 @@ cost is limited; whole plans are few, and get more chunks: what ships deserves m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+from gguf import GGMLQuantizationType
 
 from cerebellum.errors import BadInput
 from cerebellum.layout import Layout
@@ -96,6 +97,11 @@ class Session:
     def layout(self) -> Layout:
         """The layout of the model that is measured."""
         return self.workspace.layout
+
+    @property
+    def presets(self) -> Mapping[str, Mapping[str, GGMLQuantizationType]]:
+        """The types that llama.cpp's presets give this model, by preset."""
+        return self.workspace.presets
 
     @property
     def seed(self) -> int:

@@ -21,8 +21,9 @@ The words of budget mode, each with one meaning:
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,6 +47,7 @@ from cerebellum.plan.artifacts import (
 )
 from cerebellum.plan.damage import DamageModel, WholePlan, base_point, fit_damage
 from cerebellum.plan.knapsack import Choice, Option, solve
+from cerebellum.plan.presets import Types, largest_fitting
 from cerebellum.plan.target import Target, target_of
 from cerebellum.settings import FINE_LADDER, KLD, PPL, Budget, Gpu, Objective
 from cerebellum.stats.estimate import Estimate
@@ -164,12 +166,13 @@ def budget_plan(
     file_bytes: int,
     objective: Objective = KLD,
     seed: int = 1,
+    presets: Mapping[str, Types] = MappingProxyType({}),
 ) -> Generator[Changes, Score, Decision]:
     """Yields each combination that it wants scored and is sent its score; returns the best that was measured.
 
     The base comes first: every proposal is compared with it. K-quants alone are quicker to run than IQ types,
-    and a check on them. Raises AnswerIsNo where nothing fits, with the nearest reachable size, and where all
-    that fits collapsed.
+    and a check on them; the largest of the ``presets`` that fits is llama.cpp's own choice of types. Raises
+    AnswerIsNo where nothing fits, with the nearest reachable size, and where all that fits collapsed.
     """
     layout = model.observed.layout
     method = model.observed.method
@@ -186,6 +189,9 @@ def budget_plan(
     yield from search.measure(first)
     plain = [point for point in points if point.type not in FINE_LADDER]
     yield from search.measure(best_of(plain, "K-quants alone"))
+    preset = largest_fitting(presets, points, layout, file_bytes)
+    if preset is not None:
+        yield from search.measure(_followed(*preset, layout))
     for _ in range(method.learned):
         learned = model.learning(search.lessons())
         yield from search.measure(best_of(learned.points(), "having learned"))
@@ -197,6 +203,12 @@ def budget_plan(
     chosen = _least_bad(proposals, file_bytes, objective)
     points = model.learning(search.lessons()).points()
     return Decision(chosen=chosen, proposals=proposals, points=points)
+
+
+def _followed(name: str, points: tuple[PointRow, ...], layout: Layout) -> Proposal:
+    """Returns a preset, group by group, as a proposal."""
+    n_bytes = layout.fixed_bytes() + sum(point.bytes for point in points)
+    return Proposal(how=f"llama.cpp's {name}, group by group", points=points, file_bytes=n_bytes)
 
 
 @dataclass(kw_only=True)
@@ -293,7 +305,14 @@ def plan_budget(curves: Curves, session: Session, target: Target) -> BudgetPlan:
     objective = session.goal.objective
     fine = _measure_fine_types(curves, session, target)
     model = fit_damage(curves, layout, fine)
-    asking = budget_plan(model, session.measure_reference(), target.model_bytes, objective, session.seed)
+    asking = budget_plan(
+        model,
+        session.measure_reference(),
+        target.model_bytes,
+        objective,
+        session.seed,
+        presets=session.presets,
+    )
     decision = drive(asking, session.score_plan)
     plan = _plan_of(decision, layout, target, objective, curves.base_kld)
     rows = _frontier_rows(decision.points, layout, objective, curves)
