@@ -45,7 +45,13 @@ from cerebellum.source.converter import Chosen
 from cerebellum.workspace import Workspace
 
 CTX, CHUNKS = 32, 5
-OTHERS = ("importance matrix", "second moments", "reading the source", "hashing the source", "rounding errors")
+OTHERS = (
+    "importance matrix",
+    "second moments",
+    "reading the source",
+    "hashing the source",
+    "rounding errors",
+)
 BY_LIMIT = Limit(max_increase_pct=50.0, chunks=2)
 FOR_BUDGET = Budget(sizes=(Preset(name="Q3_K_M"),), types=("Q2_K", "Q4_K"), fine_types=False, zoom=False)
 
