@@ -25,12 +25,11 @@ def llama_server(pytestconfig: pytest.Config) -> Path:
 def spent(tmp_path_factory: pytest.TempPathFactory, finished: Finished) -> Path:
     """The embedded model for a budget, with types of every kind."""
     out = tmp_path_factory.mktemp("spent") / "run"
-    few = (
-        "--ctx 64 --imatrix-chunks 2 --report-chunks 3 --threads 2 --budget Q3_K_M --types Q2_K,IQ3_XXS,Q4_K"
-    )
+    few = "--ctx 64 --imatrix-chunks 2 --report-chunks 3 --threads 1 --no-feedback"
+    goal = "--budget Q3_K_M --types Q2_K,IQ3_XXS,Q4_K --no-fine-types --no-zoom"
     source = finished.arguments[1]
     texts = finished.arguments[finished.arguments.index("--select-text") :][:4]
-    ran = run_process("run", source, "-o", out, *few.split(), *texts, "--json")
+    ran = run_process("run", source, "-o", out, *few.split(), *goal.split(), *texts, "--json")
     assert ran.code == 0, ran.err
     return Path(ran.json["file"])
 

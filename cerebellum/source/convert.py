@@ -85,7 +85,14 @@ def _converted(
     with FileLock(f"{folder}.lock"):
         if not (target.exists() and record_path(target).exists()):
             _convert(checkpoint, origin, converter, target, reporter)
+        elif _home(folder).exists():  # it could not be removed when the conversion was done
+            files.DISK.remove_tree(_home(folder))
     return target
+
+
+def _home(folder: Path) -> Path:
+    """Returns where a converter finds its model and writes what is not the result."""
+    return folder / "home"
 
 
 def _origin(
@@ -137,7 +144,7 @@ def _convert(
 def _make(
     checkpoint: Checkpoint, origin: Origin, converter: Converter, out: Path, reporter: Reporter
 ) -> None:
-    home = out.parent / "home"
+    home = _home(out.parent)
     seen = home / checkpoint.name
     make_folder(seen)
     for path in checkpoint.files:  # links, so that nothing is seen of what else lies beside them
