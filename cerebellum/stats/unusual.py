@@ -1,9 +1,9 @@
 """What no interval from a few chunks withstands: a chunk far outside the others, and skewed differences.
 
 Nothing that estimates a variance holds its level against an outlier that it has not seen (Bahadur and Savage
-1956, Annals of Mathematical Statistics 27): in simulations one chunk of 530 that lies 50 standard deviations
-out makes the verdicts 28 to 37 times as often wrong as promised, and a skew of 1.4 up to three times. So what can be
-seen of either is said beside the verdict.
+1956, Annals of Mathematical Statistics 27): in simulations on the hardest side, where 2.5% of runs may hold a wrong
+verdict, 4% do at a skew of 1.4 and 20% at a skew of 6 (docs/STATISTICS.md). So what can be seen is said beside the
+verdict.
 """
 
 from __future__ import annotations
