@@ -21,7 +21,7 @@ The words of budget mode, each with one meaning:
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -186,12 +186,8 @@ def budget_plan(
         raise unreachable(file_bytes, Allocation(points, layout, objective).smallest())
     base = yield NOTHING
     search = _Search(base=base, reference=reference)
-    yield from search.measure(first)
-    plain = [point for point in points if point.type not in FINE_LADDER]
-    yield from search.measure(best_of(plain, "K-quants alone"))
-    preset = largest_fitting(presets, points, layout, file_bytes)
-    if preset is not None:
-        yield from search.measure(_followed(*preset, layout))
+    for proposal in (first, *_checks(points, layout, objective, file_bytes, presets)):
+        yield from search.measure(proposal)
     for _ in range(method.learned):
         learned = model.learning(search.lessons())
         yield from search.measure(best_of(learned.points(), "having learned"))
@@ -203,6 +199,23 @@ def budget_plan(
     chosen = _least_bad(proposals, file_bytes, objective)
     points = model.learning(search.lessons()).points()
     return Decision(chosen=chosen, proposals=proposals, points=points)
+
+
+def _checks(
+    points: Sequence[PointRow],
+    layout: Layout,
+    objective: Objective,
+    file_bytes: int,
+    presets: Mapping[str, Types],
+) -> Iterator[Proposal]:
+    """Yields what the sum of the parts is checked against: K-quants alone, and llama.cpp's own choice of types."""
+    plain = [point for point in points if point.type not in FINE_LADDER]
+    best = Allocation(plain, layout, objective).best(file_bytes, "K-quants alone")
+    if best is not None:
+        yield best
+    preset = largest_fitting(presets, points, layout, file_bytes)
+    if preset is not None:
+        yield _followed(*preset, layout)
 
 
 def _followed(name: str, points: tuple[PointRow, ...], layout: Layout) -> Proposal:
