@@ -132,7 +132,7 @@ class RunFolder:
 
     def source(self) -> SourceFile:
         """What the source is."""
-        return self._read(SOURCE, SourceFile, "run `cerebellum measure` again")
+        return self._read(SOURCE, SourceFile, "start again with `cerebellum run` in another folder")
 
     def groups(self) -> Groups:
         """The groups that the plan names."""

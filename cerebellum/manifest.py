@@ -103,11 +103,11 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     ``projectors`` are files for a model that sees or hears, copied beside the result as they were.
     ``texts`` and ``text_files`` are by what a text was for, "selection" or "report"; of several domains each is
     named too: "report, code".
-    Format 1 had hashes and settings, 2 tensor types, base and file names too, 3 has settings by goal; one
-    without an ``encoder`` is of ggml's.
+    Format 1 had hashes and settings, 2 tensor types, base and file names too, 3 settings by goal, 4 has settings
+    of format 3; one without an ``encoder`` is of ggml's.
     """
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     cerebellum: str
     llama_cpp: str
     versions: dict[str, str]

@@ -392,9 +392,16 @@ class Workspace:
     def write_source(self) -> None:
         """Writes source.json, and groups.json with the groups that a plan will name; no SHA-256 is waited for."""
         if not self._planning:
-            known = self._hashing.sha256.result() if self._hashing.sha256.done() else None
-            self._write_source(known)
+            done = self._hashing.sha256.done()
+            self._write_source(self._hashing.sha256.result() if done else self._known_sha256())
         self.write_groups()
+
+    def _known_sha256(self) -> str | None:
+        """The SHA-256 that an earlier run of this folder found for the same content, if one did."""
+        if not self.path(SOURCE).exists():
+            return None
+        before = self.artifacts.source()
+        return before.sha256 if before.fingerprint == self.source_fingerprint else None
 
     def finish_source(self) -> None:
         """Writes source.json with its SHA-256, which a run has had the time to work out by now."""

@@ -148,6 +148,21 @@ def test_a_preset_of_mixed_groups_is_followed_at_the_type_of_most_bytes_or_the_s
     assert followed(layout.file_bytes({name: "Q2_K"}) - 1) is None
 
 
+def test_a_group_that_a_preset_gives_the_type_of_the_base_stays_at_the_base() -> None:
+    """One tensor of the group differs, as llama.cpp's rules have it, and the smaller type is the base's own."""
+    layout = by_role()
+    name, group = next(
+        (name, group)
+        for name, group in layout.groups.items()
+        if len(group.tensors) > 1 and len(layout.base_types([name])) == 1
+    )
+    larger = dict.fromkeys(group.tensors[:1], GGMLQuantizationType.Q8_0)
+    presets = {"mixed": dict(layout.base.types) | larger}
+    points = [base_point(one, layout) for one in layout.groups]
+    found = largest_fitting(presets, points, layout, layout.file_bytes())
+    assert found is not None and all(point.type is None for point in found[1])
+
+
 def test_the_prediction_is_the_truth_where_damages_add_up(model: DamageModel, truth: Truth) -> None:
     first = plan(model, truth, truth.layout.file_bytes() - 500_000).decision.proposals[0]
     gained = truth.damage(first.changes) - truth.damage(NOTHING)

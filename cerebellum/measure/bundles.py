@@ -9,6 +9,7 @@ after a kill, and in whatever order questions are asked.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,13 +22,21 @@ class Bundles:
     """The chunks of a text, cut into decodes; only the last one may have fewer than the others."""
 
     every: tuple[Bundle, ...]
+    together: int
     _of_chunk: dict[int, Bundle]
 
     @classmethod
     def of(cls, order: Sequence[int], together: int) -> Bundles:
         """Cuts an order of all chunks of a text into decodes of ``together`` chunks."""
         every = tuple(tuple(order[at : at + together]) for at in range(0, len(order), together))
-        return cls(every, {chunk: bundle for bundle in every for chunk in bundle})
+        return cls(every, together, {chunk: bundle for bundle in every for chunk in bundle})
+
+    @property
+    def name(self) -> str:
+        """Names the company that chunks are decoded in; empty where each is decoded alone."""
+        if self.together == 1:
+            return ""
+        return hashlib.sha256(repr(self.every).encode()).hexdigest()[:12]
 
     def holding(self, chunks: Iterable[int]) -> list[Bundle]:
         """Returns the decodes that these chunks are in, each once, in the order of the chunks."""

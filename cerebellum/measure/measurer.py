@@ -285,7 +285,8 @@ class Measurer:
     # --- the ledger
 
     def _series(self, variant: Variant) -> int:
-        identity = self.engine.identity
+        company = self.bundles.name
+        identity = self.engine.identity + (f", decodes {company}" if company else "")
         if (variant.digest, identity) not in self._of_variant:
             key = SeriesKey(
                 variant=variant.digest,

@@ -49,7 +49,8 @@ def _type_of(group: str, types: Types, layout: Layout, choose: Choose) -> str | 
     names = layout.groups[group].tensors
     if all(types.get(name) == layout.base.types[name] for name in names):
         return None
-    return choose(dict(_bytes_by_type(names, types, layout))).name
+    chosen = choose(dict(_bytes_by_type(names, types, layout))).name
+    return None if layout.base_types([group]) == (chosen,) else chosen
 
 
 def _bytes_by_type(
