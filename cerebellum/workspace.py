@@ -315,6 +315,11 @@ class Workspace:
         """Groups, types and exact bytes under any changes of the base."""
         return Layout.of(self.source, self.groups, self.base)
 
+    @property
+    def layout_of_shapes(self) -> Layout:
+        """The layout as far as shapes tell it, so that sizes are known before anything is made."""
+        return Layout.of(self.source, self.groups, self.base_of_shapes)
+
     @cached_property
     def recipe(self) -> Recipe:
         """What shards are made from."""
@@ -435,13 +440,12 @@ class Workspace:
 
     def check_space(self, tried: Iterable[Changes]) -> None:
         """Raises BadInput before any work if base, result and a shard for every change cannot fit on the disk."""
-        changed = sum(
-            self.layout.raw_bytes(name, qtype) for changes in tried for name, qtype in changes.items()
-        )
+        layout = self.layout_of_shapes
+        changed = sum(layout.raw_bytes(name, qtype) for changes in tried for name, qtype in changes.items())
         shards = self.path("shards")
         present = sum(p.stat().st_size for p in shards.glob("*.gguf")) if shards.exists() else 0
         fed = self.watched.n_bytes if self.watched and not self.path(MOMENTS).exists() else 0
-        needed = self.settings.goal.wholes * self.layout.tensor_bytes() + changed + fed - present
+        needed = self.settings.goal.wholes * layout.tensor_bytes() + changed + fed - present
         free = shutil.disk_usage(self.folder).free
         self.reporter.note(f"disk: up to {size(max(needed, 0))} more in {self.folder}, {size(free)} are free")
         if needed > free:

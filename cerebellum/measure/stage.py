@@ -53,7 +53,7 @@ def measure_against_limit(workspace: Workspace, limit: Limit) -> Measurements:
 
 def demotions(workspace: Workspace, limit: Limit) -> list[Changes]:
     """Returns one change for every group that can be demoted; BadInput where the disk cannot hold them."""
-    found = workspace.layout.demotions(limit.demote)
+    found = workspace.layout_of_shapes.demotions(limit.demote)
     workspace.check_space(found)
     return found
 
