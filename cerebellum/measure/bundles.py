@@ -19,24 +19,21 @@ Bundle = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Bundles:
-    """The chunks of a text, cut into decodes; only the last one may have fewer than the others."""
+    """The chunks of a text, cut into decodes; only the last one may have fewer than the others.
+
+    ``name`` tells the company that chunks are decoded in from any other; it is empty where each is decoded alone.
+    """
 
     every: tuple[Bundle, ...]
-    together: int
+    name: str
     _of_chunk: dict[int, Bundle]
 
     @classmethod
     def of(cls, order: Sequence[int], together: int) -> Bundles:
         """Cuts an order of all chunks of a text into decodes of ``together`` chunks."""
         every = tuple(tuple(order[at : at + together]) for at in range(0, len(order), together))
-        return cls(every, together, {chunk: bundle for bundle in every for chunk in bundle})
-
-    @property
-    def name(self) -> str:
-        """Names the company that chunks are decoded in; empty where each is decoded alone."""
-        if self.together == 1:
-            return ""
-        return hashlib.sha256(repr(self.every).encode()).hexdigest()[:12]
+        name = "" if together == 1 else hashlib.sha256(repr(every).encode()).hexdigest()[:12]
+        return cls(every, name, {chunk: bundle for bundle in every for chunk in bundle})
 
     def holding(self, chunks: Iterable[int]) -> list[Bundle]:
         """Returns the decodes that these chunks are in, each once, in the order of the chunks."""

@@ -7,7 +7,7 @@ smaller of its types where the file would be too large.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from gguf import GGMLQuantizationType
 
@@ -49,18 +49,16 @@ def _type_of(group: str, types: Types, layout: Layout, choose: Choose) -> str | 
     names = layout.groups[group].tensors
     if all(types.get(name) == layout.base.types[name] for name in names):
         return None
-    chosen = choose(dict(_bytes_by_type(names, types, layout))).name
+    chosen = choose(_bytes_by_type(names, types, layout)).name
     return None if layout.base_types([group]) == (chosen,) else chosen
 
 
-def _bytes_by_type(
-    names: Sequence[str], types: Types, layout: Layout
-) -> Iterator[tuple[GGMLQuantizationType, int]]:
-    for kind in dict.fromkeys(types[name] for name in names):
-        yield (
-            kind,
-            sum(tensor_bytes(kind, layout.tensors[name].shape) for name in names if types[name] == kind),
-        )
+def _bytes_by_type(names: Sequence[str], types: Types, layout: Layout) -> dict[GGMLQuantizationType, int]:
+    found: dict[GGMLQuantizationType, int] = {}
+    for name in names:
+        kind = types[name]
+        found[kind] = found.get(kind, 0) + tensor_bytes(kind, layout.tensors[name].shape)
+    return found
 
 
 def _most(n_bytes: Mapping[GGMLQuantizationType, int]) -> GGMLQuantizationType:
