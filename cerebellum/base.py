@@ -18,10 +18,13 @@ _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of llama.cpp
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 
-_PRESETS = (
-    *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_XS", "IQ4_NL"),
-    *("Q2_K_S", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0"),
+USUAL_PRESETS = (
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S", "Q2_K"),
+    *("IQ3_XXS", "IQ3_XS", "Q3_K_S", "IQ3_S", "IQ3_M", "Q3_K_M", "Q3_K_L"),
+    *("IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0"),
 )
+"""What sizes are named after, smallest first; all of them are among the labels that the Hub knows
+(huggingface.js, packages/tasks/src/gguf.ts)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ def preset_base(
 def all_presets(engine: Engine, source: Source) -> dict[str, dict[str, GGMLQuantizationType]]:
     """Returns the types of every preset that llama.cpp can plan for this model, by its name; no weights are loaded."""
     found: dict[str, dict[str, GGMLQuantizationType]] = {}
-    for name in _PRESETS:
+    for name in (*USUAL_PRESETS, "IQ4_NL"):
         with suppress(BadInput):
             found[name] = preset_base(engine, source, name, None).types
     return found

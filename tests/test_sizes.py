@@ -17,6 +17,7 @@ from test_fake_run import damage, workspace
 from tiny import ledger_rows
 
 from cerebellum import open_run
+from cerebellum.base import USUAL_PRESETS
 from cerebellum.card.sizes import others_shipped
 from cerebellum.card.stage import read_stories
 from cerebellum.engine.fake import FakeEngine
@@ -24,7 +25,7 @@ from cerebellum.errors import AnswerIsNo, BadInput
 from cerebellum.gguf import read_gguf
 from cerebellum.hub import uploads
 from cerebellum.ledger import Ledger
-from cerebellum.plan.labels import USUAL_PRESETS, labels_by_size
+from cerebellum.plan.labels import labels_by_size
 from cerebellum.recipes.reproduce import Reproduction, reproduce
 from cerebellum.run import build_stage, run_all, verify_stage, way_of
 from cerebellum.settings import Budget, Bytes, Limit, Preset, Settings, Size

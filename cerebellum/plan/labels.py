@@ -11,21 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cerebellum.base import preset_base
+from cerebellum.base import USUAL_PRESETS, preset_base
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
 from cerebellum.layout import Layout
 from cerebellum.plan.target import Target, target_of
 from cerebellum.settings import Budget, Preset, Size
 from cerebellum.source import Source
-
-USUAL_PRESETS = (
-    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S", "Q2_K"),
-    *("IQ3_XXS", "IQ3_XS", "Q3_K_S", "IQ3_S", "IQ3_M", "Q3_K_M", "Q3_K_L"),
-    *("IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0"),
-)
-"""What sizes are named after, smallest first; all of them are among the labels that the Hub knows
-(huggingface.js, packages/tasks/src/gguf.ts)."""
 
 
 @dataclass(frozen=True, kw_only=True)
