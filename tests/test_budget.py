@@ -151,8 +151,8 @@ def test_a_preset_of_mixed_groups_is_followed_at_the_type_of_most_bytes_or_the_s
 def test_a_group_that_a_preset_gives_the_type_of_the_base_stays_at_the_base() -> None:
     """One tensor of the group differs, as llama.cpp's rules have it, and the smaller type is the base's own."""
     layout = by_role()
-    name, group = next(
-        (name, group)
+    group = next(
+        group
         for name, group in layout.groups.items()
         if len(group.tensors) > 1 and len(layout.base_types([name])) == 1
     )
