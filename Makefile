@@ -5,6 +5,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# GCC before 12.4 and 13.3 builds kernels for Intel AMX that end the process (llama.cpp issue 20824), so there are none.
+AMX := $(shell grep -qsw amx_int8 /proc/cpuinfo && echo yes)
+ifeq ($(AMX),yes)
+export CMAKE_ARGS := $(CMAKE_ARGS) -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8
+endif
+
 .PHONY: demo test docs site slow clean
 
 demo: $(VENV)/installed

@@ -36,6 +36,8 @@ from cerebellum.llama.moments import column_products, squares_and_products
 from cerebellum.llama.placement import Placement, place
 from cerebellum.llama.presets import preset_types
 from cerebellum.llama.quantize import quantize, round_trip, to_float
+from cerebellum.llama.repack import NOTE as REPACK_NOTE
+from cerebellum.llama.repack import repacking_works
 from cerebellum.llama.speed import measure_speed
 
 _UBATCH = 512  # llama.cpp's default; on a CPU a larger one is no faster
@@ -95,6 +97,8 @@ class LlamaEngine:
             parts.append(f"{settings.gpu_layers} layers offloaded")
         if settings.gpu_room is not None:
             parts.append(f"what fits into {settings.gpu_room >> 20} MiB")
+        if not repacking_works():
+            parts.append("weights not repacked")
         if self._decode_tokens:
             parts.append(f"{self._decode_tokens} tokens a decode in fixed company")
         if self.on_gpu:
@@ -244,6 +248,7 @@ class LlamaEngine:
         lib = llama()
         params = lib.llama_model_default_params()
         params.vocab_only = vocab_only
+        params.use_extra_bufts = self._repacks(vocab_only)
         placed = Placement(gpu_layers=0) if vocab_only else self._place(paths)
         params.n_gpu_layers = 9999 if placed.gpu_layers < 0 else placed.gpu_layers
         overrides = _overrides(placed.cpu_expert_layers)  # must outlive the load
@@ -270,6 +275,15 @@ class LlamaEngine:
         if not model:
             raise BadInput(f"{paths[0]}: llama.cpp cannot load it: {LOG.last_error()}")
         return model
+
+    def _repacks(self, vocab_only: bool) -> bool:
+        """Whether weights may be repacked for the processor; where its kernels are broken that is told once."""
+        if vocab_only or repacking_works():
+            return True
+        if REPACK_NOTE not in self._told:
+            self._told.add(REPACK_NOTE)
+            self.note(REPACK_NOTE)
+        return False
 
     def _place(self, paths: Sequence[Path]) -> Placement:
         """Where the weights of the model over ``paths`` go; a model that does not fit whole is told of, once a form."""

@@ -14,13 +14,13 @@ import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from cerebellum.engine.protocols import CannotSwap
 from cerebellum.gguf import GgufFile, TensorInfo, read_gguf
 from cerebellum.llama.graphs import F32, I32, Arena, Block, device_of, fill
 from cerebellum.llama.library import GgmlTensor, Pointer, cpu_device, device_memory, ggml, llama
+from cerebellum.llama.repack import extra_buffer_types
 
 _WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
 _MAX_SOURCES = 10
@@ -247,7 +247,7 @@ class Weights:
             device = int(ggml().ggml_backend_buft_get_device(home) or cpu_device())
             candidates = [home]
             if device == cpu_device():
-                candidates = [*_extra_buffer_types(), ggml().ggml_backend_dev_buffer_type(device)]
+                candidates = [*extra_buffer_types(), ggml().ggml_backend_dev_buffer_type(device)]
             fitting = (
                 candidate
                 for candidate in candidates
@@ -279,22 +279,6 @@ def _compare(address: int, tensor: TensorInfo) -> None:
 
 def _dims(tensor: TensorInfo) -> tuple[int, ...]:
     return (*tensor.shape, 1, 1, 1)[:4]
-
-
-@cache
-def _extra_buffer_types() -> tuple[int, ...]:
-    """The CPU's buffer types that repack weights, in the order in which the loader tries them."""
-    lib = ggml()
-    cpu = cpu_device()
-    registry = lib.ggml_backend_dev_backend_reg(cpu)
-    found = lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
-    if not found:
-        return ()
-    listed = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(found)(cpu)
-    extra: list[int] = []
-    while listed[len(extra)]:
-        extra.append(int(listed[len(extra)]))
-    return tuple(extra)
 
 
 def _will_do(
