@@ -21,7 +21,6 @@ def _forgotten() -> Iterator[None]:
     """No test sees what another found."""
     yield
     repack.repacking_works.cache_clear()
-    repack.extra_buffer_types.cache_clear()
 
 
 def a_build_with_amx(monkeypatch: pytest.MonkeyPatch, code: int) -> list[int]:
@@ -33,7 +32,6 @@ def a_build_with_amx(monkeypatch: pytest.MonkeyPatch, code: int) -> list[int]:
         return subprocess.CompletedProcess([], code)
 
     repack.repacking_works.cache_clear()
-    repack.extra_buffer_types.cache_clear()
     monkeypatch.setattr(repack, "system_info", lambda: "CPU : AVX512 = 1 | AMX_INT8 = 1 | REPACK = 1")
     monkeypatch.setattr(files.DISK, "spawn", spawn)
     return tried
@@ -46,7 +44,6 @@ def test_kernels_that_end_the_process_are_not_used(monkeypatch: pytest.MonkeyPat
     for _ in range(2):
         with engine.open([DEMO_MODEL], 8) as model:
             assert np.isfinite(model.logits(np.zeros(2, np.int32))).all()
-    assert repack.extra_buffer_types() == ()
     assert engine.identity.endswith(", weights not repacked")
     assert notes == [repack.NOTE] and tried == [-11]
 

@@ -85,6 +85,7 @@ def try_opening(path: Path, n_bytes: int) -> None:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
         "GGML_NO_BACKTRACE": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # what is tried is the model, and a card takes a second to start
     }
     try:
         done = files.DISK.spawn(lambda: _opened_by(path, environment, 600 + n_bytes / _SLOWEST_DISK))
@@ -139,7 +140,7 @@ def _open_once(path: Path) -> None:
     bindings = llama()
     log = bindings.llama_log_callback(_say_errors)
     bindings.llama_log_set(log, ctypes.c_void_p(0))
-    engine = LlamaEngine(EngineSettings(threads=min(os.cpu_count() or 1, 8)))
+    engine = LlamaEngine(EngineSettings(threads=min(os.cpu_count() or 1, 8), repack=False))
     engine.tokenize(path, b"a")
     with engine.open([path], _CTX) as model:
         model.logits(np.zeros(2, np.int32))

@@ -247,6 +247,7 @@ class ResidentModel(LlamaModel):
         *,
         on_gpu: bool,
         room: int | None,
+        extra: Sequence[int] = (),
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         uses = find_weights(model, shape)
@@ -254,7 +255,7 @@ class ResidentModel(LlamaModel):
         self._weights: Weights | None = None
         self._refusal = ""
         try:
-            self._weights = Weights(model, paths, uses, self.context.forget_graph, room)
+            self._weights = Weights(model, paths, uses, self.context.forget_graph, room, extra)
         except CannotSwap as error:
             self._refusal = str(error)
 

@@ -37,7 +37,7 @@ from cerebellum.llama.placement import Placement, place
 from cerebellum.llama.presets import preset_types
 from cerebellum.llama.quantize import quantize, round_trip, to_float
 from cerebellum.llama.repack import NOTE as REPACK_NOTE
-from cerebellum.llama.repack import repacking_works
+from cerebellum.llama.repack import extra_buffer_types, repacking_works
 from cerebellum.llama.speed import measure_speed
 
 _UBATCH = 512  # llama.cpp's default; on a CPU a larger one is no faster
@@ -56,7 +56,8 @@ class EngineSettings:
     ``threads`` of the CPU; ``gpu_layers`` to offload (-1: all). With ``gpu_room`` the GPU takes no more than so many
     bytes of weights: of each model as many layers as fit, the routed experts of the first ones leaving first.
     ``decode_tokens`` go into one decode (0: what suits the machine), ``staged_bytes`` of shards are kept ready to
-    be swapped in (None: what the device has left).
+    be swapped in (None: what the device has left). Without ``repack`` a model opens sooner and runs more slowly on
+    a CPU.
     """
 
     threads: int = os.cpu_count() or 1
@@ -64,6 +65,7 @@ class EngineSettings:
     gpu_room: int | None = None
     decode_tokens: int = 0
     staged_bytes: int | None = None
+    repack: bool = True
 
     @property
     def wants_gpu(self) -> bool:
@@ -97,7 +99,7 @@ class LlamaEngine:
             parts.append(f"{settings.gpu_layers} layers offloaded")
         if settings.gpu_room is not None:
             parts.append(f"what fits into {settings.gpu_room >> 20} MiB")
-        if not repacking_works():
+        if not self._repacks:
             parts.append("weights not repacked")
         if self._decode_tokens:
             parts.append(f"{self._decode_tokens} tokens a decode in fixed company")
@@ -221,7 +223,13 @@ class LlamaEngine:
         with self.weights(paths) as model:
             with timed("opening"):
                 opened = ResidentModel(
-                    model, paths, self._shape(ctx), on_gpu=self.on_gpu, room=self._room(), note=self.note
+                    model,
+                    paths,
+                    self._shape(ctx),
+                    on_gpu=self.on_gpu,
+                    room=self._room(),
+                    extra=extra_buffer_types() if self._repacks else (),
+                    note=self.note,
                 )
             try:
                 yield opened
@@ -248,7 +256,7 @@ class LlamaEngine:
         lib = llama()
         params = lib.llama_model_default_params()
         params.vocab_only = vocab_only
-        params.use_extra_bufts = self._repacks(vocab_only)
+        params.use_extra_bufts = not vocab_only and self._repacks
         placed = Placement(gpu_layers=0) if vocab_only else self._place(paths)
         params.n_gpu_layers = 9999 if placed.gpu_layers < 0 else placed.gpu_layers
         overrides = _overrides(placed.cpu_expert_layers)  # must outlive the load
@@ -276,14 +284,15 @@ class LlamaEngine:
             raise BadInput(f"{paths[0]}: llama.cpp cannot load it: {LOG.last_error()}")
         return model
 
-    def _repacks(self, vocab_only: bool) -> bool:
-        """Whether weights may be repacked for the processor; where its kernels are broken that is told once."""
-        if vocab_only or repacking_works():
-            return True
-        if REPACK_NOTE not in self._told:
+    @property
+    def _repacks(self) -> bool:
+        """Whether weights are repacked for the CPU; where a build's kernels for that are broken, it is told once."""
+        if not self.settings.repack:
+            return False
+        if not repacking_works() and REPACK_NOTE not in self._told:
             self._told.add(REPACK_NOTE)
             self.note(REPACK_NOTE)
-        return False
+        return repacking_works()
 
     def _place(self, paths: Sequence[Path]) -> Placement:
         """Where the weights of the model over ``paths`` go; a model that does not fit whole is told of, once a form."""

@@ -66,10 +66,6 @@ def _tried(environment: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
 @cache
 def extra_buffer_types() -> tuple[int, ...]:
     """Returns the processor's buffer types that repack weights, in the order in which the loader tries them."""
-    return _listed() if repacking_works() else ()
-
-
-def _listed() -> tuple[int, ...]:
     lib = ggml()
     cpu = cpu_device()
     registry = lib.ggml_backend_dev_backend_reg(cpu)
@@ -103,7 +99,7 @@ def product_is_right(buffer_type: int) -> bool:
 
 def main() -> int:
     """Is the process that tries: 0 where the product was right, or where there is nothing to try."""
-    amx = [each for each in _listed() if ggml().ggml_backend_buft_name(each) == b"AMX"]
+    amx = [each for each in extra_buffer_types() if ggml().ggml_backend_buft_name(each) == b"AMX"]
     return 0 if all(map(product_is_right, amx)) else 1
 
 

@@ -20,7 +20,6 @@ from cerebellum.engine.protocols import CannotSwap
 from cerebellum.gguf import GgufFile, TensorInfo, read_gguf
 from cerebellum.llama.graphs import F32, I32, Arena, Block, device_of, fill
 from cerebellum.llama.library import GgmlTensor, Pointer, cpu_device, device_memory, ggml, llama
-from cerebellum.llama.repack import extra_buffer_types
 
 _WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
 _MAX_SOURCES = 10
@@ -142,7 +141,10 @@ class Weights:
         uses: dict[str, list[Use]],
         anew: Callable[[], None],
         room: int | None = None,
+        extra: Sequence[int] = (),
     ) -> None:
+        """``extra`` are the buffer types for repacked weights that the model was opened with."""
+        self._extra = tuple(extra)
         self._uses = uses
         self._anew = anew
         self._room = room
@@ -247,7 +249,7 @@ class Weights:
             device = int(ggml().ggml_backend_buft_get_device(home) or cpu_device())
             candidates = [home]
             if device == cpu_device():
-                candidates = [*extra_buffer_types(), ggml().ggml_backend_dev_buffer_type(device)]
+                candidates = [*self._extra, ggml().ggml_backend_dev_buffer_type(device)]
             fitting = (
                 candidate
                 for candidate in candidates
