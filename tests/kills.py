@@ -25,12 +25,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny import ledger_rows
 
-from cerebellum.settings import DEMO_MODEL
+from cerebellum.settings import DEMO_MODEL, SELECTION_TEXT
 
 _GOALS = {
     "limit": ("--max-increase", "3%", "--max-chunks", "6"),
     "budget": ("--budget", "Q3_K_M", "--types", "Q2_K,Q4_K", "--no-fine-types"),
 }
+_TEXT = "select.txt"
+_CHARACTERS = 40_000  # of the selection text, some 100 chunks of 128 tokens
 _FIRST = 2.0  # seconds before which a run has hardly begun
 _FOR_EVER = 10_000.0
 
@@ -76,10 +78,11 @@ class Chain:
 
 
 def command(goal: str, out: Path, threads: int, keep: bool) -> list[str]:
-    """Returns the command line of one small run."""
+    """Returns the command line of one small run, on a text that lies beside the folder."""
+    text = out.parent / _TEXT
     run = [sys.executable, "-m", "cerebellum", "run", str(DEMO_MODEL), "-o", str(out)]
-    small = ["--imatrix-chunks", "4", "--report-chunks", "4", "--threads", str(threads)]
-    return [*run, *small, *(["--keep-shards"] if keep else []), *_GOALS[goal]]
+    small = ["--imatrix-chunks", "4", "--report-chunks", "4", "--threads", str(threads), "--ctx", "128"]
+    return [*run, *small, "--select-text", str(text), *(["--keep-shards"] if keep else []), *_GOALS[goal]]
 
 
 def killed(started: list[str], seconds: float, log: Path) -> bool:
@@ -200,6 +203,9 @@ def main() -> int:
     asked = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / _TEXT).write_text(
+            SELECTION_TEXT.read_text(encoding="utf-8")[:_CHARACTERS], encoding="utf-8"
+        )
         wholes = undisturbed(Path(scratch), asked.threads)
         found = all_chains(Path(scratch), asked.n, asked.jobs, asked.threads, asked.seed, wholes)
         figures = told(found, wholes, time.monotonic() - began)
