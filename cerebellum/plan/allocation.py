@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,12 +22,14 @@ from cerebellum.verdicts import Changes
 class Proposal:
     """A combination, one point of every group, with the exact bytes of its file; ``how`` says what proposed it.
 
-    ``score`` and ``effect``, its change against the base, are there once it was measured whole.
+    ``score`` and ``effect``, its change against the base, are there once it was measured whole. ``beyond`` is what
+    steps foretell of the whole beyond the sum of its points, nats a token by objective.
     """
 
     how: str
     points: tuple[PointRow, ...]
     file_bytes: int
+    beyond: Mapping[Objective, float] = field(default_factory=dict)
     score: Score | None = None
     effect: Effect | None = None
 
@@ -40,6 +42,11 @@ class Proposal:
         """Returns the sum of the parts against the base; None where one was never measured in this way."""
         known = [damage.mean for point in self.points if (damage := point.damage(objective)) is not None]
         return sum(known) if len(known) == len(self.points) else None
+
+    def foretold(self, objective: Objective) -> float | None:
+        """Returns what is foretold of the whole against the base: the sum of its parts, and what steps add to it."""
+        predicted = self.predicted(objective)
+        return None if predicted is None else predicted + self.beyond.get(objective, 0.0)
 
     def measured(self, objective: Objective) -> Estimate | None:
         """Returns the change against the base as measured; None where it was not, or where it collapsed."""

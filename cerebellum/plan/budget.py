@@ -15,6 +15,7 @@ The words of budget mode, each with one meaning:
 | sensitivity | damage of a group for each unit of rounding error; what the damage model fits |
 | point, curve | one group at one type as foretold: its damage and its bytes; all points of a group are its curve |
 | proposal | one point of every group that fits the budget together, foretold and then measured whole |
+| step | a measured plan with one part at another type; what the part costs there |
 | target | the size that was asked for, as bytes of the whole file |
 | reference | anchor and base scored on all chunks that parts get; damages are measured from it |
 """
@@ -52,10 +53,12 @@ from cerebellum.plan.artifacts import (
     FrontierRow,
     PlanRow,
     PointRow,
+    StepRow,
 )
 from cerebellum.plan.damage import DamageModel, fit_damage
 from cerebellum.plan.presets import Types, largest_fitting
 from cerebellum.plan.search import Search
+from cerebellum.plan.steps import Step, is_off, propose_by_steps
 from cerebellum.plan.target import Target, target_of
 from cerebellum.settings import FINE_LADDER, KLD, PPL, Budget, Gpu, Objective
 from cerebellum.stats.estimate import Estimate
@@ -65,6 +68,9 @@ from cerebellum.verdicts import NOTHING, Batch
 if TYPE_CHECKING:  # planning from artifacts alone loads no engine
     from cerebellum.measure.probe import Session
     from cerebellum.workspace import Workspace
+
+
+_AFFORDABLE = 1000  # chunks that steps of a round may cost, where nobody says it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,7 @@ class Decision:
     chosen: Proposal
     proposals: tuple[Proposal, ...]
     points: tuple[PointRow, ...]
+    steps: tuple[Step, ...] = ()
 
 
 def budget_plan(
@@ -86,14 +93,17 @@ def budget_plan(
     objective: Objective = KLD,
     seed: int = 1,
     presets: Mapping[str, Types] = MappingProxyType({}),
+    affordable: int = _AFFORDABLE,
 ) -> Planning[Decision]:
     """Asks for the score of each combination that it wants, and returns the best that was measured.
 
     The base comes first: every proposal is compared with it. K-quants alone are quicker to run than IQ types,
-    and a check on them; the largest of the ``presets`` that fits is llama.cpp's own choice of types. Raises
+    and a check on them; the largest of the ``presets`` that fits is llama.cpp's own choice of types. Where they are not
+    what their parts foretold, steps are taken, a round of them for an ``affordable`` number of chunks. Raises
     AnswerIsNo where nothing fits, with the nearest reachable size, and where all that fits collapsed.
     """
     layout = model.observed.layout
+    method = model.observed.method
     points = model.points()
     allocation = Allocation(points, layout, objective)
     first = allocation.best(file_bytes)
@@ -102,11 +112,15 @@ def budget_plan(
     (base,) = yield Batch(asks=(WholeAsk(changes=NOTHING),))
     search = Search(base=base, reference=reference)
     yield from search.measure(first, *_checks(points, layout, objective, file_bytes, presets))
-    yield from _propose_by_lessons(model, search, file_bytes, objective, seed)
+    steps: tuple[Step, ...] = ()
+    if is_off(search, objective, method):
+        steps = yield from propose_by_steps(model, search, file_bytes, objective, affordable)
+    else:
+        yield from _propose_by_lessons(model, search, file_bytes, objective, seed)
     proposals = search.with_base(layout, file_bytes)
     chosen = _least_bad(proposals, file_bytes, objective)
     points = model.learning(search.lessons()).points()
-    return Decision(chosen=chosen, proposals=proposals, points=points)
+    return Decision(chosen=chosen, proposals=proposals, points=points, steps=steps)
 
 
 def _propose_by_lessons(
@@ -222,6 +236,7 @@ def plan_budget(curves: Curves, session: Session, target: Target) -> BudgetPlan:
         objective,
         session.seed,
         presets=session.presets,
+        affordable=int(session.method.steps_share * session.limit),
     )
     decision = session.plan(planning)
     plan = _plan_of(decision, layout, target, objective, curves.base_kld)
@@ -339,6 +354,7 @@ def _plan_of(
         kld_ci=_bounds(divergence),
         tradeoff=tradeoff(decision, objective),
         candidates=tuple(_candidate(proposal) for proposal in decision.proposals),
+        steps=tuple(_step(step, decision) for step in decision.steps),
         points=decision.points,
         memory=target.memory(chosen.changes),
     )
@@ -369,12 +385,31 @@ def _candidate(proposal: Proposal) -> CandidateRow:
         how=proposal.how,
         changes=dict(proposal.changes),
         file_bytes=proposal.file_bytes,
-        predicted_kld=proposal.predicted(KLD),
+        predicted_kld=proposal.foretold(KLD),
         measured_kld=divergence.mean if divergence else None,
         kld_ci=_bounds(divergence),
         delta_pct=measured.delta_pct,
         ci_pct=measured.ci_pct,
         chunks=measured.chunks,
+    )
+
+
+def _step(step: Step, decision: Decision) -> StepRow:
+    around = [proposal.changes for proposal in decision.proposals].index(step.around.changes)
+    effect = step.effect
+    divergence = effect.kld if effect else None
+    measured = _look(effect.nll if effect else None)
+    return StepRow(
+        around=around,
+        part=step.part.name,
+        way=step.way,
+        changes={name: PlanRow.told(point.type) for name, point in step.points.items()},
+        predicted=step.after - step.before,
+        measured_kld=divergence.mean if divergence else None,
+        kld_ci=_bounds(divergence),
+        delta_pct=measured.delta_pct,
+        ci_pct=measured.ci_pct,
+        chunks=step.chunks,
     )
 
 

@@ -8,6 +8,7 @@ from cerebellum.layout import Layout
 from cerebellum.measure.curves import Planning, Reference, Score, WholeAsk
 from cerebellum.plan.allocation import Proposal
 from cerebellum.plan.damage import WholePlan, base_point
+from cerebellum.settings import Objective
 from cerebellum.verdicts import Batch
 
 
@@ -31,6 +32,18 @@ class Search:
             return
         scores = yield Batch(asks=tuple(WholeAsk(changes=proposal.changes) for proposal in new))
         self.proposals += [one.scored(score, self.base) for one, score in zip(new, scores, strict=True)]
+
+    def best(self, objective: Objective) -> Proposal | None:
+        """Returns the best measured proposal, or None where all collapsed."""
+        best = min(self.proposals, key=lambda proposal: proposal.badness(objective), default=None)
+        return best if best is not None and best.measured(objective) is not None else None
+
+    def above_anchor(self, proposal: Proposal, objective: Objective) -> float | None:
+        """Returns the measured damage of a proposal above the anchor's, nats a token."""
+        if proposal.score is None:
+            return None
+        damage = self.reference.damage_of_plan(proposal.score, self.base).damage(objective)
+        return None if damage is None else damage.mean
 
     def lessons(self) -> list[WholePlan]:
         """Returns the measured proposals as a damage model learns from them: by their damage above the anchor's."""
