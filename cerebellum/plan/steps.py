@@ -239,10 +239,11 @@ class Cells:
         part = np.array([part for part, _ in self.of])
         kind = np.array([qtype for _, qtype in self.of])
         family = np.array([qtype in FINE_LADDER for _, qtype in self.of])
-        same_part, same_type, same_family = (each[:, None] == each for each in (part, kind, family))
-        whole = 1.0 + same_part
-        own = same_type + same_family + 1.0 * (same_part & same_family) + (same_part & same_type)
-        return np.asarray(method.whole_sd**2 * whole + method.kind_sd**2 * own)
+        same_part, same_type, same_family = (
+            (each[:, None] == each).astype(np.float64) for each in (part, kind, family)
+        )
+        kinds = same_type + same_family
+        return np.asarray(method.whole_sd**2 * (1 + same_part) + method.kind_sd**2 * (1 + same_part) * kinds)
 
     @cached_property
     def _number(self) -> dict[Cell, int]:
