@@ -21,10 +21,12 @@ from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.measure.artifacts import Curves, Response, RoundingErrors
 from cerebellum.measure.curves import (
     Curving,
+    Planning,
     Probe,
     ProbeAsk,
     Reference,
     Score,
+    WholeAsk,
     measure_layers,
     measure_response,
     measure_roles,
@@ -226,5 +228,8 @@ class TrueSession:
     def budget_after(self, curves: Curves) -> MeasurementBudget:
         return MeasurementBudget(limit=self.limit, beforehand=curves.chunks_scored)
 
-    def score_plan(self, changes: Changes) -> Score:
-        return self.truth.score(changes, factors=self.factors)
+    def plan(self, planning: Planning[T]) -> T:
+        return drive(planning, self.score_plan)
+
+    def score_plan(self, ask: WholeAsk) -> Score:
+        return self.truth.score(ask.changes, ask.n or CHUNKS, factors=self.factors)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from synthetic import BITS, TrueSession, Truth, by_layer, by_role
+from synthetic import BITS, CHUNKS, TrueSession, Truth, by_layer, by_role
 
 from cerebellum.codec import as_json, read_artifact, write_artifact
 from cerebellum.errors import AnswerIsNo, BadInput
@@ -20,11 +20,11 @@ from cerebellum.layout import Layout
 from cerebellum.ledger import Ledger
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.measure.artifacts import Curves
-from cerebellum.measure.curves import Score
+from cerebellum.measure.curves import Score, WholeAsk
 from cerebellum.measure.probe import Session
+from cerebellum.plan.allocation import Allocation
 from cerebellum.plan.artifacts import BudgetPlan, PointRow
 from cerebellum.plan.budget import (
-    Allocation,
     Decision,
     budget_plan,
     frontier,
@@ -76,9 +76,9 @@ def plan(
     """``measured``: type -> how many times its damage a whole plan does in truth."""
     asked = []
 
-    def score(changes: Changes) -> Score:
-        asked.append(changes)
-        return truth.score(changes, factors=measured)
+    def score(ask: WholeAsk) -> Score:
+        asked.append(ask.changes)
+        return truth.score(ask.changes, ask.n or CHUNKS, factors=measured)
 
     decision = drive(budget_plan(model, truth.reference(), budget), score)
     return Planned(decision=decision, asked=asked)
@@ -115,8 +115,9 @@ def test_what_llama_cpp_would_choose_is_tried_and_ships_where_it_measures_best(
     base = truth.score(NOTHING)
     wanted = {name: "Q2_K" for name in layout.groups}
 
-    def score(changes: Changes) -> Score:
-        return replace(base, kld=base.kld + (0.01 if changes == wanted else 0.5)) if changes else base
+    def score(ask: WholeAsk) -> Score:
+        worse = 0.01 if ask.changes == wanted else 0.5
+        return replace(base, kld=base.kld + worse) if ask.changes else base
 
     presets = {"Q2_K": dict(layout.base.types) | q2, "Q8_0": dict.fromkeys(q2, GGMLQuantizationType.Q8_0)}
     found = drive(budget_plan(model, truth.reference(), budget, presets=presets), score)
@@ -220,7 +221,7 @@ def test_a_plan_of_collapsed_files_is_refused(
     broken = Score(nll=np.full(8, np.nan), kld=np.full(8, np.nan))
     planning = budget_plan(model, truth.reference(), smallest(points, truth))
     with pytest.raises(AnswerIsNo, match="collapsed"):
-        drive(planning, lambda changes: broken if changes else truth.score(NOTHING))
+        drive(planning, lambda ask: broken if ask.changes else truth.score(NOTHING))
 
 
 def test_a_plan_from_curves_alone_is_what_would_be_measured_first(
@@ -229,8 +230,8 @@ def test_a_plan_from_curves_alone_is_what_would_be_measured_first(
     budget = truth.layout.file_bytes()
     planned = plan_unmeasured(curves, truth.layout, Target(file_bytes=budget), KLD)
     planning = budget_plan(model, truth.reference(), budget)
-    assert next(planning) == NOTHING
-    assert planned.changes == planning.send(truth.score(NOTHING))
+    assert [ask.changes for ask in next(planning).asks] == [NOTHING]
+    assert planned.changes == planning.send((truth.score(NOTHING),)).asks[0].changes
     assert planned.measured_kld is None and planned.candidates[0].measured_kld is None
 
 
@@ -347,9 +348,9 @@ def test_a_damaged_curves_json_is_one_line_with_file_and_key(
 def test_gaining_in_one_measure_at_the_cost_of_the_other_is_said(model: DamageModel, truth: Truth) -> None:
     base = truth.score(NOTHING)
 
-    def score(changes: Changes) -> Score:
-        found = truth.score(changes)
-        return replace(found, nll=base.nll + 0.03) if changes else base
+    def score(ask: WholeAsk) -> Score:
+        found = truth.score(ask.changes)
+        return replace(found, nll=base.nll + 0.03) if ask.changes else base
 
     decision = drive(budget_plan(model, truth.reference(), truth.layout.file_bytes()), score)
     assert "higher perplexity" in (tradeoff(decision, KLD) or "")
@@ -360,7 +361,7 @@ def test_a_rival_of_the_base_itself_is_said_too(model: DamageModel, truth: Truth
     base = truth.score(NOTHING)
     moved = Score(nll=base.nll - 0.03, kld=base.kld + 0.1)
     planning = budget_plan(model, truth.reference(), truth.layout.file_bytes())
-    decision = drive(planning, lambda changes: moved if changes else base)
+    decision = drive(planning, lambda ask: moved if ask.changes else base)
     assert decision.chosen.changes == {} and "lower perplexity (-2.96%)" in (tradeoff(decision, KLD) or "")
 
 

@@ -442,4 +442,4 @@ def test_by_perplexity_the_divergence_is_the_prior(fitted: DamageModel) -> None:
 
 def test_the_numbers_that_nobody_measured_stand_in_the_curves(truth: Truth) -> None:
     told = as_json(truth.curves(probes=0))["method"]
-    assert len(told) == 25 and told["apart"] == 1.0 and told["model_sd"] == 0.1
+    assert len(told) == 32 and told["apart"] == 1.0 and told["model_sd"] == 0.1

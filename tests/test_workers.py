@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from cerebellum.measure.bundles import Bundles
 from cerebellum.measure.race import chunk_order, fresh_order
 from cerebellum.measure.scorer import Found
 from cerebellum.measure.worker import MakeWorkRoom, PackedRecipe, Scored, ScoreTask
+from cerebellum.plan import budget
 from cerebellum.run import run_all
 from cerebellum.settings import Budget, Goal, Limit, Preset
 from cerebellum.workspace import Workspace
@@ -121,6 +123,24 @@ def test_many_workers_decide_what_one_does(
     run_all(run)
     same_decisions(alone_of(alone, goal), tmp_path / "run")
     assert run.engine.opened == 0, "the process that decides runs no model"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("size", "on_cards"), [(3, False), (4, True)])
+def test_steps_of_many_workers_are_those_of_one_and_nothing_is_measured_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, on_cards: bool
+) -> None:
+    """All whole plans pass for other than the sum of their parts here."""
+    monkeypatch.setattr(budget, "is_off", lambda *_: True)
+    goal = Budget(sizes=(Preset(name="Q3_K_M"),))
+    run_all(workspace(tmp_path / "one", goal))
+    many = with_workers(tmp_path / "many", goal, Hired(size=size, on_cards=on_cards))
+    run_all(many)
+    same_decisions(tmp_path / "one" / "run", tmp_path / "many" / "run")
+    steps = json.loads((tmp_path / "many" / "run" / "plan.json").read_text())["steps"]
+    assert len(steps) > 1 and all(step["measured_kld"] is not None for step in steps)
+    rows = ledger_rows(tmp_path / "one" / "run")
+    run_all(workspace(tmp_path / "one", goal))
+    assert ledger_rows(tmp_path / "one" / "run") == rows
 
 
 @each_goal

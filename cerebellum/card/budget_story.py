@@ -60,7 +60,20 @@ class BudgetStory:
         n = sum(bool(row.changes) for row in candidates if row.measured_kld is not None)
         if not n:
             return "it was shipped as it was foretold, not measured whole on the selection text."
-        return f"{n} of its proposals were measured whole, and the best of those was shipped."
+        return (
+            f"{n} of its proposals were measured whole, and the best of those was shipped.{self._stepped()}"
+        )
+
+    def _stepped(self) -> str:
+        """Says what was measured beside a whole plan, where the parts did not add up."""
+        steps = self.evidence.plan.steps
+        if not steps:
+            return ""
+        chunks = sum(step.chunks for step in steps)
+        return (
+            " The whole was not the sum of its parts, so that parts were measured again beside the best plan so far: "
+            f"{len(steps)} steps, each that plan with one part at another type, {chunks:,} chunks in all."
+        )
 
     def doubts(self) -> list[Sentence]:
         """Says how far to trust the plan's own divergence: it was chosen for being the least on these chunks."""

@@ -73,6 +73,10 @@ class Score:
         """Says whether the variant gave numbers on every chunk; one that did not has collapsed."""
         return bool(np.isfinite(self.nll).all() and np.isfinite(self.kld).all())
 
+    def first(self, n: int) -> Score:
+        """Returns the score on the first ``n`` chunks of the seeded order."""
+        return Score(nll=self.nll[:n], kld=self.kld[:n])
+
     def change(self, base: Score) -> Effect:
         """Returns the change against the base on the same chunks, paired chunk by chunk."""
         if not self.finite:
@@ -125,7 +129,21 @@ class ProbeAsk:
     n: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class WholeAsk:
+    """Please score a whole plan: on all chunks that whole plans get, or on the first ``n`` where that is given.
+
+    ``doing`` tells people what it is for.
+    """
+
+    changes: Changes
+    n: int | None = None
+    doing: str = "whole plans: "
+
+
 Curving = Asking[ProbeAsk, Score, T]
+Planning = Asking[WholeAsk, Score, T]
+"""What decides without I/O and asks for the scores of parts, or of whole plans."""
 
 
 def role_probes(layout: Layout, qtypes: Sequence[str], anchor: str) -> list[Probe]:

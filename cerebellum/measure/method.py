@@ -23,8 +23,14 @@ class Method(Record, frozen=True, kw_only=True):
     of all damages above it; nothing is believed below ``floor`` of its prior, or to be less than
     ``least_damage`` nats a token.
 
-    Proposing: ``learned`` plans after the first two having learned from them, ``drawn`` from damages drawn;
-    the frontier has ``frontier_steps`` sizes.
+    Proposing: ``learned`` plans after the first having learned from them, ``drawn`` from damages drawn; the frontier
+    has ``frontier_steps`` sizes.
+
+    Stepping, where a first plan surely does ``beyond`` more or less than the sum of its parts: up to ``step_rounds``
+    times, the best plan is measured with one of ``step_parts`` parts at another type. A step gets ``step_chunks``
+    chunks: neighbours differ by less than they have in common, so half of what tells plans apart will do. All steps
+    of a round cost ``steps_share`` of the passes at most. What all parts together cost beside a plan is expected to be
+    ``whole_sd`` off what they cost alone, and each part as much again; each type and each family ``kind_sd``.
     """
 
     first_look: int = 4
@@ -52,6 +58,13 @@ class Method(Record, frozen=True, kw_only=True):
     learned: int = 2
     drawn: int = 2
     frontier_steps: int = 24
+    beyond: float = 0.1
+    step_rounds: int = 2
+    step_parts: int = 12
+    step_chunks: int = 24
+    steps_share: float = 0.5
+    whole_sd: float = 0.5
+    kind_sd: float = 0.2
 
     @classmethod
     def of_slow_switches(cls) -> Method:

@@ -7,8 +7,9 @@ cost is limited; whole plans are few, and get more chunks: what ships deserves m
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Generic
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -19,11 +20,13 @@ from cerebellum.measure.artifacts import Curves, Response, RoundingErrors
 from cerebellum.measure.crew import Wish
 from cerebellum.measure.curves import (
     Curving,
+    Planning,
     Probe,
     ProbeAsk,
     Reference,
     Score,
     T,
+    WholeAsk,
     measure_layers,
     measure_roles,
     role_probes,
@@ -35,7 +38,7 @@ from cerebellum.measure.race import chunk_order
 from cerebellum.measure.rounding import read_or_make_errors
 from cerebellum.settings import Budget
 from cerebellum.units import size
-from cerebellum.verdicts import NOTHING, Changes, drive_together
+from cerebellum.verdicts import NOTHING, Asked, Changes, drive_together
 from cerebellum.workspace import Workspace
 
 _NAMED = 6  # groups that a note still names
@@ -145,10 +148,10 @@ class Session:
         """Returns what the curves left of the budget for parts, also where another session measured them."""
         return MeasurementBudget(limit=self.limit, beforehand=curves.chunks_scored)
 
-    def score_plan(self, changes: Changes) -> Score:
-        """Scores a whole plan: its divergence on all of ``few``, its NLL on all of ``many``."""
-        self.measurer.doing = "whole plans: "
-        return self.score(changes, self.many, self.few)
+    def plan(self, planning: Planning[T]) -> T:
+        """Scores all whole plans that a generator asks for."""
+        with ExitStack() as ahead:
+            return drive_together([planning], PlanDesk(session=self, ahead=ahead))[0]
 
     def score(
         self, changes: Changes, for_nll: tuple[int, ...], for_kld: tuple[int, ...], label: str = ""
@@ -166,24 +169,59 @@ class Session:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeDesk:
-    """Answers probes on a session's measurer; what workers score ahead is charged once it is asked for, if ever."""
+class _Desk(Generic[Asked]):
+    """Answers questions about variants on a session's measurer, several at once where there are workers."""
 
     session: Session
-    budget: MeasurementBudget
 
-    def want(self, who: int, asks: Sequence[ProbeAsk], likely: Sequence[ProbeAsk]) -> None:
-        """Hears what a part's generator wants next."""
+    def want(self, who: int, asks: Sequence[Asked], likely: Sequence[Asked]) -> None:
+        """Hears what a generator wants next."""
         sure = [self._wish(ask) for ask in asks]
         self.session.measurer.want(who, sure, [self._wish(ask) for ask in likely])
 
-    def ready(self, ask: ProbeAsk) -> bool:
+    def ready(self, ask: Asked) -> bool:
         """Says whether a score is known."""
         return self.session.measurer.has(self._wish(ask))
 
     def wait(self) -> None:
         """Returns once more is known."""
         self.session.measurer.wait()
+
+    def _wish(self, ask: Asked) -> Wish:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanDesk(_Desk[WholeAsk]):
+    """Answers for whole plans: their divergence on all of ``few``, their NLL on all of ``many``, or less of both.
+
+    ``ahead`` holds the making of the shards of what was asked for last, beside the scoring where a GPU does that.
+    """
+
+    ahead: ExitStack
+
+    def want(self, who: int, asks: Sequence[WholeAsk], likely: Sequence[WholeAsk]) -> None:
+        """Hears what is wanted next, and begins with its shards."""
+        self.ahead.close()
+        self.ahead.enter_context(self.session.workspace.shards_ahead([ask.changes for ask in asks]))
+        super().want(who, asks, likely)
+
+    def answer(self, ask: WholeAsk) -> Score:
+        """Returns a score, measured now where nobody has."""
+        wish = self._wish(ask)
+        self.session.measurer.doing = ask.doing
+        return self.session.score(wish.changes, wish.nll, wish.kld)
+
+    def _wish(self, ask: WholeAsk) -> Wish:
+        session = self.session
+        return Wish(nll=session.many[: ask.n], kld=session.few[: ask.n], changes=ask.changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeDesk(_Desk[ProbeAsk]):
+    """Answers probes; what workers score ahead is charged once it is asked for, if ever."""
+
+    budget: MeasurementBudget
 
     def answer(self, ask: ProbeAsk) -> Score:
         """Returns a score, measured now where nobody has, and charges it."""

@@ -162,7 +162,8 @@ class PointRow(Effect, frozen=True, kw_only=True):
 class CandidateRow(Record, frozen=True, kw_only=True):
     """A combination that was proposed and measured whole. ``how`` says what proposed it.
 
-    Divergences from the source are changes against the base's own, nats a token.
+    Divergences from the source are changes against the base's own, nats a token. ``predicted_kld`` is the sum of its
+    parts, or what steps around an earlier candidate foretold.
     """
 
     how: str
@@ -174,6 +175,26 @@ class CandidateRow(Record, frozen=True, kw_only=True):
     delta_pct: float | None
     ci_pct: Bounds | None
     chunks: int | None
+
+
+class StepRow(Record, frozen=True, kw_only=True):
+    """One measured step: the candidate of the number ``around``, from 0, with one ``part`` at the types of ``changes``.
+
+    ``way`` is finer, cheaper or other family; a group that steps to its base types is at "base". Its effect is against
+    that candidate on the same ``chunks``: ``predicted`` by what the part does alone, in the measure that the budget
+    makes least, and measured, nats a token; None where the step collapsed.
+    """
+
+    around: int
+    part: str
+    way: str
+    changes: dict[str, str]
+    predicted: float
+    measured_kld: float | None
+    kld_ci: Bounds | None
+    delta_pct: float | None
+    ci_pct: Bounds | None
+    chunks: int
 
 
 class FrontierRow(Record, frozen=True, kw_only=True):
@@ -196,8 +217,8 @@ class BudgetPlan(Plan, frozen=True, kw_only=True, tag="budget", tag_field="mode"
     and ``kld_ci`` are to be added. ``tradeoff`` says what the plan costs in the other measure, if that is sure;
     ``model`` names the stated model where types were never measured. ``responses`` were measured for this plan
     beyond those of the curves: parts at the IQ types that it wanted. ``points`` are what it was chosen from, with
-    all that whole plans taught. ``frontier`` runs from the smallest file to the largest, so that nobody has to
-    solve for it again to draw it.
+    all that whole plans taught; where parts do not add up, ``steps`` say what they cost beside a candidate.
+    ``frontier`` runs from the smallest file to the largest, so that nobody has to solve for it again to draw it.
     """
 
     budget_bytes: int
@@ -208,6 +229,7 @@ class BudgetPlan(Plan, frozen=True, kw_only=True, tag="budget", tag_field="mode"
     kld_ci: Bounds | None
     tradeoff: str | None = None
     candidates: tuple[CandidateRow, ...] = ()
+    steps: tuple[StepRow, ...] = ()
     points: tuple[PointRow, ...] = ()
     responses: tuple[Response, ...] = ()
     frontier: tuple[FrontierRow, ...] = ()

@@ -15,14 +15,15 @@ The words of budget mode, each with one meaning:
 | sensitivity | damage of a group for each unit of rounding error; what the damage model fits |
 | point, curve | one group at one type as foretold: its damage and its bytes; all points of a group are its curve |
 | proposal | one point of every group that fits the budget together, foretold and then measured whole |
+| step | a measured plan with one part at another type; what the part costs there |
 | target | the size that was asked for, as bytes of the whole file |
 | reference | anchor and base scored on all chunks that parts get; damages are measured from it |
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -32,9 +33,17 @@ from msgspec.structs import replace as replace_fields
 from cerebellum.errors import AnswerIsNo, BadInput
 from cerebellum.groups import is_tied
 from cerebellum.layout import Layout
-from cerebellum.measure.artifacts import Bounds, Curves, Effect, Look, Response, finite_pair
-from cerebellum.measure.curves import Curving, Probe, ProbeAsk, Reference, Score, measure_response
-from cerebellum.plan import knapsack
+from cerebellum.measure.artifacts import Bounds, Curves, Look, Response, finite_pair
+from cerebellum.measure.curves import (
+    Curving,
+    Planning,
+    Probe,
+    ProbeAsk,
+    Reference,
+    WholeAsk,
+    measure_response,
+)
+from cerebellum.plan.allocation import Allocation, Proposal
 from cerebellum.plan.artifacts import (
     DEMOTED,
     KEPT,
@@ -44,56 +53,24 @@ from cerebellum.plan.artifacts import (
     FrontierRow,
     PlanRow,
     PointRow,
+    StepRow,
 )
-from cerebellum.plan.damage import DamageModel, WholePlan, base_point, fit_damage
-from cerebellum.plan.knapsack import Choice, Option, solve
+from cerebellum.plan.damage import DamageModel, fit_damage
 from cerebellum.plan.presets import Types, largest_fitting
+from cerebellum.plan.search import Search
+from cerebellum.plan.steps import Step, is_off, propose_by_steps
 from cerebellum.plan.target import Target, target_of
 from cerebellum.settings import FINE_LADDER, KLD, PPL, Budget, Gpu, Objective
 from cerebellum.stats.estimate import Estimate
 from cerebellum.stats.paired import as_percent
-from cerebellum.verdicts import NOTHING, Changes, drive
+from cerebellum.verdicts import NOTHING, Batch
 
 if TYPE_CHECKING:  # planning from artifacts alone loads no engine
     from cerebellum.measure.probe import Session
     from cerebellum.workspace import Workspace
 
 
-@dataclass(frozen=True, kw_only=True)
-class Proposal:
-    """A combination, one point of every group, with the exact bytes of its file; ``how`` says what proposed it.
-
-    ``score`` and ``effect``, its change against the base, are there once it was measured whole.
-    """
-
-    how: str
-    points: tuple[PointRow, ...]
-    file_bytes: int
-    score: Score | None = None
-    effect: Effect | None = None
-
-    @property
-    def changes(self) -> Changes:
-        """The groups that leave the base, with their types."""
-        return {point.group: point.type for point in self.points if point.type is not None}
-
-    def predicted(self, objective: Objective) -> float | None:
-        """Returns the sum of the parts against the base; None where one was never measured in this way."""
-        known = [damage.mean for point in self.points if (damage := point.damage(objective)) is not None]
-        return sum(known) if len(known) == len(self.points) else None
-
-    def measured(self, objective: Objective) -> Estimate | None:
-        """Returns the change against the base as measured; None where it was not, or where it collapsed."""
-        return None if self.effect is None else self.effect.damage(objective)
-
-    def badness(self, objective: Objective) -> float:
-        """Returns what proposals are compared by: the measured change, without end where it collapsed."""
-        change = self.measured(objective)
-        return np.inf if change is None else change.mean
-
-    def scored(self, score: Score, base: Score) -> Proposal:
-        """Returns the proposal with what was measured of it; ``base`` is on the same chunks."""
-        return replace(self, score=score, effect=score.change(base))
+_AFFORDABLE = 1000  # chunks that steps of a round may cost, where nobody says it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,58 +83,7 @@ class Decision:
     chosen: Proposal
     proposals: tuple[Proposal, ...]
     points: tuple[PointRow, ...]
-
-
-class Allocation:
-    """The knapsack over points: one of each group, the least predicted damage within a size of file.
-
-    A type whose damage is unknown, because the group collapsed at it, is never an option.
-    """
-
-    def __init__(self, points: Sequence[PointRow], layout: Layout, objective: Objective) -> None:
-        self._layout = layout
-        self._objective = objective
-        by_group: dict[str, list[PointRow]] = {}
-        for point in points:
-            if point.damage(objective) is not None:
-                by_group.setdefault(point.group, []).append(point)
-        self._curves = list(by_group.values())
-        self._fixed = layout.fixed_bytes()
-
-    def best(self, file_bytes: int, how: str = "the sum of the parts") -> Proposal | None:
-        """Returns the best proposal whose file is no larger than ``file_bytes``, or None where nothing fits."""
-        choice = solve(self._options(), file_bytes - self._fixed)
-        return None if choice is None else self._proposal(choice, how)
-
-    def smallest(self) -> int:
-        """Returns the bytes of the smallest file that the known types allow."""
-        return self._fixed + sum(min(point.bytes for point in curve) for curve in self._curves)
-
-    def frontier(self, steps: int) -> list[Proposal]:
-        """Returns proposals from the smallest file to the least damage, ``steps`` at most, evenly by size.
-
-        Each is the best of its own size.
-        """
-        found = [self._proposal(choice, "the frontier") for choice in knapsack.frontier(self._options())]
-        sizes = [proposal.file_bytes for proposal in found]
-        wanted = np.linspace(sizes[0], sizes[-1], steps)
-        return [found[index] for index in sorted(set(np.searchsorted(sizes, wanted).tolist()))]
-
-    def _options(self) -> list[list[Option]]:
-        return [
-            [Option(n_bytes=point.bytes, damage=self._damage(point)) for point in curve]
-            for curve in self._curves
-        ]
-
-    def _proposal(self, choice: Choice, how: str) -> Proposal:
-        points = tuple(curve[index] for curve, index in zip(self._curves, choice, strict=True))
-        n_bytes = self._fixed + sum(point.bytes for point in points)
-        return Proposal(how=how, points=points, file_bytes=n_bytes)
-
-    def _damage(self, point: PointRow) -> float:
-        damage = point.damage(self._objective)
-        assert damage is not None
-        return damage.mean
+    steps: tuple[Step, ...] = ()
 
 
 def budget_plan(
@@ -167,27 +93,45 @@ def budget_plan(
     objective: Objective = KLD,
     seed: int = 1,
     presets: Mapping[str, Types] = MappingProxyType({}),
-) -> Generator[Changes, Score, Decision]:
-    """Yields each combination that it wants scored and is sent its score; returns the best that was measured.
+    affordable: int = _AFFORDABLE,
+) -> Planning[Decision]:
+    """Asks for the score of each combination that it wants, and returns the best that was measured.
 
     The base comes first: every proposal is compared with it. K-quants alone are quicker to run than IQ types,
-    and a check on them; the largest of the ``presets`` that fits is llama.cpp's own choice of types. Raises
+    and a check on them; the largest of the ``presets`` that fits is llama.cpp's own choice of types. Where they are not
+    what their parts foretold, steps are taken, a round of them for an ``affordable`` number of chunks. Raises
     AnswerIsNo where nothing fits, with the nearest reachable size, and where all that fits collapsed.
     """
     layout = model.observed.layout
     method = model.observed.method
+    points = model.points()
+    allocation = Allocation(points, layout, objective)
+    first = allocation.best(file_bytes)
+    if first is None:
+        raise unreachable(file_bytes, allocation.smallest())
+    (base,) = yield Batch(asks=(WholeAsk(changes=NOTHING),))
+    search = Search(base=base, reference=reference)
+    yield from search.measure(first, *_checks(points, layout, objective, file_bytes, presets))
+    steps: tuple[Step, ...] = ()
+    if is_off(search, objective, method):
+        steps = yield from propose_by_steps(model, search, file_bytes, objective, affordable)
+    else:
+        yield from _propose_by_lessons(model, search, file_bytes, objective, seed)
+    proposals = search.with_base(layout, file_bytes)
+    chosen = _least_bad(proposals, file_bytes, objective)
+    points = model.learning(search.lessons()).points()
+    return Decision(chosen=chosen, proposals=proposals, points=points, steps=steps)
+
+
+def _propose_by_lessons(
+    model: DamageModel, search: Search, file_bytes: int, objective: Objective, seed: int
+) -> Planning[None]:
+    """Measures what is best by all that whole plans taught, and then by damages drawn from what is still not known."""
+    layout, method = model.observed.layout, model.observed.method
 
     def best_of(points: Sequence[PointRow], how: str) -> Proposal | None:
         return Allocation(points, layout, objective).best(file_bytes, how)
 
-    points = model.points()
-    first = best_of(points, "the sum of the parts")
-    if first is None:
-        raise unreachable(file_bytes, Allocation(points, layout, objective).smallest())
-    base = yield NOTHING
-    search = _Search(base=base, reference=reference)
-    for proposal in (first, *_checks(points, layout, objective, file_bytes, presets)):
-        yield from search.measure(proposal)
     for _ in range(method.learned):
         learned = model.learning(search.lessons())
         yield from search.measure(best_of(learned.points(), "having learned"))
@@ -195,10 +139,6 @@ def budget_plan(
     for _ in range(method.drawn):
         drawn = model.learning(search.lessons()).drawn(rng)
         yield from search.measure(best_of(drawn.points(), "damages drawn"))
-    proposals = search.with_base(layout, file_bytes)
-    chosen = _least_bad(proposals, file_bytes, objective)
-    points = model.learning(search.lessons()).points()
-    return Decision(chosen=chosen, proposals=proposals, points=points)
 
 
 def _checks(
@@ -222,35 +162,6 @@ def _followed(name: str, points: tuple[PointRow, ...], layout: Layout) -> Propos
     """Returns a preset, group by group, as a proposal."""
     n_bytes = layout.fixed_bytes() + sum(point.bytes for point in points)
     return Proposal(how=f"llama.cpp's {name}, group by group", points=points, file_bytes=n_bytes)
-
-
-@dataclass(kw_only=True)
-class _Search:
-    """The proposals that were measured so far, in order, each combination once, and the ``base`` they start from."""
-
-    base: Score
-    reference: Reference
-    proposals: list[Proposal] = field(default_factory=list)
-
-    def measure(self, proposal: Proposal | None) -> Generator[Changes, Score, None]:
-        """Asks for the score of a proposal, unless there is none, it is known, or it is the base itself."""
-        known = [{}, *(each.changes for each in self.proposals)]
-        if proposal is not None and proposal.changes not in known:
-            score = yield proposal.changes
-            self.proposals.append(proposal.scored(score, self.base))
-
-    def lessons(self) -> list[WholePlan]:
-        """Returns the measured proposals as a damage model learns from them: by their damage above the anchor's."""
-        scores = [(each.changes, each.score) for each in self.proposals if each.score is not None]
-        damages = [(changes, self.reference.damage_of_plan(score, self.base)) for changes, score in scores]
-        return [WholePlan(changes=changes, kld=found.kld, nll=found.nll) for changes, found in damages]
-
-    def with_base(self, layout: Layout, file_bytes: int) -> tuple[Proposal, ...]:
-        """Returns all proposals, and the unchanged base if it fits: nothing changed, nothing lost."""
-        points = tuple(base_point(name, layout) for name in layout.groups)
-        base = Proposal(how="the base itself", points=points, file_bytes=layout.file_bytes())
-        fitting = [base.scored(self.base, self.base)] if base.file_bytes <= file_bytes else []
-        return (*self.proposals, *fitting)
 
 
 def _least_bad(proposals: Sequence[Proposal], file_bytes: int, objective: Objective) -> Proposal:
@@ -318,15 +229,16 @@ def plan_budget(curves: Curves, session: Session, target: Target) -> BudgetPlan:
     objective = session.goal.objective
     fine = _measure_fine_types(curves, session, target)
     model = fit_damage(curves, layout, fine)
-    asking = budget_plan(
+    planning = budget_plan(
         model,
         session.measure_reference(),
         target.model_bytes,
         objective,
         session.seed,
         presets=session.presets,
+        affordable=int(session.method.steps_share * session.limit),
     )
-    decision = drive(asking, session.score_plan)
+    decision = session.plan(planning)
     plan = _plan_of(decision, layout, target, objective, curves.base_kld)
     rows = _frontier_rows(decision.points, layout, objective, curves)
     return replace_fields(plan, responses=fine, frontier=rows)
@@ -442,6 +354,7 @@ def _plan_of(
         kld_ci=_bounds(divergence),
         tradeoff=tradeoff(decision, objective),
         candidates=tuple(_candidate(proposal) for proposal in decision.proposals),
+        steps=tuple(_step(step, decision) for step in decision.steps),
         points=decision.points,
         memory=target.memory(chosen.changes),
     )
@@ -472,12 +385,31 @@ def _candidate(proposal: Proposal) -> CandidateRow:
         how=proposal.how,
         changes=dict(proposal.changes),
         file_bytes=proposal.file_bytes,
-        predicted_kld=proposal.predicted(KLD),
+        predicted_kld=proposal.foretold(KLD),
         measured_kld=divergence.mean if divergence else None,
         kld_ci=_bounds(divergence),
         delta_pct=measured.delta_pct,
         ci_pct=measured.ci_pct,
         chunks=measured.chunks,
+    )
+
+
+def _step(step: Step, decision: Decision) -> StepRow:
+    around = [proposal.changes for proposal in decision.proposals].index(step.around.changes)
+    effect = step.effect
+    divergence = effect.kld if effect else None
+    measured = _look(effect.nll if effect else None)
+    return StepRow(
+        around=around,
+        part=step.part.name,
+        way=step.way,
+        changes={name: PlanRow.told(point.type) for name, point in step.points.items()},
+        predicted=step.after - step.before,
+        measured_kld=divergence.mean if divergence else None,
+        kld_ci=_bounds(divergence),
+        delta_pct=measured.delta_pct,
+        ci_pct=measured.ci_pct,
+        chunks=step.chunks,
     )
 
 

@@ -87,6 +87,14 @@ class DamageModel:
             self, fitted={objective: fit.drawn(rng, floor) for objective, fit in self.fitted.items()}
         )
 
+    def above(self, name: str, qtype: str | None, objective: Objective) -> float:
+        """Returns the damage of a group at a type (None: at the base) above the anchor's, 0 where none was measured."""
+        if objective not in self.fitted or name not in self.observed.groups:
+            return 0.0
+        fit = self.fitted[objective]
+        number = self.observed.groups.index(name)
+        return float(fit.sensitivities[number] * self.observed.error(name, qtype, fit))
+
     def points(self) -> tuple[PointRow, ...]:
         """Returns every group at its base and at every type it may take, as changes against the base."""
         measured = set(self.observed.groups) if self.fitted else set()
