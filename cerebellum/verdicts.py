@@ -47,13 +47,17 @@ class Threshold:
         """The limit in nats a token."""
         return as_nats(self.limit_pct)
 
+    @property
+    def forgiving_nats(self) -> float:
+        """The limit with the indifference, nats a token: what looks tolerant is so once it is surely under this."""
+        return as_nats(self.limit_pct + self.indifference_pct)
+
     def verdict(self, delta: Interval | None) -> str:
         """Decides when a bound clears the limit, or clears it but for the indifference; None has collapsed."""
         if delta is None:
             return COLLAPSED
-        forgiving = as_nats(self.limit_pct + self.indifference_pct)
         strict = as_nats(max(self.limit_pct - self.indifference_pct, -99.0))
-        if delta.high < self.nats or (delta.mean < self.nats and delta.high < forgiving):
+        if delta.high < self.nats or (delta.mean < self.nats and delta.high < self.forgiving_nats):
             return TOLERANT
         if delta.low > self.nats or (delta.mean >= self.nats and delta.low > strict):
             return SENSITIVE
