@@ -183,6 +183,19 @@ def test_what_a_combination_is_worth_is_what_the_next_best_lacks() -> None:
     assert first_trial(alone).worth > 5 * first_trial(twin).worth > 0
 
 
+def test_after_two_tries_only_what_was_measured_is_a_fallback() -> None:
+    """One after the other would else be left for the next, on the first chunks that all of them share."""
+    units = tuple(spread_out(name, 0.006, 1000 - place) for place, name in enumerate("abcdef"))
+    plan = threshold_plan(units, THRESHOLD)
+    trial = next(plan)
+    worth = [trial.worth]
+    for _ in range(2):
+        damage = 0.0075 * len(trial.changes)
+        trial = plan.send(replace(measured(trial.changes, damage, half=0.01), set_aside=True))
+        worth.append(trial.worth)
+    assert worth[2] > 2 * max(worth[:2])
+
+
 def test_more_chunks_are_foretold_of_what_lies_closer_and_those_read_are_the_bases() -> None:
     parts = [part.measurement.delta for part in (spread_out("a", 0.01, 1), spread_out("b", 0.01, 1))]
     effort = Effort([delta for delta in parts if delta], THRESHOLD)

@@ -25,11 +25,14 @@ from cerebellum.settings import Limit
 from cerebellum.stats.paired import as_percent
 from cerebellum.verdicts import SENSITIVE, SET_ASIDE, TOLERANT, Changes, Measurement, Threshold, drive
 
-_MOST_TRIES = 12
-"""Combinations that are measured at most; the level of the last is 1/156 of their share."""
+_MOST_TRIES = 8
+"""Combinations that are measured at most; the level of the last is 1/72 of their share."""
 
 _PRICE = 0.0003
 """What a chunk costs, as a share of the bytes to save: a combination that saves 1% more may take 33 chunks more."""
+
+_WORTH = 0.005
+"""Another combination is tried where it promises more than this share of the bytes saved so far, its chunks paid."""
 
 _LIKELY = 0.1
 """A combination is tried where it has this chance to hold.
@@ -186,7 +189,7 @@ class _Search:
         options = [option for members in found if (option := self._option(members))]
         price = _PRICE * self._within_reach(options)
         promises = [option.chance * option.gain - price * option.chunks for option in options]
-        if max(promises, default=0.0) <= 0:
+        if max(promises, default=0.0) <= _WORTH * self.best_bytes:
             return None
         best = options[int(np.argmax(promises))]
         return Trial(changes=best.changes, worth=self._lost_without(best, options) / _PRICE)
