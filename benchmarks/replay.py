@@ -28,7 +28,8 @@ from populations import NASTY, SCORED, Population, drawn, load, vectors_path
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.measure.measurer import Measurer, measuring
 from cerebellum.measure.race import ChunkAsk, ChunkScores, RaceSettings, chunk_order, race
-from cerebellum.plan.limit import Unit, threshold_plan
+from cerebellum.measure.stage import COMBINATION_FIRST_LOOK, COMBINATION_GROWTH
+from cerebellum.plan.limit import Trial, Unit, threshold_plan
 from cerebellum.progress import Silent
 from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, Limit, Settings
 from cerebellum.stats.paired import Interval, as_nats, as_percent, superpopulation_interval
@@ -42,13 +43,13 @@ from cerebellum.stats.sequential import (
     looks,
     union_share,
 )
-from cerebellum.verdicts import NOTHING, SENSITIVE, TOLERANT, Changes, Measurement, Threshold, drive
+from cerebellum.verdicts import NOTHING, SENSITIVE, TOLERANT, Measurement, Threshold, drive
 from cerebellum.workspace import Workspace
 
 Row = dict[str, Any]
 Rows = Iterator[Row]
 
-ALPHA, INDIFFERENCE, SINGLES_SHARE, ASIDE = 0.05, 0.2, 0.5, 0.1
+ALPHA, INDIFFERENCE, SINGLES_SHARE = 0.05, 0.2, 0.5
 COMPARED = 8  # chunks with a divergence, as in a run
 
 
@@ -66,17 +67,19 @@ class Way:
     fresh: bool = True
 
     def settings(
-        self, order: tuple[int, ...], limit: float, alpha: float, aside: float | None = None
+        self, order: tuple[int, ...], limit: float, alpha: float, worth: float | None = None
     ) -> RaceSettings:
-        """The race of a run, at a level for each bound."""
+        """The race of a run, at a level for each bound; of combinations where their ``worth`` is given, in chunks."""
         planned = looks(self.first, 1.5, len(order))
+        if worth is not None:
+            planned = looks(COMBINATION_FIRST_LOOK, COMBINATION_GROWTH, len(order))
         return RaceSettings(
             order=order,
             looks=planned,
             threshold=Threshold(limit_pct=limit, indifference_pct=INDIFFERENCE),
             rule=self.make(alpha, len(order), planned),
             scored_per_chunk=SCORED,
-            aside=self.make(aside, len(order), planned) if aside else None,
+            worth=worth,
         )
 
 
@@ -308,9 +311,10 @@ def run_once(population: Population, way: Way, limit: float, rng: np.random.Gene
     threshold = Threshold(limit_pct=limit, indifference_pct=INDIFFERENCE)
     combinations: list[Measurement] = []
 
-    def measured(changes: Changes) -> Measurement:
+    def measured(trial: Trial) -> Measurement:
         level = combination_share(ALPHA * (1 - SINGLES_SHARE), len(combinations) + 1)
-        (found,) = drive(race([changes], way.settings(fresh, limit, level, ASIDE)), together)
+        settings = way.settings(fresh, limit, level, trial.worth)
+        (found,) = drive(race([trial.changes], settings), together)
         combinations.append(together.with_kld(found))
         return combinations[-1]
 
@@ -561,7 +565,7 @@ def run_sections(
                 name, section, *(f"{key}: {told(value)}" for key, value in row.items()), sep=" | ", flush=True
             )
         if not asked.sabotage:
-            setting = {"alpha": ALPHA, "indifference_pct": INDIFFERENCE, "aside": ASIDE, **counts}
+            setting = {"alpha": ALPHA, "indifference_pct": INDIFFERENCE, **counts}
             save(f"replay-{name}", {**about, **setting, **results})
     print(
         f"{name}: {failed} rows with more errors than allowed" if failed else f"{name}: no row errs too often"

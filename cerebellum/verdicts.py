@@ -26,7 +26,7 @@ AskedOf = TypeVar("AskedOf", contravariant=True)
 Answered = TypeVar("Answered", covariant=True)
 
 SET_ASIDE = "set aside"
-"""No verdict: a combination that is probably over the limit, left for another; nothing that ships depends on it."""
+"""No verdict: a combination not worth the chunks that it would take yet, left for another; it never ships."""
 
 Changes = Mapping[str, str]
 """A variant in code: group name -> type name. Groups that are not named stay at the base."""
@@ -47,13 +47,17 @@ class Threshold:
         """The limit in nats a token."""
         return as_nats(self.limit_pct)
 
+    @property
+    def forgiving_nats(self) -> float:
+        """The limit with the indifference, nats a token: what looks tolerant is so once it is surely under this."""
+        return as_nats(self.limit_pct + self.indifference_pct)
+
     def verdict(self, delta: Interval | None) -> str:
         """Decides when a bound clears the limit, or clears it but for the indifference; None has collapsed."""
         if delta is None:
             return COLLAPSED
-        forgiving = as_nats(self.limit_pct + self.indifference_pct)
         strict = as_nats(max(self.limit_pct - self.indifference_pct, -99.0))
-        if delta.high < self.nats or (delta.mean < self.nats and delta.high < forgiving):
+        if delta.high < self.nats or (delta.mean < self.nats and delta.high < self.forgiving_nats):
             return TOLERANT
         if delta.low > self.nats or (delta.mean >= self.nats and delta.low > strict):
             return SENSITIVE
@@ -72,7 +76,7 @@ class Measurement:
 
     ``delta`` is in nats a token, and None where the logits were not finite: the variant has collapsed.
     ``trace`` holds the interval at every look. ``kld`` (nats a token) and ``top1`` are against the base.
-    ``set_aside`` says that measuring stopped without a verdict, since the limit was probably exceeded;
+    ``set_aside`` says that measuring stopped without a verdict, since going on would have cost more than it was worth;
     ``warnings`` are sentences about chunks that no interval withstands. ``read`` counts the chunks that the
     verdict rests on, from the first of their order, and is 0 where nobody said; others may be in the ledger.
     """

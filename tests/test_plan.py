@@ -30,9 +30,11 @@ from cerebellum.errors import BadInput
 from cerebellum.groups import make_groups
 from cerebellum.layout import Layout
 from cerebellum.measure.artifacts import MeasurementRow, read_recorded
-from cerebellum.plan.foretold import Foretold, Part, frontier
+from cerebellum.plan.effort import Effort
+from cerebellum.plan.foretold import Belief, Foretold, Part, frontier
 from cerebellum.plan.limit import (
     Chosen,
+    Trial,
     Unit,
     limit_plan,
     make_units,
@@ -68,9 +70,9 @@ def followed(
     """Runs the planning to its end; every combination it asked for."""
     asked: list[Combination] = []
 
-    def recorded(combination: Combination) -> Measurement | None:
-        asked.append(combination)
-        return answer(combination)
+    def recorded(trial: Trial) -> Measurement | None:
+        asked.append(trial.changes)
+        return answer(trial.changes)
 
     return drive(threshold_plan(units, THRESHOLD), recorded), asked
 
@@ -150,6 +152,65 @@ def test_what_was_set_aside_never_ships() -> None:
     assert aside.verdict(THRESHOLD) == SET_ASIDE
 
 
+def spread_out(name: str, mean: float, n_bytes: int, se: float = 0.004, n: int = 20) -> Unit:
+    """A group on some chunks of 500."""
+    delta = Interval(mean=mean, low=mean - 3 * se, high=mean + 3 * se, n=n, population=500, se=se)
+    kld = Interval(mean=mean / 0.8, low=0.0, high=1.0, n=8, population=500)
+    changes = {name: "Q2_K"}
+    found = Measurement(changes=changes, delta=delta, kld=kld)
+    return Unit(changes=changes, bytes_saved=n_bytes, measurement=found)
+
+
+def first_trial(units: tuple[Unit, ...]) -> Trial:
+    return next(threshold_plan(units, THRESHOLD))
+
+
+def test_a_few_bytes_are_not_worth_the_chunks_of_a_tie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """a and c save 5% more than a and b, and would take several times the chunks."""
+    units = tuple(
+        spread_out(name, mean, n_bytes, se=1e-3, n=400)
+        for name, mean, n_bytes in (("a", 0.008, 1000), ("b", 0.008, 1000), ("c", 0.014, 1100))
+    )
+    assert set(first_trial(units).changes) == {"a", "b"}
+    monkeypatch.setattr("cerebellum.plan.limit._PRICE", 1e-9)
+    assert set(first_trial(units).changes) == {"a", "c"}
+
+
+def test_what_a_combination_is_worth_is_what_the_next_best_lacks() -> None:
+    """Where nothing else is as good as sure, all that it gains is at stake; with a near twin, little."""
+    alone = (spread_out("a", 0.010, 1000), spread_out("b", 0.012, 1000))
+    twin = (spread_out("a", 0.010, 1000), spread_out("b", 0.0101, 1000), spread_out("c", 0.0099, 990))
+    assert first_trial(alone).worth > 5 * first_trial(twin).worth > 0
+
+
+def test_after_two_tries_only_what_was_measured_is_a_fallback() -> None:
+    """One after the other would else be left for the next, on the first chunks that all of them share."""
+    units = tuple(spread_out(name, 0.006, 1000 - place) for place, name in enumerate("abcdef"))
+    plan = threshold_plan(units, THRESHOLD)
+    trial = next(plan)
+    worth = [trial.worth]
+    for _ in range(2):
+        damage = 0.0075 * len(trial.changes)
+        trial = plan.send(replace(measured(trial.changes, damage, half=0.01), set_aside=True))
+        worth.append(trial.worth)
+    assert worth[2] > 2 * max(worth[:2])
+
+
+def test_more_chunks_are_foretold_of_what_lies_closer_and_those_read_are_the_bases() -> None:
+    parts = [part.measurement.delta for part in (spread_out("a", 0.01, 1), spread_out("b", 0.01, 1))]
+    effort = Effort([delta for delta in parts if delta], THRESHOLD)
+    both = np.ones(2, np.bool_)
+
+    def chunks(mean: float) -> float:
+        return effort.chunks(both, Belief(mean=mean, sd=1e-4))
+
+    far, near = chunks(LIMIT - 0.012), chunks(LIMIT - 0.004)
+    assert 4 <= far < near < chunks(LIMIT) <= 1000  # to the end, and the base with it
+    read = Interval(mean=0.02, low=0.01, high=0.03, n=400, population=500)
+    effort.learn(both, read)
+    assert chunks(LIMIT - 0.004) == pytest.approx(near / 2)
+
+
 def test_what_hands_wrote_down_is_planned_as_it_was_published() -> None:
     """Without chunks nothing tells how sure a number is: all that the limit allows, together."""
     units = tuple(
@@ -191,9 +252,7 @@ def test_planning_again_from_what_was_measured_ends_the_same(rows: list[tuple[fl
     units = tuple(unit(f"g{i}", mean, n_bytes) for i, (mean, n_bytes) in enumerate(rows))
     whole = additive(units, 1.2)
     plan, asked = followed(units, whole)
-    again = drive(
-        threshold_plan(units, THRESHOLD, [whole(changes) for changes in asked]), lambda changes: None
-    )
+    again = drive(threshold_plan(units, THRESHOLD, [whole(changes) for changes in asked]), lambda trial: None)
     assert again.changes == plan.changes
 
 
@@ -217,10 +276,10 @@ def test_divergence_corrects_what_few_chunks_say() -> None:
 def test_a_measured_whole_rescales_its_parts() -> None:
     foretold = Foretold([part(0.01, 0.002, 0.012) for _ in range(4)])
     everything = np.ones(4, np.bool_)
-    before = foretold.holds(everything, 0.04)
+    before = foretold.of(everything).under(0.04)
     foretold.learn(everything, part(0.06, 0.001).delta)
     assert foretold.parts.sum() == pytest.approx(0.06, rel=0.1)
-    assert foretold.holds(everything, 0.04) < 0.01 < before
+    assert foretold.of(everything).under(0.04) < 0.01 < before
 
 
 @given(st.lists(st.tuples(st.floats(-0.01, 0.05), st.integers(1, 1000)), min_size=1, max_size=8))

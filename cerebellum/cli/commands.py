@@ -123,7 +123,7 @@ def demo(
     settings = Settings(
         source=DEMO_MODEL,
         imatrix_chunks=100,
-        report_chunks=200,
+        report_chunks=100,
         threads=threads,
         gpu_layers=placed.gpu_layers if gpu_layers is None else gpu_layers,
         gpu_room=placed.gpu_room if gpu_layers is None else None,

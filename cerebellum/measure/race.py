@@ -15,10 +15,11 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import norm
 
 from cerebellum.measure.bundles import Bundles
 from cerebellum.stats.paired import Interval
-from cerebellum.stats.sequential import Rule, Sample, foretold_sd
+from cerebellum.stats.sequential import PROVEN, Rule, Sample, chunk_spread, chunks_to_tell, foretold_sd
 from cerebellum.stats.unusual import unusual
 from cerebellum.verdicts import SENSITIVE, UNDECIDED, Asking, Batch, Changes, Measurement, Threshold
 
@@ -49,6 +50,8 @@ class ChunkScores:
 Sweep = Asking[ChunkAsk, ChunkScores, T]
 
 _FORGIVEN = 0.25  # of the indifference, on the side where a combination would be given up
+_A_LOOK = 15  # chunks that it costs about to read a candidate up to its next look
+_UNLIKELY = 0.3  # below this chance of being under the limit, the least that is given up
 _AHEAD = 2  # looks beyond the next one whose chunks idle workers may score
 
 
@@ -78,9 +81,9 @@ def fresh_order(n_chunks: int, seed: int, together: int = 1) -> tuple[int, ...]:
 class RaceSettings:
     """``order``: the chunks in the order they are visited; ``looks``: how many are in at each look, at most all.
 
-    ``scored_per_chunk`` tokens of a chunk count. ``aside`` is a rule with a loose level: a candidate that it
-    finds over the limit is set aside without a verdict; None waits for verdicts. Where there is one, the candidates are
-    such as may ship, and none is given up for lying near the limit: see ``gives_up``.
+    ``scored_per_chunk`` tokens of a chunk count. ``worth`` is how many chunks what a candidate promises is worth: it is
+    set aside without a verdict where going on would cost more, see ``sets_aside``; None waits for verdicts. Where
+    there is one, the candidates are such as may ship, and none is given up for lying near the limit: see ``gives_up``.
     """
 
     order: tuple[int, ...]
@@ -88,7 +91,7 @@ class RaceSettings:
     threshold: Threshold
     rule: Rule
     scored_per_chunk: int
-    aside: Rule | None = None
+    worth: float | None = None
 
     def gives_up(self, delta: Interval) -> bool:
         """Whether a candidate that may ship is over the limit, not merely within the indifference below it.
@@ -98,6 +101,21 @@ class RaceSettings:
         """
         nearer = replace(self.threshold, indifference_pct=_FORGIVEN * self.threshold.indifference_pct)
         return nearer.verdict(delta) == SENSITIVE
+
+    def sets_aside(self, delta: Interval) -> bool:
+        """Whether to go on with a candidate that may ship costs more chunks than what it promises is worth.
+
+        It does where its chance to be under the limit, by what was read so far, times its worth is less than a few
+        chunks; or where it would take more chunks yet than it is worth, for it lies close to the limit. Nothing is
+        proven by it, so that looking again has no price.
+        """
+        if self.worth is None or delta.se is None or not 0 < delta.n < delta.population:
+            return False
+        gap = self.threshold.nats - delta.mean
+        holds = float(norm.cdf(gap / delta.se)) if delta.se > 0 else float(gap > 0)
+        nearest = self.threshold.forgiving_nats - min(delta.mean, self.threshold.nats)
+        whole = chunks_to_tell(chunk_spread(delta), nearest, PROVEN, delta.population)
+        return holds < min(_A_LOOK / self.worth, _UNLIKELY) or whole - delta.n > self.worth
 
 
 @dataclass
@@ -189,11 +207,10 @@ def _look(runners: Sequence[_Runner], undecided: Sequence[_Runner], settings: Ra
     """Gives the undecided their intervals; the decided still tell how well divergences foretell the spread."""
     sound = [runner for runner in runners if not runner.collapsed]
     samples = [runner.sample(settings.scored_per_chunk) for runner in sound]
-    loose = settings.aside.intervals(samples) if settings.aside else [None] * len(sound)
-    for runner, delta, probable in zip(sound, settings.rule.intervals(samples), loose, strict=True):
+    for runner, delta in zip(sound, settings.rule.intervals(samples), strict=True):
         if any(runner is other for other in undecided):
             runner.trace.append(delta)
-            runner.set_aside = probable is not None and settings.gives_up(probable)
+            runner.set_aside = settings.sets_aside(delta)
 
 
 def _settled(runner: _Runner, settings: RaceSettings) -> bool:
@@ -201,7 +218,7 @@ def _settled(runner: _Runner, settings: RaceSettings) -> bool:
         return True
     delta = runner.trace[-1]
     verdict = settings.threshold.verdict(delta)
-    if verdict == SENSITIVE and settings.aside is not None:
+    if verdict == SENSITIVE and settings.worth is not None:
         return settings.gives_up(delta)
     return verdict != UNDECIDED
 

@@ -25,9 +25,6 @@ from cerebellum.workspace import Workspace
 SINGLES_SHARE = 0.5
 """Of the chance to be wrong: what the groups alone may spend. Their combinations get the rest."""
 
-_ASIDE = 0.1
-"""Level at which a combination is set aside. Nothing that ships depends on it, so it may be loose."""
-
 _KLD_CHUNKS = 8  # the first chunks of a race: the divergence of more would not foretell the spread any better
 
 _FIRST_LOOK = 2
@@ -37,6 +34,11 @@ _STEEP_GROWTH = 2.5
 """Chunks at the first look, and how blocks grow. Two are enough where the divergence foretells the spread, and
 pay where weights stay resident and a switch of groups costs less than a chunk. Where every switch opens a model
 anew, looks are late and few."""
+
+COMBINATION_FIRST_LOOK = 12
+COMBINATION_GROWTH = 1.3
+"""Of combinations, which lie near the limit: none is decided by fewer chunks, and each chunk beyond costs one of the
+base too, so that looks are close."""
 
 
 def measure_against_limit(workspace: Workspace, limit: Limit) -> Measurements:
@@ -88,14 +90,14 @@ class Racing:
     order: tuple[int, ...]
 
     def measure(
-        self, candidates: Sequence[Changes], alpha: float, *, may_set_aside: bool = False
+        self, candidates: Sequence[Changes], alpha: float, *, worth: float | None = None
     ) -> tuple[Measurement, ...]:
         """Returns what was found, each bound wrong with chance ``alpha`` whatever the way to stop.
 
-        A candidate that is probably over the limit is set aside, where it may be, without a verdict.
+        With ``worth``, in chunks, the candidates are combinations, which may be set aside without a verdict.
         """
         shards = self.workspace.shards
-        settings = self._settings(alpha, self._looks(candidates), may_set_aside)
+        settings = self._settings(alpha, self._looks(candidates, worth is not None), worth)
         with self.workspace.shards_ahead(candidates):
             (found,) = drive_together([race(candidates, settings)], self)
         return tuple(with_divergence(one, self.measurer, shards, self.order) for one in found)
@@ -116,14 +118,14 @@ class Racing:
         compared = tuple(chunk for chunk in ask.chunks if chunk in self._compared)
         return Wish(nll=ask.chunks, kld=compared, changes=ask.changes)
 
-    def _settings(self, alpha: float, at: tuple[int, ...], may_set_aside: bool) -> RaceSettings:
+    def _settings(self, alpha: float, at: tuple[int, ...], worth: float | None) -> RaceSettings:
         return RaceSettings(
             order=self.order,
             looks=at,
             threshold=self.limit.threshold,
             rule=self._rule(alpha, at),
             scored_per_chunk=self.workspace.selection.scored_per_chunk,
-            aside=self._rule(_ASIDE, at) if may_set_aside and not self.limit.chunks else None,
+            worth=None if self.limit.chunks else worth,
         )
 
     def _rule(self, alpha: float, at: tuple[int, ...]) -> Rule:
@@ -133,7 +135,7 @@ class Racing:
             return SpendingRule(alpha=alpha, population=population, looks=at)
         return StoppingRule(alpha=alpha, population=population)
 
-    def _looks(self, candidates: Sequence[Changes]) -> tuple[int, ...]:
+    def _looks(self, candidates: Sequence[Changes], combinations: bool) -> tuple[int, ...]:
         """How many chunks are in at each look; what the data say has no part in it, as the rules want it."""
         population = len(self.order)
         if self.limit.chunks:
@@ -141,6 +143,8 @@ class Racing:
         swaps = self.workspace.can_swap(NOTHING, candidates)
         first = _FIRST_LOOK if swaps and self._foretells else _LATE_FIRST_LOOK
         growth = _GROWTH if swaps else _STEEP_GROWTH
+        if combinations:
+            first, growth = max(first, COMBINATION_FIRST_LOOK), COMBINATION_GROWTH if swaps else growth
         together = self.workspace.engine.chunks_together(self.workspace.selection.ctx)
         return looks(first, growth, min(self.limit.max_chunks or population, population), together)
 

@@ -44,6 +44,19 @@ class Part:
     kld: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Belief:
+    """What one combination is believed to do, nats/token: a normal law."""
+
+    mean: float
+    sd: float
+
+    def under(self, limit_nats: float) -> float:
+        """Returns the chance that it lies under a limit."""
+        gap = limit_nats - self.mean
+        return float(norm.cdf(gap / self.sd)) if self.sd > 0 else float(gap > 0)
+
+
 class Foretold:
     """A belief about the damage of every part and of all their combinations, nats/token."""
 
@@ -66,12 +79,11 @@ class Foretold:
         error = math.hypot(standard_error(delta), self._model_sd(members))
         self._update(self._row(members), delta.mean, error)
 
-    def holds(self, members: Mask, limit_nats: float) -> float:
-        """Returns the chance that a combination stays under a limit."""
+    def of(self, members: Mask) -> Belief:
+        """Returns what a combination is believed to do."""
         row = self._row(members)
         sd = math.hypot(math.sqrt(max(float(row @ self._cov @ row), 0.0)), self._model_sd(members))
-        gap = limit_nats - float(row @ self._mean)
-        return float(norm.cdf(gap / sd)) if sd > 0 else float(gap > 0)
+        return Belief(mean=float(row @ self._mean), sd=sd)
 
     def _row(self, members: Mask) -> Vector:
         together = float(self._sums[members].sum()) if members.sum() > 1 else 0.0

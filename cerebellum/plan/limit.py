@@ -2,12 +2,13 @@
 
 Every group is measured alone; of those whose damage stays under the limit, a combination is measured whole,
 and only what held ships. Which combination is tried is foretold (``foretold.py``): the one whose bytes, times the
-chance that it holds, are most. Each answer corrects what is foretold, and more is tried while it promises more, so
-that the limit is spent.
+chance that it holds, are most, less what the chunks are worth that it will take (``effort.py``). Each answer corrects
+what is foretold, and more is tried while it promises more than it costs, so that the limit is spent.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -18,19 +19,29 @@ from cerebellum.errors import BadInput
 from cerebellum.layout import ILLEGAL, Layout
 from cerebellum.measure.artifacts import Look, MeasurementRow
 from cerebellum.plan.artifacts import DEMOTED, KEPT, KEPT_TYPE, LimitPlan, PlanRow
+from cerebellum.plan.effort import Effort
 from cerebellum.plan.foretold import Foretold, Mask, Part, frontier
 from cerebellum.settings import Limit
 from cerebellum.stats.paired import as_percent
 from cerebellum.verdicts import SENSITIVE, SET_ASIDE, TOLERANT, Changes, Measurement, Threshold, drive
 
-_MOST_TRIES = 12
-"""Combinations that are measured at most; the level of the last is 1/156 of their share."""
+_MOST_TRIES = 8
+"""Combinations that are measured at most; the level of the last is 1/72 of their share."""
 
-_WORTH = 0.03
+_PRICE = 0.0003
+"""What a chunk costs, as a share of the bytes to save: a combination that saves 1% more may take 33 chunks more."""
+
+_WORTH = 0.005
+"""Another combination is tried where it promises more than this share of the bytes saved so far, its chunks paid."""
+
 _LIKELY = 0.1
-"""Another combination is tried where it gains this share of the bytes, times its chance, and has this chance.
+"""A combination is tried where it has this chance to hold.
 
 A chance of three in ten was asked for before: one run in five at +2% then never tried what an oracle ships."""
+
+_SURE = 0.8  # the chance of one to fall back on, in what is lost where a combination is left
+
+_TRUSTED = 2  # tries whose worth counts on another that nobody has measured
 
 _REACH = 1.3  # how far over the limit a sum of parts may lie to be considered
 
@@ -68,6 +79,24 @@ class Chosen:
         return sum(unit.measurement.delta.mean for unit in chosen if unit.measurement.delta is not None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A combination to measure, and how many chunks what it gains over the next best is worth."""
+
+    changes: dict[str, str]
+    worth: float = math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Option:
+    """A combination that could be tried: the bytes to gain, the chance to hold, and the chunks that it will take."""
+
+    changes: dict[str, str]
+    gain: int
+    chance: float
+    chunks: float
+
+
 def make_units(measurements: Sequence[Measurement], layout: Layout) -> tuple[Unit, ...]:
     """Single groups where they were measured alone; a joint measurement only for groups that were not."""
     for measurement in measurements:
@@ -98,7 +127,7 @@ def _check_fits(measurement: Measurement, layout: Layout) -> None:
 
 def threshold_plan(
     units: tuple[Unit, ...], threshold: Threshold, known: Sequence[Measurement] = ()
-) -> Generator[Changes, Measurement | None, Chosen]:
+) -> Generator[Trial, Measurement | None, Chosen]:
     """Yields each combination that it wants measured, and is sent its measurement, or None if there is none.
 
     Returns what to ship: of what was measured and held, that which saves the most bytes; a unit alone counts, it
@@ -111,7 +140,7 @@ def threshold_plan(
     while (wanted := search.next()) is not None:
         measured = yield wanted
         if measured is None:
-            return Chosen(changes=wanted, units=units, measured=None)
+            return Chosen(changes=wanted.changes, units=units, measured=None)
         search.learn(measured)
     return Chosen(changes=search.best_changes, units=units, measured=search.best)
 
@@ -122,7 +151,9 @@ class _Search:
     def __init__(self, units: tuple[Unit, ...], threshold: Threshold) -> None:
         self.threshold = threshold
         self.units = [unit for unit in units if _holds(unit.measurement, threshold)]
-        self.foretold = Foretold([_part(unit.measurement) for unit in self.units])
+        parts = [_part(unit.measurement) for unit in self.units]
+        self.foretold = Foretold(parts)
+        self.effort = Effort([part.delta for part in parts], threshold)
         self.saved = {name: unit.bytes_saved for unit in self.units for name in unit.changes}
         self.tried: list[Changes] = []
         self.best: Measurement | None = None
@@ -143,28 +174,49 @@ class _Search:
         self.tried.append(measurement.changes)
         if measurement.delta is not None:
             self.foretold.learn(members, measurement.delta)
+            self.effort.learn(members, measurement.delta)
         if _holds(measurement, self.threshold):
             self._keep(measurement)
 
-    def next(self) -> dict[str, str] | None:
-        """Returns the combination with the most to gain; None where nothing promises enough."""
+    def next(self) -> Trial | None:
+        """Returns the combination with the most to gain for its chunks; None where nothing promises enough."""
         if len(self.units) < 2 or len(self.tried) >= _MOST_TRIES:
             return None
         if not self.tried and all(unit.by_hand for unit in self.units):
-            return _merged(self.units)
+            return Trial(changes=_merged(self.units))
         most = _REACH * self.threshold.nats
         found = frontier(self.foretold.parts.tolist(), [unit.bytes_saved for unit in self.units], most)
-        promises = [(self._promise(members), self._changes(members)) for members in found]
-        promise, changes = max(promises, key=lambda pair: pair[0], default=(0.0, {}))
-        return changes if promise > _WORTH * self.best_bytes else None
+        options = [option for members in found if (option := self._option(members))]
+        price = _PRICE * self._within_reach(options)
+        promises = [option.chance * option.gain - price * option.chunks for option in options]
+        if max(promises, default=0.0) <= _WORTH * self.best_bytes:
+            return None
+        best = options[int(np.argmax(promises))]
+        return Trial(changes=best.changes, worth=self._lost_without(best, options) / _PRICE)
 
-    def _promise(self, members: Mask) -> float:
-        """Bytes to gain over the best, times the chance to hold; none for what was tried or has little chance."""
-        changes = self._changes(members)
-        chance = self.foretold.holds(members, self.threshold.nats)
-        if chance < _LIKELY or members.sum() < 2 or changes in self.tried:
-            return 0.0
-        return chance * (self._bytes(members) - self.best_bytes)
+    def _option(self, members: Mask) -> _Option | None:
+        """Returns a combination, unless it gains nothing, has little chance or was tried."""
+        changes, gain = self._changes(members), self._bytes(members) - self.best_bytes
+        belief = self.foretold.of(members)
+        chance = belief.under(self.threshold.nats)
+        if gain <= 0 or chance < _LIKELY or members.sum() < 2 or changes in self.tried:
+            return None
+        chunks = self.effort.chunks(members, belief)
+        return _Option(changes=changes, gain=gain, chance=chance, chunks=chunks)
+
+    def _within_reach(self, options: Sequence[_Option]) -> int:
+        """Returns the bytes of the largest combination that probably holds, or of the best so far."""
+        return self.best_bytes + max((option.gain for option in options if option.chance > 0.5), default=0)
+
+    def _lost_without(self, best: _Option, options: Sequence[_Option]) -> float:
+        """Returns the share of a combination's bytes that the next best lacks which is as good as sure to hold.
+
+        After some tries that is only what was measured: they share their first chunks, and if those are unlike the
+        text, one combination after the other would be left for the next.
+        """
+        trusted = len(self.tried) < _TRUSTED
+        beside = (o.chance * o.gain for o in options if trusted and o.gain < best.gain and o.chance >= _SURE)
+        return (best.gain - max(beside, default=0.0)) / (self.best_bytes + best.gain)
 
     def _keep(self, measurement: Measurement) -> None:
         members = self._members(measurement.changes)
@@ -204,7 +256,7 @@ def plan_from(measurements: Sequence[Measurement], layout: Layout, limit: Limit)
     units = make_units(measurements, layout)
     alone = [unit.changes for unit in units]
     known = [measurement for measurement in measurements if measurement.changes not in alone]
-    return drive(threshold_plan(units, limit.threshold, known), lambda changes: None)
+    return drive(threshold_plan(units, limit.threshold, known), lambda trial: None)
 
 
 def _merged(units: Sequence[Unit]) -> dict[str, str]:

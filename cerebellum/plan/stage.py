@@ -23,13 +23,13 @@ from cerebellum.measure.stage import SINGLES_SHARE, Racing, against_base, write_
 from cerebellum.plan.artifacts import BudgetPlan, LimitPlan, Plan
 from cerebellum.plan.budget import plan_budget, plan_unmeasured
 from cerebellum.plan.labels import Sized, sized
-from cerebellum.plan.limit import limit_plan, make_units, plan_from, threshold_plan
+from cerebellum.plan.limit import Trial, limit_plan, make_units, plan_from, threshold_plan
 from cerebellum.plan.recorded import plan_recorded
 from cerebellum.plan.target import Target, target_of
 from cerebellum.settings import Budget, Limit, Settings
 from cerebellum.source import Source, open_source
 from cerebellum.stats.sequential import combination_share
-from cerebellum.verdicts import Changes, Measurement, drive
+from cerebellum.verdicts import Measurement, drive
 from cerebellum.workspace import Workspace
 
 P = TypeVar("P", bound=Plan)
@@ -39,8 +39,8 @@ def plan_against_limit(workspace: Workspace, limit: Limit) -> LimitPlan:
     """Plans by the limit, measures each combination that it wants whole, and writes plan.json.
 
     Combinations are read in an order of their own, for the groups' noise chose them. The k-th may be wrong with
-    1/(k(k+1)) of their share of the level, so that all of them together spend no more. One that is probably over
-    the limit is set aside for the next: to prove it would protect nothing that ships.
+    1/(k(k+1)) of their share of the level, so that all of them together spend no more. One that is not worth the chunks
+    that it would take yet is set aside for the next: to prove it over the limit would protect nothing that ships.
     """
     known = read_recorded(workspace.path(MEASUREMENTS))
     singles = tuple(m for m in known if len(m.changes) == 1)
@@ -51,9 +51,9 @@ def plan_against_limit(workspace: Workspace, limit: Limit) -> LimitPlan:
     with against_base(workspace, order) as measurer:
         racing = Racing(workspace=workspace, limit=limit, measurer=measurer, order=order)
 
-        def measured(changes: Changes) -> Measurement:
+        def measured(trial: Trial) -> Measurement:
             alpha = combination_share(limit.alpha * (1 - SINGLES_SHARE), len(combinations) + 1)
-            combinations.extend(racing.measure([changes], alpha, may_set_aside=True))
+            combinations.extend(racing.measure([trial.changes], alpha, worth=trial.worth))
             return combinations[-1]
 
         chosen = drive(threshold_plan(make_units(singles, workspace.layout), limit.threshold), measured)

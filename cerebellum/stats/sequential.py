@@ -40,6 +40,9 @@ _PRIOR_SCALE = 1.2
 _PRIOR_SCALE_DEGREES = 10
 """Measured over foretold standard deviation before a run has measured its own, and what that is worth."""
 
+PROVEN = 2.5
+"""About how many standard errors from the limit a mean lies when a bound clears it: for forecasts of chunks."""
+
 _PRIOR_DEGREES = 4
 _PRIOR_MARGIN = 1.1
 """What a foretold standard deviation is worth beside a measured one, and how much wider it is taken."""
@@ -201,6 +204,19 @@ class FixedWidth:
 def clock(n: int, population: int) -> float:
     """Returns how many independent draws ``n`` chunks of a text are worth: without end when all are in."""
     return n * population / (population - n) if n < population else math.inf
+
+
+def chunk_spread(delta: Interval) -> float:
+    """Returns the standard deviation of a chunk behind an interval, nats/token; infinite where it was not kept."""
+    if delta.se is None or not 0 < delta.n < delta.population:
+        return math.inf
+    return delta.se * math.sqrt(clock(delta.n, delta.population))
+
+
+def chunks_to_tell(spread: float, distance: float, errors: float, population: int) -> float:
+    """Returns after how many chunks a ``distance`` is so many standard ``errors``: the clock read backwards."""
+    tau = (errors * spread / max(distance, 1e-12)) ** 2
+    return tau * population / (population + tau)
 
 
 def _around(mean: float, se: float, half: float, n: int, population: int) -> Interval:
