@@ -20,9 +20,9 @@ from cerebellum import files
 from cerebellum.bench.artifacts import BenchResults
 from cerebellum.codec import Artifact, Record, read_artifact, write_artifact
 from cerebellum.errors import BadInput
-from cerebellum.files import is_plain_name, make_folder, remove_partials
+from cerebellum.files import is_plain_name, make_folder, remove_partials, sha256_file
 from cerebellum.groups import Groups, SourceFile
-from cerebellum.manifest import Manifest
+from cerebellum.manifest import Manifest, named_settings
 from cerebellum.measure.artifacts import Curves, Measurements
 from cerebellum.plan.artifacts import AnyPlan
 from cerebellum.settings import Bytes, Gpu, Preset, Published, Settings
@@ -122,7 +122,56 @@ class RunFolder:
                     f"{self / SIZES}: {row.label!r} is there twice or has its plan at {row.plan!r}, not at "
                     f"{view.place(PLAN)!r}; run `cerebellum plan` again"
                 )
+            self._check_size(row, view)
         return views
+
+    def _check_size(self, row: SizeRow, view: RunFolder) -> None:
+        """Raises BadInput where a row of sizes.json says another size than its plan does."""
+        plan = view.plan()
+        planned = (plan.file_label, getattr(plan, "budget_bytes", None))
+        if planned != (row.label, row.budget_bytes):
+            raise BadInput(
+                f"{self / SIZES}: says {row.label!r} of {row.budget_bytes} bytes, and {view / PLAN} is the plan of "
+                f"{planned[0]!r} of {planned[1]} bytes; run `cerebellum plan` again"
+            )
+
+    def finished_sizes(self) -> tuple[RunFolder, ...]:
+        """Returns what ``results`` does; BadInput where the manifest names other sizes, so that one is missing."""
+        views = self.results()
+        named = [size.label for size in self.manifest().further]
+        found = [view.label for view in views[1:]]
+        if named != found:
+            raise self.other_sizes([str(label) for label in found], named)
+        return views
+
+    def other_sizes(self, found: list[str], named: list[str]) -> BadInput:
+        """Returns the error for sizes that are not those that the manifest names; both are without the first."""
+        return BadInput(
+            f"{self / SIZES}: has {', '.join(found) or 'nothing'} beside the first size, and {self / MANIFEST} names "
+            f"{', '.join(named) or 'nothing'}; run `cerebellum plan`, `build` and `verify` again, or put the list back"
+        )
+
+    def check_evidence(self) -> Manifest:
+        """Returns the manifest of a finished run.
+
+        Raises BadInput where an artifact or what was asked is not what the manifest names: it was edited or swapped,
+        or a stage ran since and the ones after it did not.
+        """
+        manifest = self.manifest()
+        for name in EVIDENCE:
+            path = self.path / name
+            found = sha256_file(path) if path.exists() else None
+            if found != manifest.evidence.get(name):
+                raise BadInput(
+                    f"{path}: is not the one that {self / MANIFEST} names; put it back, or run `cerebellum run` again "
+                    "in this folder"
+                )
+        if named_settings(self.settings()) != manifest.settings:
+            raise BadInput(
+                f"{self / SETTINGS}: says something else than {self / MANIFEST}; put it back, or run `cerebellum run` "
+                "again in this folder"
+            )
+        return manifest
 
     def settings(self) -> Settings:
         """What was asked; BadInput where this is no run folder."""

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from cerebellum.codec import Artifact, Record
+from cerebellum.errors import BadInput
 from cerebellum.gguf import TensorInfo, legal_types
 from cerebellum.settings import Allocated
 from cerebellum.source import Scalar, Source, plain_metadata
@@ -234,6 +235,23 @@ def is_protected(name: str, shape: Sequence[int], architecture: str = "") -> boo
     )
 
 
+_LEFT_ALONE = (
+    "norm",
+    "ffn_gate_inp.weight",
+    "ssm_conv1d",
+    "position_embd",
+    "token_types.",
+    "per_layer_model_proj",
+)
+
+
+def llama_leaves_alone(name: str, architecture: str) -> bool:
+    """Says whether llama-quantize keeps a weight as it is even where a --tensor-type-file names it."""
+    parts: tuple[str, ...] = (*_LEFT_ALONE, *LLAMA_CPP_NEVER_QUANTIZES)
+    parts += GLM5_NEXT_NEVER_QUANTIZES if architecture == "glm5-next" else ()
+    return any(part in name for part in parts)
+
+
 def make_groups(
     source: Source, has_imatrix: bool = True, spans: int = 1, allocate: Sequence[Allocated] = ()
 ) -> tuple[Group, ...]:
@@ -321,6 +339,11 @@ def given_groups(source: Source, types: Mapping[str, str]) -> tuple[Group, ...]:
         )
         for (role, qtype), tensors in parts.items()
     ]
+    twice = next((name for name, n in Counter(group.name for group in groups).items() if n > 1), None)
+    if twice is not None:
+        raise BadInput(
+            f"{source.path}: two groups of its tensors would be called {twice!a}; rename its tensors"
+        )
     return tuple(sorted(groups, key=lambda group: group.protected))
 
 

@@ -404,6 +404,10 @@ def _check(folder: Path, manifest: _Manifest) -> None:
     for place in places:
         if not _read(place, _Verified).ok:
             raise AnswerIsNo(f"{place}: says that its file failed verification; nothing was uploaded")
+    run = RunFolder(folder)
+    labels = [str(view.label) for view in run.results()[1:]]
+    if labels != [size.label for size in manifest.further]:
+        raise run.other_sizes(labels, [size.label for size in manifest.further])
     for named in named_files:
         path = folder / named.file
         if sha256_file(path) != named.sha256:

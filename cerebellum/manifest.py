@@ -221,7 +221,7 @@ def manifest_of(workspace: Workspace, evidence: Evidence) -> Manifest:
         cerebellum=__version__,
         llama_cpp=workspace.engine.build,
         versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-        settings=_named(workspace.settings),
+        settings=named_settings(workspace.settings),
         seed=workspace.settings.seed,
         source=SourceNamed(
             name=workspace.source.name,
@@ -264,7 +264,7 @@ def _parts(use: str, corpus: Corpus) -> dict[str, Part | Corpus]:
     return {text_part(use, part.domain): part for part in corpus.parts} or {use: corpus}
 
 
-def _named(settings: Settings) -> Settings:
+def named_settings(settings: Settings) -> Settings:
     """Returns the settings with every path cut down to its name."""
     values = {name: getattr(settings, name) for name in settings.__struct_fields__}
     paths = {name: Path(value.name) for name, value in values.items() if isinstance(value, Path)}

@@ -19,7 +19,7 @@ from cerebellum.engine.timetable import time_table
 from cerebellum.engine.timings import collecting, stage, timed
 from cerebellum.errors import BadInput
 from cerebellum.files import is_one_of
-from cerebellum.folder import BENCH, PLAN, VERIFY, RunFolder
+from cerebellum.folder import BENCH, PLAN, SIZES, VERIFY, RunFolder
 from cerebellum.manifest import Manifest, make_manifest
 from cerebellum.measure.artifacts import Curves, Measurements
 from cerebellum.measure.measurer import Measurer, decode_order, measuring
@@ -359,9 +359,27 @@ def rested_plan(workspace: Workspace, result: RunFolder) -> AnyPlan:
     return plan
 
 
+def planned_sizes(workspace: Workspace) -> tuple[RunFolder, ...]:
+    """Returns the folder as each size sees it; BadInput where it has more or fewer than were asked for.
+
+    Sizes that have room for everything are one file, so that fewer may be right.
+    """
+    views = workspace.artifacts.results()
+    goal = workspace.settings.goal
+    wanted = len(goal.sizes) if isinstance(goal, Budget) else 1
+    if len(views) != wanted and isinstance(goal, Budget):
+        wanted = len(sizes_of(workspace, goal))
+    if len(views) != wanted:
+        raise BadInput(
+            f"{workspace.path(SIZES)}: the run was asked for {wanted} sizes, and {len(views)} are planned here; "
+            "run `cerebellum plan` again, or put the list back"
+        )
+    return views
+
+
 def build_stage(workspace: Workspace) -> tuple[Path, ...]:
     """Writes the GGUF that each size's plan.json describes, and returns them; of a split one the first file."""
-    return tuple(_build_one(workspace, result) for result in workspace.artifacts.results())
+    return tuple(_build_one(workspace, result) for result in planned_sizes(workspace))
 
 
 def _build_one(workspace: Workspace, result: RunFolder) -> Path:
@@ -389,8 +407,9 @@ def finished_file(workspace: Workspace, plan: AnyPlan) -> Path:
 
 def verify_stage(workspace: Workspace) -> tuple[Verified, ...]:
     """Reads each finished file again, measures it on the report text and writes its verify.json."""
+    results = planned_sizes(workspace)
     with _reporting(workspace) as measurer:
-        return tuple(_verify_one(workspace, result, measurer) for result in workspace.artifacts.results())
+        return tuple(_verify_one(workspace, result, measurer) for result in results)
 
 
 @contextmanager
@@ -457,7 +476,7 @@ def _speeds(workspace: Workspace, out: Path, measurer: Measurer) -> Speeds | Non
 
 def bench_stage(workspace: Workspace, request: BenchRequest) -> tuple[BenchResults, ...]:
     """Asks each finished file and the base the same questions, nothing twice, and writes its bench.json."""
-    return tuple(_bench_one(workspace, result, request) for result in workspace.artifacts.results())
+    return tuple(_bench_one(workspace, result, request) for result in planned_sizes(workspace))
 
 
 def _bench_one(workspace: Workspace, result: RunFolder, request: BenchRequest) -> BenchResults:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sqlite3
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +33,7 @@ from cerebellum.comparison.order import (
     stands,
 )
 from cerebellum.comparison.published import publish, survivors_rows
-from cerebellum.engine.fake import FakeEngine
+from cerebellum.engine.fake import FakeEngine, FakeModel
 from cerebellum.engine.protocols import Tokenized
 from cerebellum.errors import BadInput
 from cerebellum.gguf import (
@@ -355,6 +359,112 @@ def test_the_command_judges_presets(
     assert words.code == 0 and "Q4_K_M" in words.out and "judge.png" in words.out
     pair = cerebellum("compare", DEMO_MODEL, files[0], "--text", report_text, *few, "--json").json
     assert found["files"][0]["texts"][1]["chunks"] == pair["chunks"] == 6
+
+
+# ---- files, texts and folders that are not what they should be ----
+
+
+def judged(asked: Judging, folder: Path | None = None, engine: FakeEngine | None = None) -> Judgement:
+    return judge(asked, engine or FakeEngine(damage=harm), Silent(), folder)
+
+
+def test_the_same_bytes_twice_are_one_line(tmp_path: Path) -> None:
+    """Twins would each be no better than the other, and a text would count as two."""
+    asked = request(tmp_path, T.Q2_K, T.Q3_K)
+    prose = asked.texts["prose"]
+    for path in (asked.files[0], asked.source, prose):
+        shutil.copyfile(path, tmp_path / f"copy-{path.name}")
+    twins = replace(asked, files=(*asked.files, tmp_path / f"copy-{asked.files[0].name}"))
+    of_source = replace(asked, files=(*asked.files, tmp_path / "copy-source.gguf"))
+    texts = [replace(asked, texts={"a": prose, "b": path}) for path in (prose, tmp_path / "copy-prose.txt")]
+    for wrong in (twins, of_source, *texts):
+        with pytest.raises(BadInput, match="has the same bytes as"):
+            judged(wrong, tmp_path / "judged")
+    with pytest.raises(BadInput, match="no text"):
+        judged(replace(asked, texts={}))
+    assert not (tmp_path / "judged").exists()
+
+
+def test_a_file_of_another_model_is_one_line(tmp_path: Path) -> None:
+    asked = request(tmp_path, T.Q2_K, T.Q3_K)
+    wide = write_hybrid(tmp_path / "wide.gguf", {**hybrid_shapes(), "blk.1.attn_q.weight": (256, 512)})
+    with pytest.raises(BadInput, match=r"wide\.gguf: is no file of .*attn_q.*another shape"):
+        judged(replace(asked, files=(*asked.files, wide)))
+    records = [encode_kv("general.architecture", "llama", GGUFValueType.STRING), *hybrid_records()[1:]]
+    tensors = [random_tensor(n, s, T.F32 if len(s) == 1 else T.F16) for n, s in hybrid_shapes().items()]
+    write_gguf(tmp_path / "llama.gguf", records, tensors)
+    with pytest.raises(BadInput, match="its architecture is llama"):
+        judged(replace(asked, files=(*asked.files, tmp_path / "llama.gguf")))
+
+
+def test_of_two_alike_in_size_and_damage_the_first_survives() -> None:
+    found = Ordered(pairs=(pair(0, 1, TIE),), last_look=(0, 0), collapsed=frozenset(), sure=True)
+    assert [each.standing for each in stands(found, [10, 10])] == ["survives", "matched"]
+
+
+@pytest.mark.parametrize("which", [0, -1], ids=["file", "source"])
+def test_a_file_that_changes_while_it_is_judged_is_one_line(tmp_path: Path, which: int) -> None:
+    asked = request(tmp_path, T.Q2_K, T.Q3_K)
+    path = (*asked.files, asked.source)[which]
+
+    class Writing(FakeEngine):
+        """Somebody writes to the file between its hash and its opening."""
+
+        def open(self, paths: Sequence[Path], ctx: int) -> AbstractContextManager[FakeModel]:
+            if paths[0] == path:
+                os.utime(path, (1, 1))
+            return super().open(paths, ctx)
+
+    with pytest.raises(BadInput, match="changed while it was judged"):
+        judged(asked, tmp_path / "judged", Writing(damage=harm))
+
+
+def test_what_changed_between_two_judgements_is_read_anew(tmp_path: Path) -> None:
+    asked = request(tmp_path, T.Q2_K, T.Q3_K)
+    first = judged(asked, tmp_path / "judged")
+    content = bytearray(asked.files[0].read_bytes())
+    content[-64] ^= 1
+    asked.files[0].write_bytes(content)
+    engine = FakeEngine(damage=harm)
+    again = judged(asked, tmp_path / "judged", engine)
+    assert again.files[0].sha256 != first.files[0].sha256
+    assert {names for names, _ in engine.scored} == {(asked.files[0].name,), ("source.gguf",)}
+
+
+@pytest.mark.parametrize("name", ["judge.json", "judge.md", "judge.png", "predictions"])
+def test_what_no_judgement_made_stays(tmp_path: Path, name: str) -> None:
+    asked = request(tmp_path, T.Q2_K, T.Q3_K)
+    mine = tmp_path / "judged" / name
+    mine.parent.mkdir()
+    if name == "predictions":
+        mine.mkdir()
+    else:
+        mine.write_text("mine")
+    with pytest.raises(BadInput, match="no judgement of this folder made it"):
+        judged(asked, mine.parent)
+    assert list(mine.parent.rglob("*")) == [mine]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "UPDATE chunk SET nll = CAST(zeroblob(56) || x'0000803f' AS BLOB) WHERE chunk = 3",
+        "UPDATE divergence SET kld = CAST(zeroblob(56) || x'0000803f' AS BLOB) WHERE chunk = 3",
+        "UPDATE divergence SET same = zeroblob(15) WHERE chunk = 3",
+        "UPDATE divergence SET kld = substr(kld, 1, 8), same = substr(same, 1, 2)",
+        "UPDATE series SET variant = CASE label WHEN 'm-Q2_K' THEN 'x' || text ELSE variant END",
+        "UPDATE chunk SET nll = (SELECT nll FROM chunk c WHERE c.chunk != chunk.chunk LIMIT 1) WHERE chunk = 3",
+    ],
+)
+def test_kept_scores_that_were_edited_are_refused_or_read_anew(tmp_path: Path, edit: str) -> None:
+    asked = request(tmp_path, T.Q2_K, T.Q3_K)
+    first = judged(asked, tmp_path / "judged")
+    with closing(sqlite3.connect(tmp_path / "judged" / "ledger.sqlite")) as database, database:
+        database.execute(edit)
+    try:
+        assert judged(asked, tmp_path / "judged") == first
+    except BadInput as refused:
+        assert "ledger.sqlite: is damaged" in str(refused) and "move it away" in str(refused)
 
 
 # ---- conversations ----

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from conftest import Cerebellum
 from hypothesis import given
 from hypothesis import strategies as st
 from test_fake_run import workspace
-from tiny import hybrid_records, random_tensor, tensors_of, write_hybrid
+from tiny import hybrid_records, hybrid_shapes, random_tensor, tensors_of, write_hybrid
 
 from cerebellum import open_run
 from cerebellum.codec import read_artifact
@@ -146,6 +148,131 @@ def test_a_recipe_of_another_model_is_refused(tmp_path: Path) -> None:
         read_typed(tmp_path / "trap.gguf").types(hybrid)
 
 
+# ---- recipes from strangers ----
+
+
+def written(path: Path, *rules: dict[str, object]) -> Path:
+    head = {"format": 1, "made_from": "x", "architecture": "x", "preset": None, "bytes": 0}
+    path.write_text(json.dumps(head | {"rules": rules}))
+    return path
+
+
+def gate(**changed: object) -> dict[str, object]:
+    return {"name": "blk.*.ffn_gate.weight", "layers": "1,3", "type": "F32", "tensors": 2} | changed
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ([gate(), gate(type="Q2_K")], "which another rule does too"),
+        ([gate(layers="1,1")], "no span of layers"),
+        ([gate(layers=",".join(["0-9999"] * 100_000))], "no span of layers"),
+        ([gate(tensors=7)], "names 2 layers and says 7 tensors"),
+        ([gate(name="blk.1.ffn_gate.weight")], "one star in its name"),
+        ([gate(name="blk.*.*.weight")], "one star in its name"),
+        ([], "names no tensor"),
+        ([{"name": "blk.0.attn_norm.weight", "type": "Q8_0", "tensors": 1}], "no matrix of weights"),
+        ([{"name": "blk.0.attn_norm.weight", "type": "F16", "tensors": 1}], "no matrix of weights"),
+    ],
+)
+def test_rules_that_contradict_each_other_or_the_model_are_one_line(
+    tmp_path: Path, rules: list[dict[str, object]], says: str
+) -> None:
+    with pytest.raises(BadInput, match=says) as refused:
+        read_typed(written(tmp_path / "r.json", *rules)).types(trap(tmp_path / "trap.gguf"))
+    assert len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize("pattern", ["([a-z0-9_.]+)+$$x", "(.+.+)+y!", ".*" * 12 + "!", "(.+)+\\1\\1!"])
+def test_an_expression_that_never_ends_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    monkeypatch.setattr("cerebellum.recipes.recipe._MOST_SECONDS", 0.3)
+    before = signal.getsignal(signal.SIGVTALRM)
+    (tmp_path / "t.txt").write_text(f"{pattern}=q4_k")
+    with pytest.raises(BadInput, match="repeats of repeats"):
+        read_typed(tmp_path / "t.txt").types(trap(tmp_path / "trap.gguf"))
+    assert signal.getsignal(signal.SIGVTALRM) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "blk\\.[[:digit:]]+",
+        "(?i)FFN",
+        "(?<=blk)x",
+        "f{,3}",
+        "f++",
+        "a{99999999999}",
+        "(" * 3000 + "a" + ")" * 3000,
+    ],
+)
+def test_what_llama_quantize_does_not_read_so_is_one_line(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "t.txt").write_text(f"{pattern}=q4_k")
+    with pytest.raises(BadInput, match=r"t\.txt: line 1: "):
+        read_typed(tmp_path / "t.txt")
+
+
+def test_what_llama_quantize_leaves_alone_no_expression_changes(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text(".*=q4_k")
+    source = open_source(write_hybrid(tmp_path / "h.gguf"))
+    types = read_typed(tmp_path / "t.txt").types(source)
+    assert "blk.0.ssm_in.weight" in types and "blk.0.ffn_gate_inp.weight" not in types
+    router = {"name": "blk.0.ffn_gate_inp.weight", "type": "Q8_0", "tensors": 1}
+    with pytest.raises(BadInput, match="never quantized by llama"):
+        read_typed(written(tmp_path / "r.json", router)).types(source)
+
+
+def test_what_is_no_file_and_what_is_too_large_is_one_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path):
+        with pytest.raises(BadInput, match="is no file"):
+            read_typed(path)
+    with (tmp_path / "large.json").open("wb") as stream:
+        stream.write(b"{")
+        stream.truncate(9 << 20)
+    with pytest.raises(BadInput, match="8 MiB at most"):
+        read_typed(tmp_path / "large.json")
+
+
+@pytest.mark.parametrize("layer", ["007", "10000", "99999999999999999999"])
+def test_a_layer_that_is_written_oddly_is_a_name_like_any_other(tmp_path: Path, layer: str) -> None:
+    name = f"blk.{layer}.ffn_up.weight"
+    shapes = {"token_embd.weight": (256, 300), name: (256, 256), "blk.7.ffn_up.weight": (256, 256)}
+    source = open_source(write_hybrid(tmp_path / "odd.gguf", shapes))
+    for path in write_recipe(recipe_of(source), tmp_path / "out"):
+        assert read_typed(path).types(source) == {each: "F16" for each in shapes}
+
+
+def test_a_star_in_a_name_is_one_line(tmp_path: Path) -> None:
+    shapes = {"token_embd.weight": (256, 300), "blk.*.ffn_up.weight": (256, 256)}
+    with pytest.raises(BadInput, match="a star in the name"):
+        recipe_of(open_source(write_hybrid(tmp_path / "odd.gguf", shapes)))
+
+
+@pytest.mark.parametrize(
+    ("types", "more", "says"),
+    [
+        ({"token_embd.weight": "IQ2_XXS"}, (), "needs an importance matrix"),
+        ({"blk.0.attn_norm.weight": "Q4_K"}, (), "is a vector"),
+        (
+            {"blk.0.u.weight": "Q4_K", "blk.1.u.weight": "Q2_K", "blk.0.u.Q4_K.weight": "Q6_K"},
+            ("blk.0.u.weight", "blk.1.u.weight", "blk.0.u.Q4_K.weight"),
+            "two groups",
+        ),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_any_work(
+    tmp_path: Path, types: dict[str, str], more: tuple[str, ...], says: str
+) -> None:
+    opened = workspace(tmp_path, Given(recipe="r", types=types))
+    write_hybrid(tmp_path / "hybrid.F16.gguf", hybrid_shapes() | dict.fromkeys(more, (256, 256)))
+    with pytest.raises(BadInput, match=says):
+        run_all(opened)
+    assert not opened.engine.scored and not opened.path("settings.json").exists()  # type: ignore[attr-defined]
+
+
 RECIPE = {
     "token_embd.weight": "Q8_0",
     "blk.0.ffn_gate_exps.weight": "Q2_K",
@@ -236,6 +363,14 @@ def test_llama_quantize_gives_the_types_that_were_read_out(tmp_path: Path, prese
     recipe = Recipe(made_from="x.gguf", architecture="", preset=None, bytes=0, rules=rules)
     found = quantized_types(DEMO_MODEL, tensor_type_lines(recipe), preset)
     assert {name: found[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("line", [".*=q4_k", "ffn=q2_k", "ssm=q8_0", "gate=q8_0"])
+def test_expressions_are_read_as_llama_quantize_reads_them(tmp_path: Path, line: str) -> None:
+    (tmp_path / "t.txt").write_text(line)
+    found = quantized_types(DEMO_MODEL, [line], 15)
+    ours = read_typed(tmp_path / "t.txt").types(open_source(DEMO_MODEL))
+    assert ours and {name: found[name] for name in ours} == ours
 
 
 def test_the_command_writes_what_a_run_and_a_plan_take(

@@ -27,7 +27,7 @@ from cerebellum.hub import uploads
 from cerebellum.ledger import Ledger
 from cerebellum.plan.labels import labels_by_size
 from cerebellum.recipes.reproduce import Reproduction, reproduce
-from cerebellum.run import build_stage, run_all, verify_stage, way_of
+from cerebellum.run import build_stage, card_stage, run_all, verify_stage, way_of
 from cerebellum.settings import Budget, Bytes, Limit, Preset, Settings, Size
 from cerebellum.source import open_source
 from cerebellum.workspace import Workspace
@@ -369,6 +369,58 @@ def test_sizes_that_were_mixed_up_are_one_line(
     (again.folder / "sizes.json").write_text(json.dumps(listed))
     with again.locked(), pytest.raises(BadInput, match="run `cerebellum plan` again"):
         stage(again)
+
+
+def _row_removed(folder: Path, listed: dict[str, Any]) -> None:
+    del listed["sizes"][1]
+
+
+def _list_removed(folder: Path, listed: dict[str, Any]) -> None:
+    (folder / "sizes.json").unlink()
+
+
+def _another_budget(folder: Path, listed: dict[str, Any]) -> None:
+    listed["sizes"][1]["budget_bytes"] += 1
+
+
+def _another_first_label(folder: Path, listed: dict[str, Any]) -> None:
+    listed["sizes"][0]["label"] = "Q8_0"
+
+
+def _the_plans_budget(folder: Path, listed: dict[str, Any]) -> None:
+    path = folder / listed["sizes"][2]["plan"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"budget_bytes": 1}))
+
+
+def _plan_removed(folder: Path, listed: dict[str, Any]) -> None:
+    (folder / listed["sizes"][1]["plan"]).unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_row_removed, _list_removed, _another_budget, _another_first_label, _the_plans_budget, _plan_removed],
+)
+@pytest.mark.parametrize("command", ["build", "verify", "card", "push"])
+def test_a_size_that_was_removed_or_edited_is_named(
+    finished: Workspace, tmp_path: Path, damage: Callable[[Path, dict[str, Any]], None], command: str
+) -> None:
+    """Else the run would count as one of fewer sizes, and go out so."""
+    again = copied(finished, tmp_path)
+    listed = json.loads((again.folder / "sizes.json").read_text())
+    damage(again.folder, listed)
+    if (again.folder / "sizes.json").exists():
+        (again.folder / "sizes.json").write_text(json.dumps(listed))
+    before = {
+        path: path.read_bytes() for path in again.folder.rglob("*.*") if path.suffix in (".json", ".md")
+    }
+    with pytest.raises(BadInput, match=r"run `cerebellum plan`|run the stage") as refused:
+        if command in ("build", "verify"):
+            with again.locked():
+                (build_stage if command == "build" else verify_stage)(again)
+        else:
+            (card_stage if command == "card" else uploads)(again.folder)
+    assert refused.value.exit_code == 2
+    assert {path: path.read_bytes() for path in before} == before
 
 
 # --- splits

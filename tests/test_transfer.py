@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Cerebellum, Finished
 from test_fake_run import damage, workspace
-from tiny import Recorder, hybrid_records, hybrid_shapes, random_tensor, tensors_of, write_hybrid
+from tiny import Recorder, hybrid_records, hybrid_shapes, ledger_rows, random_tensor, tensors_of, write_hybrid
 
 from cerebellum import open_run
 from cerebellum.codec import read_artifact
@@ -18,12 +20,15 @@ from cerebellum.errors import BadInput
 from cerebellum.folder import TRANSFER
 from cerebellum.gguf import (
     GGMLQuantizationType,
+    GGUFValueType,
     TensorInfo,
     TensorSource,
     bits_per_weight,
+    encode_kv,
     read_gguf,
     write_gguf,
 )
+from cerebellum.ledger import Ledger
 from cerebellum.plan.artifacts import BudgetPlan, GivenPlan, LimitPlan
 from cerebellum.recipes.transfer import Done, Finetune, transfer, transferred_settings
 from cerebellum.recipes.transferred import BROKEN, HOLDS, Transferred
@@ -178,6 +183,157 @@ def test_a_recipe_promises_nothing(tmp_path: Path) -> None:
     run = open_run(tmp_path / "tuned")
     with pytest.raises(BadInput, match="promises nothing"):
         transfer(run, run.settings(), lambda asked: None, 30, revise=True)  # type: ignore[arg-type,return-value]
+
+
+# ---- runs and finetunes that are not what they should be ----
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".json", ".gguf", ".md")}
+
+
+def carried(folder: Path, source: Path, out: Path) -> Done:
+    run = open_run(folder)
+    settings = transferred_settings(run, Finetune(source=source))
+
+    def opened(asked: Settings) -> Workspace:
+        return Workspace(out, asked, FakeEngine(damage=damage), Recorder())
+
+    return transfer(run, settings, opened, 30, revise=True)
+
+
+def edited(**changed: object) -> Callable[[dict[str, Any]], object]:
+    return lambda artifact: artifact.update(changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("plan.json", edited(measured_delta_pct=0.0)),
+        ("plan.json", edited(threshold_pct=99.0)),
+        ("plan.json", edited(tensor_types={})),
+        ("plan.json", lambda plan: plan["groups"][0].update(name="nonsense", chosen_type="Q2_K")),
+        ("groups.json", edited(groups=[])),
+        ("groups.json", lambda groups: groups["groups"][0].update(tensor_names=["none"])),
+        ("settings.json", edited(seed=7)),
+        ("settings.json", edited(seed=-1)),
+        ("settings.json", edited(threads=0)),
+        ("settings.json", edited(base="Q2_K")),
+        ("settings.json", edited(ctx=16)),
+        ("measurements.json", None),
+        ("source.json", edited(sha256="0" * 64)),
+    ],
+)
+def test_a_run_that_is_not_what_its_manifest_names_is_one_line(
+    tmp_path: Path, name: str, edit: Callable[[dict[str, Any]], object] | None
+) -> None:
+    """What was edited promised nothing, and would be held to as if it had."""
+    run_all(workspace(tmp_path, LIMIT))
+    path = tmp_path / "run" / name
+    artifact = json.loads(path.read_text())
+    if edit is None:
+        path.unlink()
+    else:
+        edit(artifact)
+        path.write_text(json.dumps(artifact))
+    with pytest.raises(BadInput, match=rf"{name}: .*manifest\.json.*put it back"):
+        carried(tmp_path / "run", finetune(tmp_path / "tuned.gguf"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_runs_plan_is_one_line(tmp_path: Path) -> None:
+    run_all(workspace(tmp_path, LIMIT))
+    run_all(workspace(tmp_path / "other", BUDGET))
+    (tmp_path / "run" / "plan.json").write_bytes((tmp_path / "other" / "run" / "plan.json").read_bytes())
+    with pytest.raises(BadInput, match=r"plan\.json: is not the one"):
+        carried(tmp_path / "run", finetune(tmp_path / "tuned.gguf"), tmp_path / "out")
+
+
+def test_a_run_is_never_written_over(tmp_path: Path) -> None:
+    """Neither the one whose plan is carried over, nor one of the finetune, whose header may be the same."""
+    run_all(workspace(tmp_path, LIMIT))
+    run_all(workspace(tmp_path / "other", LIMIT))
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "run")
+    before = contents(tmp_path)
+    tuned = finetune(tmp_path / "tuned.F16.gguf")
+    for out in (tmp_path / "run", link, tmp_path / "other" / "run"):
+        with pytest.raises(BadInput, match="give the finetune a folder of its own"):
+            carried(tmp_path / "run", tuned, out)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def _architecture(path: Path) -> Path:
+    records = [encode_kv("general.architecture", "llama", GGUFValueType.STRING), *hybrid_records()[1:]]
+    return _with_records(path, records)
+
+
+def _vocabulary(path: Path) -> Path:
+    return _with_records(
+        path, [*hybrid_records(), encode_kv("tokenizer.ggml.model", "gpt2", GGUFValueType.STRING)]
+    )
+
+
+def _with_records(path: Path, records: list[bytes]) -> Path:
+    source = open_source(finetune(path.with_suffix(".seed")))
+    tensors = [
+        TensorSource(name=name, shape=tensor.shape, type=tensor.type, chunks=lambda n=name: [source.read(n)])  # type: ignore[misc]
+        for name, tensor in source.tensors.items()
+    ]
+    write_gguf(path, records, tensors)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (_architecture, "architecture is 'llama'"),
+        (_vocabulary, "its tokenizer.ggml.model is 'gpt2'"),
+        (
+            lambda p: write_hybrid(p, hybrid_shapes() | {"blk.1.attn_q.weight": (512, 128)}),
+            "its shape of blk.1",
+        ),
+        (write_hybrid, "itself, byte for byte"),
+    ],
+)
+def test_what_is_no_finetune_of_the_runs_model_is_one_line(
+    tmp_path: Path, made: Callable[[Path], Path], says: str
+) -> None:
+    run_all(workspace(tmp_path, LIMIT))
+    with pytest.raises(BadInput, match=says):
+        carried(tmp_path / "run", made(tmp_path / "tuned.gguf"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Killed(BaseException):
+    """The process was killed here."""
+
+
+@pytest.mark.parametrize("after", [0.3, 0.95])
+@pytest.mark.parametrize("goal", [LIMIT, BUDGET], ids=["limit", "budget"])
+def test_a_killed_transfer_ends_as_if_nothing_had_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goal: Goal, after: float
+) -> None:
+    harm = harmed("ffn_gate_exps", 0.1)
+    transferred(tmp_path / "whole", goal, harm)
+    wanted = ledger_rows(tmp_path / "whole" / "tuned")
+    record = Ledger.record
+
+    def mortal(ledger: Ledger, *arguments: Any) -> None:
+        if ledger.n_chunks() >= after * len(wanted):
+            raise Killed
+        record(ledger, *arguments)
+
+    run_all(workspace(tmp_path, goal))
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Ledger, "record", mortal)
+        transferred(tmp_path, goal, harm)
+    known = ledger_rows(tmp_path / "tuned")
+    done, _ = transferred(tmp_path, goal, harm)
+    rows = ledger_rows(tmp_path / "tuned")
+    assert known.items() <= rows.items() and rows == wanted
+    for name in (done.manifest.result.file, "plan.json", "transfer.json", "verify.json"):
+        assert (tmp_path / "tuned" / name).read_bytes() == (tmp_path / "whole" / "tuned" / name).read_bytes()
 
 
 # ---- the command, on llama.cpp ----

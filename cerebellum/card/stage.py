@@ -65,7 +65,7 @@ def make_card(folder: Path, repo: str | None = None) -> tuple[Path, ...]:
 
 def read_stories(folder: Path) -> tuple[Story, ...]:
     """Reads a finished run and returns the story of each of its sizes, in the order in which they were asked for."""
-    return tuple(_read_story(view) for view in RunFolder(folder).results())
+    return tuple(_read_story(view) for view in RunFolder(folder).finished_sizes())
 
 
 def _read_story(artifacts: RunFolder) -> Story:

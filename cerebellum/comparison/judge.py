@@ -39,6 +39,7 @@ from cerebellum.comparison.order import (
     stands,
 )
 from cerebellum.comparison.pair import check_same_tokens
+from cerebellum.comparison.published import PAGE, PICTURE
 from cerebellum.engine.predictions import PredictionCache
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
@@ -60,6 +61,7 @@ _FIRST_LOOK = 16
 _GROWTH = 1.5
 """Chunks of each text at the first look, and how looks grow: fewer say little of skewed divergences."""
 
+_PREDICTIONS = "predictions"
 _ONE_TEXT = 0.025  # each side, of a text looked at alone
 _TAIL = 0.99
 
@@ -114,7 +116,39 @@ def open_judged(request: Judging) -> tuple[Source, tuple[Source, ...]]:
             raise BadInput(f"{path}: is given twice; give each file once, and the source with --source alone")
         found.append(open_source(path, allow_requantize=True))
         check_same_tokens(source, found[-1])
+        _check_same_model(source, found[-1])
     return source, tuple(found)
+
+
+def _check_same_model(source: Source, file: Source) -> None:
+    """Raises BadInput where a file is surely of another model: its architecture, or the shape of a tensor, differs."""
+    what = f"its architecture is {file.architecture}, not {source.architecture}"
+    if file.architecture == source.architecture:
+        shared = (name for name in file.tensors if name in source.tensors)
+        other = next(
+            (name for name in shared if file.tensors[name].shape != source.tensors[name].shape), None
+        )
+        if other is None:
+            return
+        what = f"{other!a} has another shape there"
+    raise BadInput(f"{file.path}: is no file of {source.path}: {what}; judge files of one model")
+
+
+def _check_unlike(source: Source, files: Sequence[Source], texts: Sequence[_Text]) -> None:
+    """Raises BadInput where two files, or two texts, have the same content: it would count twice."""
+    named = [*((one.sha256(), one.path) for one in (source, *files))]
+    named += [(text.corpus.sha256, text.corpus.path) for text in texts]
+    seen: dict[str, Path] = {}
+    for digest, path in named:
+        if digest in seen:
+            raise BadInput(f"{path}: has the same bytes as {seen[digest]}; give each file and each text once")
+        seen[digest] = path
+
+
+def _state(files: Sequence[Source]) -> list[tuple[Path, int, int]]:
+    """Returns what tells that a file was written to: its size and when it was changed."""
+    paths = [path for file in files for path in file.paths]
+    return [(path, status.st_size, status.st_mtime_ns) for path in paths for status in (path.stat(),)]
 
 
 def judge(request: Judging, engine: Engine, reporter: Reporter, folder: Path | None = None) -> Judgement:
@@ -124,12 +158,16 @@ def judge(request: Judging, engine: Engine, reporter: Reporter, folder: Path | N
     written. Raises BadInput where a file or a text cannot be used, or the source's logits are not finite.
     """
     source, files = open_judged(request)
+    if not request.texts:
+        raise BadInput("judge: there is no text to judge on; give one with --text")
+    before = _state((source, *files))
     texts = [
         _text(name, load_text(engine, source, path, request.ctx), request.seed)
         for name, path in request.texts.items()
     ]
+    _check_unlike(source, files, texts)
     with _kept_in(folder) as place, closing(Ledger(place / LEDGER)) as ledger:
-        desk = _Desk(request, engine, ledger, place, reporter, texts, source, files)
+        desk = _Desk(request, engine, ledger, place, reporter, texts, source, files, before)
         ordered = drive(order_files(desk.settings), desk.answer)
         found = desk.judgement(ordered)
         if folder is not None:
@@ -150,6 +188,12 @@ def _kept_in(folder: Path | None) -> Iterator[Path]:
         return
     if (folder / SETTINGS).exists():
         raise BadInput(f"{folder}: is a run folder; give the judgement a folder of its own with -o")
+    theirs = [folder / name for name in (JUDGE, PAGE, PICTURE, _PREDICTIONS)]
+    strange = next((path for path in theirs if path.exists()), None)
+    if strange is not None and not (folder / LEDGER).exists():
+        raise BadInput(
+            f"{strange}: is there already and no judgement of this folder made it; move it, or give another -o"
+        )
     with RunFolder(folder).locked():
         yield folder
 
@@ -167,7 +211,9 @@ class _Desk:
         texts: Sequence[_Text],
         source: Source,
         files: Sequence[Source],
+        before: Sequence[tuple[Path, int, int]],
     ) -> None:
+        self._before = before
         self._request = request
         self._engine = engine
         self._ledger = ledger
@@ -221,18 +267,29 @@ class _Desk:
         for start in range(0, len(chunks), room):
             part = chunks[start : start + room]
             cache = PredictionCache(
-                self._place / "predictions", part, each, max(each, self._request.prediction_bytes)
+                self._place / _PREDICTIONS, part, each, max(each, self._request.prediction_bytes)
             )
             measurer = self._measurer(text, cache)
             measurer.doing = f"{text.name}: "
             try:
                 if not np.isfinite(measurer.nll(self._reference, part)).all():
                     raise BadInput(f"{self._source.path}: its logits are not finite on {text.corpus.path}")
+                self._check_unchanged()
                 for variant in variants:
                     measurer.kld_means(variant, part)
+                    self._check_unchanged()
             finally:
                 measurer.close()
                 cache.remove()
+
+    def _check_unchanged(self) -> None:
+        """Raises BadInput where a file was written to since it was hashed: what was read is of nobody knows what."""
+        now = _state((self._source, *self._sources))
+        changed = next((old[0] for old, new in zip(self._before, now, strict=True) if old != new), None)
+        if changed is not None:
+            raise BadInput(
+                f"{changed}: changed while it was judged; judge it again once nothing writes to it, in a new folder"
+            )
 
     def _measurer(self, text: _Text, cache: PredictionCache | None = None) -> Measurer:
         return Measurer(

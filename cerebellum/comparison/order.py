@@ -196,10 +196,17 @@ def stands(ordered: Ordered, n_bytes: Sequence[int]) -> tuple[Stand, ...]:
             pair
             for one in ordered.pairs
             for pair in (one, one.turned())
-            if pair.a == number and n_bytes[pair.b] <= n_bytes[number]
+            if pair.a == number and _is_rival(pair, n_bytes)
         ]
         found.append(_stand(rivals))
     return tuple(found)
+
+
+def _is_rival(pair: PairOrder, n_bytes: Sequence[int]) -> bool:
+    """Says whether b may take a's place: it is no larger; of two alike in size and damage the first keeps its own."""
+    if pair.order == TIE and n_bytes[pair.b] == n_bytes[pair.a]:
+        return pair.b < pair.a
+    return n_bytes[pair.b] <= n_bytes[pair.a]
 
 
 def _stand(rivals: Sequence[PairOrder]) -> Stand:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,20 @@ CREATE TABLE entropy (
     PRIMARY KEY (series, chunk)
 ) WITHOUT ROWID;
 """
+
+_SEAL = """
+-- What a row of the other tables held when it was written, so that a bit that flips on the disk is noticed. An older
+-- Cerebellum writes none and ignores them; a row without one is taken as it is.
+CREATE TABLE IF NOT EXISTS seal (
+    series INTEGER NOT NULL,
+    base   INTEGER NOT NULL,   -- 0: the chunk's NLL, -1: its entropy, else the divergence from this base
+    chunk  INTEGER NOT NULL,
+    crc    INTEGER NOT NULL,   -- CRC-32 of the keys in words and of the values
+    PRIMARY KEY (series, base, chunk)
+) WITHOUT ROWID;
+"""
+_NLL = 0
+_UNSURE = -1
 
 SCHEMA = (
     """
@@ -131,6 +146,7 @@ class Ledger:
         self.path = path
         self._measured: dict[int, set[int]] = {}
         self._diverged: dict[tuple[int, int], set[int]] = {}
+        self._keys: dict[int, str] = {}
         try:
             self._db = sqlite3.connect(path)
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -153,6 +169,8 @@ class Ledger:
                 f"{self.path}: ledger version {version}, this Cerebellum reads {SCHEMA_VERSION}; "
                 "use the release that wrote it, or another folder"
             )
+        with self._db:
+            self._db.execute(_SEAL)
 
     def _rows(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
         with _refusing(self.path):
@@ -211,6 +229,7 @@ class Ledger:
         wanted = list(chunks)
         rows = dict(self._rows("SELECT chunk, nll FROM chunk WHERE series=?", (series,)))
         found = [self._vector(rows[chunk]) for chunk in wanted]
+        self._check_seals(series, _NLL, [(chunk, rows[chunk]) for chunk in wanted])
         if len({len(vector) for vector in found}) > 1:
             raise self._damaged("chunks of one text have different numbers of tokens")
         return np.stack(found)
@@ -241,6 +260,7 @@ class Ledger:
         blob = np.asarray(nll, "<f4").tobytes()
         with self._commit():
             self._db.execute("INSERT INTO chunk VALUES (?, ?, ?)", (series, chunk, blob))
+            self._seal(series, _NLL, chunk, blob)
             if divergence is not None:
                 self._insert_divergence(series, chunk, divergence)
             if entropy is not None:
@@ -260,11 +280,14 @@ class Ledger:
     def _insert_entropy(self, series: int, chunk: int, nats: NDArray[np.floating]) -> None:
         blob = np.asarray(nats, "<f4").tobytes()
         self._db.execute("INSERT OR IGNORE INTO entropy VALUES (?, ?, ?)", (series, chunk, blob))
+        self._seal(series, _UNSURE, chunk, blob)
 
     def entropies(self, series: int) -> dict[int, float]:
         """Returns the mean entropy of the predictions, nats a token, of every chunk that it was asked of."""
         rows = self._rows("SELECT chunk, nats FROM entropy WHERE series=?", (series,))
-        return {chunk: float(self._vector(nats).mean(dtype=np.float64)) for chunk, nats in rows}
+        found = {chunk: float(self._vector(nats).mean(dtype=np.float64)) for chunk, nats in rows}
+        self._check_seals(series, _UNSURE, rows)
+        return found
 
     def record_divergence(self, series: int, chunk: int, divergence: Divergence) -> None:
         """Commits the divergence of a chunk whose NLL is known already, as from another reference."""
@@ -277,25 +300,20 @@ class Ledger:
         same = np.asarray(divergence.same_top, np.uint8).tobytes()
         row = (series, divergence.base_series, chunk, kld, same)
         self._db.execute("INSERT INTO divergence VALUES (?, ?, ?, ?, ?)", row)
+        self._seal(series, divergence.base_series, chunk, kld + same)
 
     def diverged(self, series: int, base_series: int) -> dict[int, float]:
         """Returns the mean KL divergence in nats/token of every chunk that has one against this base."""
-        rows = self._rows(
-            "SELECT chunk, kld FROM divergence WHERE series=? AND base=?", (series, base_series)
-        )
-        return {chunk: float(self._vector(kld).mean(dtype=np.float64)) for chunk, kld in rows}
+        rows = self._divergence_rows(series, base_series)
+        return {chunk: float(self._vector(kld).mean(dtype=np.float64)) for chunk, kld, _ in rows}
 
     def divergence(self, series: int, base_series: int, chunks: Iterable[int]) -> tuple[Vector, Vector]:
         """Returns the mean KL divergence and the share of equal top tokens, each (n,), by chunk.
 
         Only those of ``chunks`` with a divergence from this base are among them; the KL divergence is in nats/token.
         """
-        rows = self._rows(
-            "SELECT chunk, kld, same FROM divergence WHERE series=? AND base=? ORDER BY chunk",
-            (series, base_series),
-        )
         wanted = frozenset(chunks)
-        rows = [row for row in rows if row[0] in wanted]
+        rows = [row for row in self._divergence_rows(series, base_series) if row[0] in wanted]
         kld = np.array([self._vector(kld).mean(dtype=np.float64) for _, kld, _ in rows], np.float64)
         same = np.array([self._vector(same, "u1").mean() for _, _, same in rows], np.float64)
         return kld, same
@@ -305,14 +323,47 @@ class Ledger:
 
         They are of ``chunks`` in their order, from this base. Raises KeyError for one that was not compared.
         """
-        query = "SELECT chunk, kld, same FROM divergence WHERE series=? AND base=?"
-        rows = {chunk: (kld, same) for chunk, kld, same in self._rows(query, (series, base_series))}
+        rows = {chunk: (kld, same) for chunk, kld, same in self._divergence_rows(series, base_series)}
         wanted = [rows[chunk] for chunk in chunks]
         kld = [self._vector(kld) for kld, _ in wanted]
         same = [self._vector(same, "u1").astype(np.float32) for _, same in wanted]
         if len({len(vector) for vector in (*kld, *same)}) > 1:
             raise self._damaged("chunks of one text have different numbers of tokens")
         return np.stack(kld), np.stack(same)
+
+    def _divergence_rows(self, series: int, base_series: int) -> list[tuple[Any, ...]]:
+        """Returns (chunk, kld, same) of every chunk that was compared with this base, as they were written."""
+        query = "SELECT chunk, kld, same FROM divergence WHERE series=? AND base=? ORDER BY chunk"
+        rows = self._rows(query, (series, base_series))
+        for _, kld, same in rows:
+            if len(self._vector(kld)) != len(self._vector(same, "u1")):
+                raise self._damaged("a divergence has not as many values as tokens")
+        self._check_seals(series, base_series, [(chunk, kld + same) for chunk, kld, same in rows])
+        return rows
+
+    def _seal(self, series: int, base: int, chunk: int, content: bytes) -> None:
+        crc = self._crc(series, base, chunk, content)
+        self._db.execute("INSERT OR IGNORE INTO seal VALUES (?, ?, ?, ?)", (series, base, chunk, crc))
+
+    def _check_seals(self, series: int, base: int, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Raises BadInput where a row is not what was written."""
+        query = "SELECT chunk, crc FROM seal WHERE series=? AND base=?"
+        seals = dict(self._rows(query, (series, base)))
+        for chunk, content in rows:
+            if seals and seals.get(chunk) not in (None, self._crc(series, base, chunk, content)):
+                raise self._damaged(f"the measurement of chunk {chunk!a} is not what was written")
+
+    def _crc(self, series: int, base: int, chunk: int, content: bytes) -> int:
+        """Returns the CRC-32 of a row's values with the keys in words, so that rows that change places are noticed."""
+        words = f"{self._key(series)} {self._key(base) if base > 0 else base} {chunk} "
+        return zlib.crc32(content, zlib.crc32(words.encode()))
+
+    def _key(self, series: int) -> str:
+        """Returns what a series is of, in words."""
+        if series not in self._keys:
+            query = "SELECT variant, text, ctx, engine, metric FROM series WHERE id=?"
+            self._keys[series] = repr(self._rows(query, (series,)))
+        return self._keys[series]
 
     def n_chunks(self) -> int:
         """Returns how many chunks were ever measured, over all variants and texts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from msgspec.structs import replace
@@ -10,7 +10,8 @@ from msgspec.structs import replace
 from cerebellum.base import preset_base
 from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
-from cerebellum.groups import given_groups
+from cerebellum.gguf import needs_imatrix, parse_type
+from cerebellum.groups import EMBEDDING_ROLE, HEAD_ROLE, given_groups
 from cerebellum.layout import Layout
 from cerebellum.measure.artifacts import Bounds, finite_pair
 from cerebellum.measure.measurer import Measurer, measuring
@@ -45,12 +46,32 @@ def given_changes(layout: Layout, given: Given) -> Changes:
 def check_given(workspace: Workspace, given: Given) -> None:
     """Raises BadInput before any work where a tensor cannot have the type that is given."""
     layout = Layout.of(workspace.source, workspace.groups, workspace.base_of_shapes)
-    given_changes(layout, given)
+    known = workspace.matrix.entries if workspace.settings.imatrix is not None else ()
+    check_types(given_changes(layout, given), layout, known)
     if workspace.selection.n_chunks < 2:
         raise BadInput(
             f"{workspace.selection.path}: one chunk of {workspace.selection.ctx} tokens says nothing of more text; "
             "give a longer --select-text or a smaller --ctx"
         )
+
+
+def check_types(changes: Changes, layout: Layout, known: Collection[str] = ()) -> None:
+    """Raises BadInput where embeddings or the output head are to have a type that needs an importance matrix, or
+    vectors any other type than they have.
+
+    No matrix has an entry for the former, but for one that was given and has them among the tensors ``known``.
+    """
+    for group, qtype in changes.items():
+        vector = next((n for n in layout.groups[group].tensors if len(layout.tensors[n].shape) < 2), None)
+        if vector is not None:
+            raise BadInput(f"{vector}: is a vector and cannot be {qtype}; leave it out of the recipe")
+        of_them = layout.groups[group].role in (EMBEDDING_ROLE, HEAD_ROLE)
+        lacking = [name for name in layout.groups[group].tensors if name not in known]
+        if of_them and lacking and needs_imatrix(parse_type(qtype)):
+            raise BadInput(
+                f"{lacking[0]}: {qtype} needs an importance matrix, which has no entry for it; give it another type "
+                "in the recipe, or an --imatrix that has one"
+            )
 
 
 def plan_given(workspace: Workspace, given: Given) -> GivenPlan:
@@ -81,6 +102,7 @@ def given_header(settings: Settings, given: Given, engine: Engine) -> GivenPlan:
     source = open_source(settings.source, allow_requantize=True)
     base = preset_base(engine, source, settings.base, None)
     layout = Layout.of(source, given_groups(source, given.types), base)
+    check_types(given_changes(layout, given), layout)
     return unmeasured_given(layout, given, settings, of_chunks=0)
 
 

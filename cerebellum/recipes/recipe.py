@@ -9,7 +9,11 @@ too.
 from __future__ import annotations
 
 import re
+import signal
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -19,12 +23,18 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from cerebellum.codec import Artifact, Record, as_json, json_text, read_artifact
 from cerebellum.errors import BadInput
 from cerebellum.files import atomic_write_text, make_folder, read_refusal
-from cerebellum.gguf import LADDER, TensorInfo, parse_type, preset_label
-from cerebellum.groups import BLOCK
+from cerebellum.gguf import LADDER, TensorInfo, is_quantized, parse_type, preset_label
+from cerebellum.groups import BLOCK, llama_leaves_alone
 from cerebellum.source import Source, open_source
 
 _STAR = "*"
 _PLAIN = re.compile(r"[a-z0-9_.*-]+")
+_PYTHON_ONLY = re.compile(r"\(\?(?![:!])|[*+?}]\+|\{,")
+"""What Python's expressions have and those of C++ have not, outside of sets and escapes."""
+
+_MOST_SECONDS = (
+    5  # of processor time, for all expressions on all names: thousands of lines take a tenth of one
+)
 _MOST_BYTES = 8 << 20  # of a recipe: the largest models have some thousand tensors
 _T = GGMLQuantizationType
 
@@ -51,7 +61,12 @@ class Rule(Record, frozen=True, kw_only=True):
         if self.layers is None:
             yield self.name
             return
-        for layer in parse_spans(self.layers):
+        if self.name.count(_STAR) != 1:
+            raise ValueError("has layers, so one star in its name has to stand for them")
+        layers = parse_spans(self.layers)
+        if len(layers) != self.tensors:
+            raise ValueError(f"names {len(layers)} layers and says {self.tensors} tensors")
+        for layer in layers:
             yield self.name.replace(_STAR, str(layer))
 
 
@@ -78,6 +93,9 @@ def is_weight(tensor: TensorInfo) -> bool:
 def recipe_of(source: Source) -> Recipe:
     """Returns the recipe that a model was made by, read off its tensors."""
     types = {tensor.name: tensor.type.name for tensor in source.tensors.values() if is_weight(tensor)}
+    starred = next((name for name in types if _STAR in name), None)
+    if starred is not None:
+        raise BadInput(f"{source.path}: has a star in the name of {starred!a}, where recipes write the layer")
     return Recipe(
         made_from=source.path.name,
         architecture=source.architecture,
@@ -115,7 +133,7 @@ def _rules(types: Mapping[str, str]) -> Iterator[Rule]:
 def _starred(name: str) -> tuple[str, int | None]:
     """Splits a name into itself with a star for the layer, and the layer."""
     match = BLOCK.match(name)
-    if match is None or _STAR in name:
+    if match is None or len(match["layer"]) > 4 or str(int(match["layer"])) != match["layer"]:
         return name, None
     return f"{match['prefix']}blk.{_STAR}.{match['rest']}", int(match["layer"])
 
@@ -132,15 +150,18 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 def parse_spans(text: str) -> list[int]:
-    """Reads what ``spans`` writes; ValueError where it is something else, or more layers than a model can have."""
+    """Reads what ``spans`` writes; ValueError where it is something else, or more layers than a model can have.
+
+    Layers rise, so that none is there twice and a short text never stands for many numbers.
+    """
     numbers: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         if not (first.isascii() and first.isdigit() and (last or first).isdigit()):
-            raise ValueError(f"{part!r} is no layer and no span of layers such as 0-3")
+            raise ValueError(f"{part[:40]!r} is no layer and no span of layers such as 0-3")
         stop = int(last or first)
-        if stop >= 10_000 or stop < int(first):
-            raise ValueError(f"{part!r} is no span of layers such as 0-3")
+        if len(part) > 9 or stop >= 10_000 or stop < int(first) or (numbers and int(first) <= numbers[-1]):
+            raise ValueError(f"{part[:40]!r} is no span of layers such as 0-3, above those before it")
         numbers += range(int(first), stop + 1)
     return numbers
 
@@ -237,6 +258,8 @@ class Named:
             raise BadInput(
                 f"{self.path}: names {strange}, which {source.path} has not; a recipe is of one architecture and size"
             )
+        for name, qtype in self.by_name.items():
+            _check_may_change(self.path, source, name, qtype)
         return dict(self.by_name)
 
 
@@ -251,13 +274,53 @@ class Patterns:
     def types(self, source: Source) -> dict[str, str]:
         """Returns what llama-quantize would: the first expression that is found in a weight's name counts."""
         found: dict[str, str] = {}
-        for tensor in filter(is_weight, source.tensors.values()):
-            qtype = next((qtype for pattern, qtype in self.rules if pattern.search(tensor.name)), None)
-            if qtype is not None:
-                found[tensor.name] = qtype
+        with _in_time(self.path):
+            for tensor in filter(is_weight, source.tensors.values()):
+                qtype = next((qtype for pattern, qtype in self.rules if pattern.search(tensor.name)), None)
+                if qtype is not None and not llama_leaves_alone(tensor.name, source.architecture):
+                    found[tensor.name] = qtype
         if not found:
             raise BadInput(f"{self.path}: no expression is found in the name of a tensor of {source.path}")
         return found
+
+
+def _check_may_change(path: Path, source: Source, name: str, qtype: str) -> None:
+    """Raises BadInput where a tensor is to have a type that llama.cpp does not run it in."""
+    tensor = source.tensors[name]
+    if tensor.type.name == qtype:
+        return
+    if not is_weight(tensor):
+        raise BadInput(
+            f"{path}: {name!a} is no matrix of weights, and stays {tensor.type.name}; leave it out"
+        )
+    if is_quantized(parse_type(qtype)) and llama_leaves_alone(name, source.architecture):
+        raise BadInput(
+            f"{path}: {name!a} is never quantized by llama.cpp, and cannot be {qtype}; leave it out"
+        )
+
+
+@contextmanager
+def _in_time(path: Path) -> Iterator[None]:
+    """Raises BadInput where the block takes more than some seconds of processor time, as expressions can that repeat
+    what repeats; only a main thread can be interrupted so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ended(_signal: int, _frame: object) -> None:
+        raise BadInput(
+            f"{path}: its expressions take more than {_MOST_SECONDS} s to look for in the names of tensors; write "
+            "them without repeats of repeats"
+        )
+
+    before = signal.signal(signal.SIGVTALRM, ended)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def read_typed(path: Path) -> Typed:
@@ -268,9 +331,12 @@ def read_typed(path: Path) -> Typed:
     start = _start(path)
     if start.startswith(b"GGUF"):
         return _named(recipe_of(open_source(path, allow_requantize=True)), path)
+    if path.stat().st_size > _MOST_BYTES:
+        raise BadInput(f"{path}: is neither a GGUF, nor a recipe: those have {_MOST_BYTES >> 20} MiB at most")
     if start.lstrip().startswith(b"{"):
         return _named(read_artifact(path, Recipe, "make it anew with `cerebellum recipe`"), path)
-    return Patterns(path=path, rules=tuple(_read_lines(path)))
+    with _in_time(path):
+        return Patterns(path=path, rules=tuple(_read_lines(path)))
 
 
 def _named(recipe: Recipe, path: Path) -> Named:
@@ -281,6 +347,8 @@ def _named(recipe: Recipe, path: Path) -> Named:
 
 def _start(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{path}: is no file; give a --tensor-type-file, a recipe's JSON or a GGUF")
         with path.open("rb") as stream:
             return stream.read(64)
     except OSError as error:
@@ -291,11 +359,20 @@ def _names(rules: Iterable[Rule], path: Path) -> dict[str, str]:
     """Returns the type of every tensor that some rules name."""
     found: dict[str, str] = {}
     for rule in rules:
-        qtype = _checked(rule.type, f"{path}: {rule.name}")
+        where = f"{path}: {rule.name[:60]!a}"
+        qtype = _checked(rule.type, where)
         try:
-            found |= dict.fromkeys(rule.names(), qtype)
+            names = list(rule.names())
         except ValueError as error:
-            raise BadInput(f"{path}: {rule.name}: {error}") from error
+            raise BadInput(f"{where}: {error}") from error
+        twice = next((name for name in names if name in found), None)
+        if twice is not None:
+            raise BadInput(
+                f"{where}: gives {twice!a} a type, which another rule does too; leave one of them out"
+            )
+        found |= dict.fromkeys(names, qtype)
+    if not found:
+        raise BadInput(f"{path}: names no tensor; make it anew with `cerebellum recipe`")
     return found
 
 
@@ -310,11 +387,25 @@ def _read_lines(path: Path) -> Iterator[tuple[re.Pattern[str], str]]:
                 raise BadInput(
                     f"{where} is not EXPRESSION=TYPE; give a --tensor-type-file, a recipe's JSON or a GGUF"
                 )
-            try:
-                expression = re.compile(pattern.lower())
-            except re.error as error:
-                raise BadInput(f"{where} is no regular expression ({error})") from error
-            yield expression, _checked(qtype, where)
+            yield _expression(pattern.lower(), where), _checked(qtype, where)
+
+
+def _expression(pattern: str, where: str) -> re.Pattern[str]:
+    """Returns what llama-quantize's C++ would read; BadInput where that would not, or would read something else."""
+    bare = re.sub(r"\\.", "_", pattern)
+    if any(start in bare for start in ("[:", "[.", "[=")):
+        raise BadInput(f"{where} has a class such as [:digit:]; write it out, as [0-9]")
+    bare = re.sub(r"\[[^\]]*\]", "_", bare)
+    if _PYTHON_ONLY.search(bare):
+        raise BadInput(
+            f"{where} is no expression of C++, which llama-quantize reads; write it without (?...), {{,n}}, *+"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sets in sets, which are read here as C++ does
+            return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError, MemoryError) as error:
+        raise BadInput(f"{where} is no regular expression ({error})") from error
 
 
 def _text(path: Path) -> str:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from cerebellum.errors import BadInput
-from cerebellum.folder import CURVES, MEASUREMENTS, TRANSFER, RunFolder
+from cerebellum.folder import CURVES, MEASUREMENTS, PLAN, SETTINGS, TRANSFER, RunFolder
 from cerebellum.manifest import Manifest, make_manifest
 from cerebellum.measure.artifacts import Curves, MeasurementRow, Measurements, Response, finite_pair
 from cerebellum.measure.curves import Probe, measure_response
@@ -33,7 +33,7 @@ from cerebellum.plan.target import target_of
 from cerebellum.recipes.transferred import BROKEN, HOLDS, OPEN, Figure, GroupAgain, Transferred, Verdict
 from cerebellum.run import build_stage, card_if_possible, check, drop_shards, verify_stage, way_of
 from cerebellum.settings import Budget, Domain, Given, Limit, Published, Settings, held
-from cerebellum.source import Source
+from cerebellum.source import Source, open_source, plain_metadata
 from cerebellum.stats.estimate import Estimate
 from cerebellum.stats.paired import Interval, as_nats, superpopulation_interval
 from cerebellum.stats.sequential import union_share
@@ -161,10 +161,14 @@ def transfer(
     """
     plan = run.plan()
     promise = promise_of(plan)
+    manifest = run.check_evidence()
     recipe = f"{run.path.resolve().name}-plan.json"
     given = Given(recipe=recipe, types=_types(plan, run), chunks=chunks, label=plan.label)
     workspace = open_workspace(replace(settings, goal=given))
+    _check_folder(workspace.folder, run)
     _check_shapes(plan, workspace.source, run)
+    _check_same_kind(workspace.source, run, run.path / manifest.result.file)
+    _check_another(workspace, run)
     with workspace.locked():
         said = _check(workspace, run, settings, promise)
         if not (revise and is_broken(said)):
@@ -206,9 +210,58 @@ def is_broken(said: Transferred) -> bool:
 
 def _types(plan: Plan, run: RunFolder) -> dict[str, str]:
     """Returns the types of all tensors of the groups that the plan changes."""
-    changed = plan.changes
-    names = [name for group in run.groups().groups if group.name in changed for name in group.tensor_names]
-    return {name: plan.tensor_types[name] for name in names}
+    groups = {group.name: group.tensor_names for group in run.groups().groups}
+    types = {name: qtype for group, qtype in plan.changes.items() for name in groups.get(group, ())}
+    strange = next((name for name, qtype in types.items() if plan.tensor_types.get(name) != qtype), None)
+    lost = next((group for group in plan.changes if group not in groups), None)
+    if strange is not None or lost is not None:
+        raise BadInput(
+            f"{run / PLAN}: is not of the groups beside it ({strange or lost} has another type, or is not there); run "
+            "`cerebellum run` again in its folder"
+        )
+    return types
+
+
+def _check_folder(out: Path, run: RunFolder) -> None:
+    """Raises BadInput where the transfer would write over the run itself, or over another one."""
+    if out.exists() and out.resolve() == run.path.resolve():
+        raise BadInput(
+            f"{out}: is the run whose plan is carried over; give the finetune a folder of its own with -o"
+        )
+    there = RunFolder(out)
+    if (out / SETTINGS).exists() and not (out / TRANSFER).exists():
+        goal = there.settings().goal
+        if not isinstance(goal, Given):
+            raise BadInput(f"{out}: holds a run already; give the finetune a folder of its own with -o")
+
+
+def _check_same_kind(source: Source, run: RunFolder, result: Path) -> None:
+    """Raises BadInput where the finetune is of another architecture, vocabulary or shape than the run's model."""
+    before = run.source()
+    now = plain_metadata(source.files[0])
+    pairs: list[tuple[str, object, object]] = [("architecture", before.architecture, source.architecture)]
+    keys = ("tokenizer.ggml.model", "vocabulary", f"{source.architecture}.embedding_length")
+    pairs += [(key, before.metadata.get(key), now.get(key)) for key in keys]
+    if result.exists():
+        made = open_source(result, allow_requantize=True).tensors
+        shapes = (
+            (name, made[name].shape, tensor.shape) for name, tensor in source.tensors.items() if name in made
+        )
+        pairs += [(f"shape of {name}", old, new) for name, old, new in shapes]
+    for what, old, new in pairs:
+        if old != new:
+            raise BadInput(
+                f"{source.path}: its {what} is {new!a}, and {old!a} in {before.path}, the model of {run.path}; give a "
+                "finetune of that model"
+            )
+
+
+def _check_another(workspace: Workspace, run: RunFolder) -> None:
+    """Raises BadInput where the finetune is the run's own model, for which every promise holds."""
+    if workspace.source_fingerprint == run.source().fingerprint:
+        raise BadInput(
+            f"{workspace.source.path}: is the model of {run.path} itself, byte for byte; give a finetune of it"
+        )
 
 
 def _check_shapes(plan: Plan, source: Source, run: RunFolder) -> None:
