@@ -485,7 +485,8 @@ def _bench_one(workspace: Workspace, result: RunFolder, request: BenchRequest) -
     variant.ready()
     base = Examinee(name=workspace.base.label, paths=tuple(variant.paths), sha256=variant.digest)
     found = bench(
-        (finished, base), request, workspace.engine.asker, workspace.path("bench"), workspace.reporter
+        *((finished, base), request, workspace.engine.asker, workspace.path("bench"), workspace.reporter),
+        crew=workspace.crew,
     )
     result.write(BENCH, found)
     return found

@@ -333,7 +333,7 @@ def test_evidence_of_the_first_release_opens(tmp_path: Path) -> None:
         path = empty.path
     path.write_text(json.dumps(OLD_LINE) + "\n")
     with Answers(tmp_path, "arc.loglikelihood", {}, LoglikelihoodAnswer) as found:
-        assert found.known("arc/1", "0" * 64, {"original": 1})
+        assert found.known["arc/1"] == ("0" * 64, {"original": 1})
         (kept,) = found.by_id.values()
         found.append(kept)
     first, second = path.read_text().splitlines()

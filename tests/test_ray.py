@@ -14,6 +14,8 @@ import pytest
 from conftest import Cerebellum
 from tiny import command, ledger_rows, ray_workers_of, run_process
 
+from cerebellum.bench.tasks import SAMPLES
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -41,6 +43,9 @@ def test_without_ray_it_is_one_line_with_the_command(
     (line,) = found.stderr.splitlines()
     assert line.startswith(f"cerebellum: {flags[0]}: several workers need Ray")
     assert "pip install 'cerebellum-gguf[ray]'" in line
+    assert not (tmp_path / "run").exists()
+    found = without_ray("bench", embedded, "-o", tmp_path / "run", *flags)
+    assert found.returncode == 2 and found.stderr.splitlines() == [line]
     assert not (tmp_path / "run").exists()
 
 
@@ -81,13 +86,44 @@ def test_two_workers_end_as_one_bit_for_bit(
     base = ["run", embedded, "-o"]
     texts = ["--select-text", select_text, "--report-text", report_text, "--ctx", 128, "--threads", 1]
     more = [*texts, "--imatrix-chunks", 2, "--report-chunks", 3, *goal, "--json"]
+    more += ["--bench", "--bench-limit", 12, "--data", SAMPLES]
     one = run_process(*base, tmp_path / "one", *more)
     two = run_process(*base, tmp_path / "two", *more, "--workers", 2, "--worker-threads", 1)
     assert one.code == 0 and two.code == 0, two.err
     assert one.json["plan"] == two.json["plan"] and one.json["verify"] == two.json["verify"]
     assert Path(one.json["file"]).read_bytes() == Path(two.json["file"]).read_bytes()
+    answers = lines_of(tmp_path / "one" / "bench")
+    assert lines_of(tmp_path / "two" / "bench") == answers and sum(map(len, answers.values())) == 2 * 6 * 12
     rows, others = ledger_rows(tmp_path / "one"), ledger_rows(tmp_path / "two")
     assert {key: others[key] for key in rows} == rows
+
+
+def lines_of(folder: Path) -> dict[str, list[str]]:
+    """The answers to questions by file, in one order."""
+    return {file.name: sorted(file.read_text().splitlines()) for file in folder.glob("*.jsonl")}
+
+
+@with_ray
+def test_questions_asked_by_two_workers_have_the_answers_of_one_process(
+    tmp_path: Path, embedded: Path
+) -> None:
+    """A worker is killed when the first answers are there; the other parts go to the one that takes its place."""
+    smaller = tmp_path / "smaller.gguf"
+    assert run_process("quantize", embedded, "Q8_0", "-o", smaller, "--encoder", "ggml").code == 0
+    base = ["bench", embedded, "--against", smaller, "--data", SAMPLES, "--generate", 2, "--json"]
+    one = run_process(*base, "--threads", 1, "-o", tmp_path / "one")
+    assert one.code in (0, 1), one.err
+    asked = command(*base, "-o", tmp_path / "two", "--workers", 2, "--worker-threads", 1)
+    with (tmp_path / "log").open("w") as log, (tmp_path / "answer").open("w") as answer:
+        process = subprocess.Popen(asked, stdout=answer, stderr=log)
+    while process.poll() is None and not any(lines_of(tmp_path / "two").values()):
+        time.sleep(0.01)
+    os.kill(sorted(ray_workers_of(process.pid))[0], signal.SIGKILL)
+    assert process.wait(300) == one.code, (tmp_path / "log").read_text()
+    assert lines_of(tmp_path / "two") == lines_of(tmp_path / "one")
+    two = json.loads((tmp_path / "answer").read_text())
+    assert "died on" in (tmp_path / "log").read_text()
+    assert {**two, "session": ()} == {**one.json, "session": ()}
 
 
 @with_ray

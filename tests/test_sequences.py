@@ -107,6 +107,18 @@ def test_an_ask_longer_than_the_context_makes_it_grow(engine: LlamaEngine) -> No
     assert all(np.isfinite(scored.total) for scored in reply.endings)
 
 
+def test_a_reply_does_not_depend_on_what_was_asked_before(engine: LlamaEngine) -> None:
+    """A worker that is asked a part of an exam gives what one process gives that was asked all of it: bit for bit."""
+    with open_asker(engine, [DEMO_MODEL], Room(cells=256, sequences=64)) as fresh:
+        asks = make_asks(fresh, 24)
+        alone = dict(fresh.score(asks))
+    with open_asker(engine, [DEMO_MODEL], Room(cells=256, sequences=64)) as used:
+        tokens = used.tokenize(REPORT_TEXT.read_text()[:9000])
+        assert list(used.score([Ask(prompt=tokens[:900], endings=(tokens[900:1100],))]))
+        assert list(used.generate([tokens[:30], tokens[:700]], 3))
+        assert dict(used.score(asks)) == alone
+
+
 def test_greedy_says_what_generate_writes(asker: Sequences) -> None:
     prompts = [ask.prompt for ask in make_asks(asker, 5)]
     written = dict(asker.generate(prompts, 6))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -29,7 +29,10 @@ from cerebellum.errors import BadInput
 ANSWER_TYPES: Mapping[str, type[Answer]] = {LETTER: LetterAnswer, LOGLIKELIHOOD: LoglikelihoodAnswer}
 """The line of evidence that each protocol writes."""
 
-_BLOCK = 512  # questions scored and, where asked for, generated together
+PART = 512  # questions scored and, where asked for, generated together
+
+Known = Mapping[str, tuple[str, Mapping[str, int]]]
+"""The questions that have their answers: by id, the prompt's SHA-256 and the labels that they were asked with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +70,26 @@ class Prepared:
     """For each letter, which endings of an ask spell it (with and without a space)."""
 
 
+def parts(exam: Exam) -> list[Exam]:
+    """Cuts an exam into parts that can be asked apart, by different workers even.
+
+    Questions that are scored together share decodes, on which the last bits of their answers depend. So the cuts
+    follow from the exam alone, and not from what has its answer already.
+    """
+    starts = range(0, len(exam.questions), PART)
+    return [replace(exam, questions=exam.questions[start : start + PART]) for start in starts]
+
+
+def unanswered(asker: Asker, exam: Exam, known: Known) -> list[Prepared]:
+    """Prepares the exam's questions and returns those that have no answer in these words and with these labels."""
+    prepared = [prepare(asker, exam, question) for question in exam.questions]
+    return [p for p in prepared if known.get(p.question.id) != (p.prompt_sha256, dict(p.question.golds))]
+
+
 def answers(asker: Asker, exam: Exam, prepared: Sequence[Prepared]) -> Iterator[Answer]:
     """Yields an answer for every prepared question, in the order in which they are done."""
-    for start in range(0, len(prepared), _BLOCK):
-        block = prepared[start : start + _BLOCK]
+    for start in range(0, len(prepared), PART):
+        block = prepared[start : start + PART]
         raw = dict(asker.generate([p.asks[0].prompt for p in block], exam.generate)) if exam.generate else {}
         asks = [(number, ask) for number, p in enumerate(block) for ask in p.asks]
         first = np.cumsum([0] + [len(p.asks) for p in block])

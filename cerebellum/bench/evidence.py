@@ -14,6 +14,7 @@ from typing import BinaryIO
 import msgspec
 from filelock import FileLock, Timeout
 
+from cerebellum.bench.answers import Known
 from cerebellum.bench.artifacts import Answer
 from cerebellum.codec import as_json, write_json
 from cerebellum.errors import BadInput
@@ -76,10 +77,10 @@ class Answers:
             good += len(line)
         self._stream.truncate(good)
 
-    def known(self, question: str, prompt_sha256: str, golds: Mapping[str, int]) -> bool:
-        """Says whether exactly this question, in these words and with these labels, has its answer."""
-        answer = self.by_id.get(question)
-        return answer is not None and answer.prompt_sha256 == prompt_sha256 and answer.golds == dict(golds)
+    @property
+    def known(self) -> Known:
+        """Returns which questions have their answers, in which words and with which labels."""
+        return {id: (answer.prompt_sha256, dict(answer.golds)) for id, answer in self.by_id.items()}
 
     def append(self, answer: Answer) -> None:
         """Writes one finished answer; BadInput where the disk has no room for it."""

@@ -5,33 +5,30 @@ questions -> prompts -> asks -> replies -> one answer a question (evidence) -> s
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cerebellum.bench.answers import ANSWER_TYPES, Exam, answers, prepare
+from cerebellum.bench.answers import Exam
 from cerebellum.bench.artifacts import BenchResults, DataFile, RequestRow
-from cerebellum.bench.evidence import Answers, held
+from cerebellum.bench.evidence import held
 from cerebellum.bench.scores import Examinee, Sitting, bench_results
+from cerebellum.bench.sittings import sit
 from cerebellum.bench.tasks import (
     LETTER,
-    PROMPT_VERSION,
     PROTOCOLS,
     choose,
     load_questions,
     questions_file,
     task_named,
 )
-from cerebellum.engine.asking import Asker
+from cerebellum.bench.workers import Askers, ask_together
+from cerebellum.engine.asking import Opener
 from cerebellum.files import sha256_file
+from cerebellum.measure.crew import Crew
 from cerebellum.progress import Reporter
 from cerebellum.source import open_source
-
-Opener = Callable[[Sequence[Path]], AbstractContextManager[Asker]]
-"""Opens a model's files to be asked, and closes them when the block ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +51,27 @@ class BenchRequest:
 
 
 def bench(
-    examinees: Sequence[Examinee], request: BenchRequest, opener: Opener, folder: Path, reporter: Reporter
+    examinees: Sequence[Examinee],
+    request: BenchRequest,
+    opener: Opener,
+    folder: Path,
+    reporter: Reporter,
+    crew: Crew | None = None,
 ) -> BenchResults:
     """Asks all examinees the same questions and returns bench.json: the first against each of the others.
 
     The answers lie in ``folder``, and what they hold already is not asked again. One model is open at a
-    time. Raises BadInput where the questions are missing or another bench holds the folder.
+    time; with a ``crew`` its workers ask, each with a model of its own, and get the same answers. Raises BadInput
+    where the questions are missing or another bench holds the folder.
     """
     exams = make_exams(request)
     sittings: list[Sitting] = []
-    for examinee in examinees:
-        with held(folder), opener(examinee.paths) as asker:
-            sittings += [sit(asker, exam, examinee, folder, reporter) for exam in exams]
+    if crew is not None:
+        sittings = ask_together(crew, examinees, exams, folder, reporter)
+    else:
+        for examinee in examinees:
+            with held(folder), opener(examinee.paths) as asker:
+                sittings += [sit(asker, exam, examinee, folder, reporter) for exam in exams]
     return bench_results(examinees, request_row(request), sittings)
 
 
@@ -87,11 +93,22 @@ def request_row(request: BenchRequest) -> RequestRow:
 
 
 def bench_files(
-    models: Sequence[Path], request: BenchRequest, opener: Opener, folder: Path, reporter: Reporter
+    models: Sequence[Path],
+    request: BenchRequest,
+    opener: Opener,
+    folder: Path,
+    reporter: Reporter,
+    askers: Askers | None = None,
 ) -> BenchResults:
-    """Benches GGUF files, the first against each of the others; see ``bench``."""
+    """Benches GGUF files, the first against each of the others; see ``bench``. With ``askers``, workers ask."""
     examinees = distinct([examinee_from(model) for model in models])
-    return bench(examinees, request, opener, folder, reporter)
+    if askers is None:
+        return bench(examinees, request, opener, folder, reporter)
+    crew = askers.crew(examinees, make_exams(request), reporter)
+    try:
+        return bench(examinees, request, opener, folder, reporter, crew)
+    finally:
+        crew.close()
 
 
 def distinct(examinees: Sequence[Examinee]) -> list[Examinee]:
@@ -126,33 +143,3 @@ def make_exams(request: BenchRequest) -> list[Exam]:
                 )
             )
     return exams
-
-
-def sit(asker: Asker, exam: Exam, examinee: Examinee, folder: Path, reporter: Reporter) -> Sitting:
-    """Asks what the evidence does not answer yet and returns all answers; each is written as it comes."""
-    key: dict[str, str | int] = {
-        "task": exam.task.name,
-        "protocol": exam.protocol,
-        "model_sha256": examinee.sha256,
-        "engine": asker.identity,
-        "prompt_version": PROMPT_VERSION,
-        "rotations": exam.rotations,
-        "generate": exam.generate,
-    }
-    with Answers(folder, exam.name, key, ANSWER_TYPES[exam.protocol]) as kept:
-        prepared = [prepare(asker, exam, question) for question in exam.questions]
-        missing = [p for p in prepared if not kept.known(p.question.id, p.prompt_sha256, p.question.golds)]
-        started = time.perf_counter()
-        if missing:
-            with reporter.task(f"{examinee.name}: {exam.name}", len(missing)) as tick:
-                for answer in answers(asker, exam, missing):
-                    kept.append(answer)
-                    tick()
-        return Sitting(
-            exam=exam,
-            examinee=examinee,
-            evidence=kept.path,
-            answers=tuple(kept.by_id[p.question.id] for p in prepared),
-            asked=len(missing),
-            seconds=time.perf_counter() - started,
-        )

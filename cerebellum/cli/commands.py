@@ -339,6 +339,7 @@ def verify(folder: Path, as_json: bool) -> None:
     "--seed", type=click.IntRange(0), default=1, show_default=True, help="Which questions a --limit takes."
 )
 @engine_options
+@worker_options
 @json_option
 def bench(
     model: Path,
@@ -347,7 +348,6 @@ def bench(
     protocol: str,
     out: Path | None,
     threads: int,
-    gpu_layers: int | None,
     as_json: bool,
     **asked: Any,
 ) -> None:
@@ -358,12 +358,14 @@ def bench(
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     if not names:
         raise click.UsageError(f"--tasks names none; give some of {','.join(TASKS)}")
+    hiring = take_workers(asked)
+    gpu_layers = asked.pop("gpu_layers")
     request = BenchRequest(tasks=names, protocols=PROTOCOLS if protocol == "both" else (protocol,), **asked)
     _admitted(model, *against)
     folder = out or model.with_name(f"{model.stem}-bench")
-    found = bench_files(
-        (model, *against), request, _engine(threads, gpu_layers, model).asker, folder, ProgressReporter()
-    )
+    engine = _engine(threads, gpu_layers, model)
+    askers = hiring.askers(engine) if hiring else None
+    found = bench_files((model, *against), request, engine.asker, folder, ProgressReporter(), askers)
     write_artifact(folder / "bench.json", found)
     _answer(found, as_json, *bench_tables(found))
     sys.exit(0 if found.audit.ok else 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,10 @@ from cerebellum.errors import BadInput
 from cerebellum.settings import Settings
 
 if TYPE_CHECKING:
+    from cerebellum.bench.workers import Askers
     from cerebellum.engine.ray_pool import Cluster
-    from cerebellum.engine.workers import Pool
+    from cerebellum.engine.workers import MakeRoom, Pool
+    from cerebellum.llama.native import EngineSettings, LlamaEngine
     from cerebellum.measure.worker import PackedRecipe
     from cerebellum.workspace import Hire
 
@@ -46,7 +48,7 @@ worker_options: Callable[[Callable[..., Any]], Callable[..., Any]] = options(
         type=WorkerCount(),
         default="1",
         show_default=True,
-        help="Processes that measure, one a graphics card: a number, or auto (all cards). More than 1 need Ray.",
+        help="Processes that measure and ask, one a graphics card: a number or auto (all cards). More than 1 need Ray.",
     ),
     click.option(
         "--worker-threads",
@@ -70,6 +72,12 @@ class Hiring:
     def hire_for(self, settings: Settings) -> Hire:
         """Returns what starts the workers of a run."""
         return partial(_hire, self, settings)
+
+    def askers(self, engine: LlamaEngine) -> Askers:
+        """Returns what starts workers for questions alone, with llama.cpp as this process has it but for threads."""
+        from cerebellum.bench.workers import Askers
+
+        return Askers(hire=partial(_hire_askers, self, engine.settings), identity=engine.identity)
 
 
 def take_workers(asked: dict[str, Any]) -> Hiring | None:
@@ -112,7 +120,6 @@ def _connected(size: int | None, threads: int | None, address: str | None, *, wi
 
 def _hire(hiring: Hiring, settings: Settings, packed: PackedRecipe) -> Pool:
     """Starts workers, each with llama.cpp as the settings want it but for its threads."""
-    from cerebellum.engine.ray_pool import RayPool, card_share
     from cerebellum.llama.native import EngineSettings, LlamaEngine
     from cerebellum.measure.worker import MakeWorkRoom
 
@@ -122,6 +129,22 @@ def _hire(hiring: Hiring, settings: Settings, packed: PackedRecipe) -> Pool:
         gpu_room=settings.gpu_room,
     )
     room = MakeWorkRoom(packed=packed, make_engine=partial(LlamaEngine, engine), threads=hiring.threads)
-    cards = hiring.cluster.cards if settings.gpu_layers else 0
+    return _pool(hiring, room, with_cards=bool(settings.gpu_layers))
+
+
+def _hire_askers(hiring: Hiring, engine: EngineSettings) -> Pool:
+    """Starts workers that ask questions and do nothing else."""
+    from cerebellum.bench.workers import MakeAskRoom
+    from cerebellum.llama.native import LlamaEngine
+
+    settings = replace(engine, threads=hiring.threads)
+    room = MakeAskRoom(make_engine=partial(LlamaEngine, settings))
+    return _pool(hiring, room, with_cards=bool(settings.gpu_layers))
+
+
+def _pool(hiring: Hiring, room: MakeRoom, *, with_cards: bool) -> Pool:
+    from cerebellum.engine.ray_pool import RayPool, card_share
+
+    cards = hiring.cluster.cards if with_cards else 0
     share = card_share(cards, hiring.size) if cards else 0.0
     return RayPool(room, size=hiring.size, threads=hiring.threads, cards=share)

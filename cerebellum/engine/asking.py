@@ -7,8 +7,10 @@ can stand in for llama.cpp here too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 TokenIds = tuple[int, ...]
@@ -86,6 +88,33 @@ class Asker(Protocol):
     ) -> Iterator[tuple[int, str]]:
         """(index of the prompt, greedy continuation up to a stop or the end of the turn)."""
         ...
+
+
+Opener = Callable[[Sequence[Path]], AbstractContextManager[Asker]]
+"""Opens a model's files to be asked, and closes them when the block ends."""
+
+
+class KeptAsker:
+    """Keeps the model that was asked last open, for whoever asks it again."""
+
+    def __init__(self, opener: Opener) -> None:
+        self._opener = opener
+        self._stack = ExitStack()
+        self._paths: tuple[Path, ...] = ()
+        self._open: Asker | None = None
+
+    def of(self, paths: Sequence[Path]) -> Asker:
+        """Returns the model of these files, open; another one that was open is closed first."""
+        if self._open is None or tuple(paths) != self._paths:
+            self.close()
+            self._open = self._stack.enter_context(self._opener(paths))
+            self._paths = tuple(paths)
+        return self._open
+
+    def close(self) -> None:
+        """Closes the model. Another one can be opened afterwards."""
+        self._open = None
+        self._stack.close()
 
 
 def shared_prefix(sequences: Sequence[TokenIds]) -> int:

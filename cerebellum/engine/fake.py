@@ -179,7 +179,8 @@ class FakeEngine:
         return speed_of([seconds * PROMPT_TOKENS / 10] * REPEATS, [seconds * GENERATED_TOKENS] * REPEATS)
 
     def asker(self, paths: Sequence[Path]) -> AbstractContextManager[Asker]:
-        return nullcontext(FakeAsker())
+        """Gives a fake that knows nothing; its answers are off by their company where chunks' are."""
+        return nullcontext(FakeAsker(identity=self.identity, mingling=self.mingling))
 
     @contextmanager
     def open(self, paths: Sequence[Path], ctx: int) -> Iterator[FakeModel]:

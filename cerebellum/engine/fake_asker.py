@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,10 @@ def arbitrary(prompt: str, ending: str) -> float:
 
 @dataclass
 class FakeAsker:
-    """Counts what it was asked in ``asked``; stops with KeyboardInterrupt after ``stop_after`` replies."""
+    """Counts what it was asked in ``asked``; stops with KeyboardInterrupt after ``stop_after`` replies.
+
+    Each reply is off by up to ``mingling`` nats a token, by which asks are in the same call, as on a real engine.
+    """
 
     worth: Worth = arbitrary
     writes: Writes = lambda _prompt: "A"
@@ -36,6 +40,7 @@ class FakeAsker:
     identity: str = "fake"
     asked: list[Ask] = field(default_factory=list)
     stop_after: int | None = None
+    mingling: float = 0.0
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> TokenIds:
         return tuple(map(ord, text))
@@ -45,18 +50,19 @@ class FakeAsker:
 
     def score(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
         """Backwards, since callers must not count on an order."""
+        company = self.mingling * zlib.crc32(repr(asks).encode()) / 2**32 if self.mingling else 0.0
         for index in reversed(range(len(asks))):
             if self.stop_after is not None and len(self.asked) >= self.stop_after:
                 raise KeyboardInterrupt
             self.asked.append(asks[index])
-            yield index, self._reply(asks[index])
+            yield index, self._reply(asks[index], company)
 
-    def _reply(self, ask: Ask) -> Reply:
+    def _reply(self, ask: Ask, company: float) -> Reply:
         prompt = self.text(ask.prompt)
         worths = [self.worth(prompt, self.text(ending)) for ending in ask.endings]
         best = worths.index(max(worths))
         endings = tuple(
-            Scored(log_probs=(worth / len(ending),) * len(ending), greedy=i == best)
+            Scored(log_probs=(worth / len(ending) - company,) * len(ending), greedy=i == best)
             for i, (worth, ending) in enumerate(zip(worths, ask.endings, strict=True))
         )
         return Reply(endings=endings, top_token=ask.endings[best][0])

@@ -80,7 +80,7 @@ class Sequences:
         )
         self._batch = self._lib.llama_batch_init(room.piece, 0, 1)
         self._context: Any = None
-        self._cells = 0
+        self._cells = self._wanted = 0
         self._vocabulary = read_vocabulary(self._lib, model, self._vocab)
         self._workers = ThreadPoolExecutor(max_workers=engine.settings.threads)
         self.decoded_tokens = 0
@@ -287,11 +287,15 @@ class Sequences:
         return min(wanted, max(_MIN_SEQUENCES, fits))
 
     def _reserve(self, cells: int) -> None:
-        """A context of at least ``cells``; a larger one replaces it when an ask needs it."""
-        if self._context is not None and cells <= self._cells:
+        """Makes the context that asks of so many ``cells`` get, whatever was asked before.
+
+        How many questions share a decode follows from it, and with them the last bits of a reply: a worker that is
+        asked a part of an exam alone has to give what one process gives that is asked all of it.
+        """
+        wanted = -(-max(cells, self._room.cells or self._usual_cells()) // 256) * 256
+        if self._context is not None and wanted == self._wanted:
             return
         self._free_context()
-        wanted = -(-max(cells, self._room.cells or self._usual_cells()) // 256) * 256
         params = self._lib.llama_context_default_params()
         params.n_ctx = wanted
         params.n_batch = self._room.piece
@@ -304,6 +308,7 @@ class Sequences:
         if not self._context:
             raise BadInput(f"no context of {wanted} tokens: {LOG.last_error()}; try fewer GPU layers")
         self._cells = int(self._lib.llama_n_ctx(self._context))
+        self._wanted = wanted
 
     def _usual_cells(self) -> int:
         on_cpu = self._engine.settings.gpu_layers == 0

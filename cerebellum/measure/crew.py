@@ -2,8 +2,10 @@
 
 Only this process writes the ledger: workers return vectors. Who works on what follows four rules, in this order: go
 on with the variant that is open; take one that nobody works on, a resident one first; make a shard that is missing;
-help with a variant that others work on. What is surely wanted goes before what is likely. A worker that dies is
-replaced and its tasks are given out again; a variant that three die on, at the same decode, ends the run by its name.
+help with a variant that others work on. Errands, which have nothing to do with variants, go before all
+of them, first to a worker that has their model open. What is surely wanted goes before what is likely. A worker that
+dies is replaced and its tasks are given out again; a variant that three die on, at the same decode, or an errand that
+three die on, ends the run by its name.
 
 Chunks are given out by whole decodes (bundles.py), so that no number depends on who is asked for what. Every worker
 first scores the first decode of the base, or two where that is a chunk alone. One whose numbers are not those of the
@@ -86,12 +88,31 @@ class Book(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Anchors:
-    """Chunks of the base that every worker scores first; ``known`` is what the ledger has of them."""
+    """What every worker does first, such as chunks of the base; ``known`` is what the ledger has of them.
 
-    task: ScoreTask
+    ``column`` takes the numbers to compare out of a result, ``record`` keeps the result of the first worker, and
+    ``said`` names for people what the numbers are of.
+    """
+
+    task: Task
     identity: str
     known: Column | None
-    record: Callable[[Found], None]
+    column: Callable[[object], Column]
+    record: Callable[[object], None]
+    said: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errand:
+    """A task that has nothing to do with variants, and its name for people.
+
+    ``opens`` names the model that a worker has open afterwards, in the place of the one that it measures. Such an
+    errand may take minutes, so that none is queued behind another one.
+    """
+
+    about: str
+    task: Task
+    opens: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +126,7 @@ class _Flight:
     variant: Variant | None = None
     bundles: tuple[Bundle, ...] = ()
     is_check: bool = False
+    opens: str = ""
 
 
 @dataclass(kw_only=True)
@@ -179,15 +201,22 @@ class _Pace:
 
 
 class Crew:
-    """Workers, and what each of them does. ``anchors`` and ``shards`` are asked for when they are needed."""
+    """Workers, and what each of them does. ``anchors`` and ``shards`` are asked for when they are needed.
+
+    Without ``shards`` the workers have no base and no variants, and run errands alone.
+    """
 
     def __init__(
-        self, pool: Pool, reporter: Reporter, anchors: Callable[[], Anchors], shards: Callable[[], Shards]
+        self,
+        pool: Pool,
+        reporter: Reporter,
+        anchors: Callable[[], Anchors],
+        shards: Callable[[], Shards] | None,
     ) -> None:
         self._pool = pool
         self._reporter = reporter
         self._anchors = anchors
-        self._shards = shards
+        self._shards_there = shards
         self._hands = {worker: _Hand() for worker in range(pool.size)}
         self._flights: dict[int, _Flight] = {}
         self._tickets = 0
@@ -204,6 +233,15 @@ class Crew:
     def size(self) -> int:
         """How many workers are in use."""
         return len(self._hands)
+
+    @property
+    def identity(self) -> str:
+        """The engine that all workers in use have."""
+        return self._anchors().identity
+
+    def _shards(self) -> Shards:
+        assert self._shards_there is not None
+        return self._shards_there()
 
     # --- what is wanted
 
@@ -236,12 +274,15 @@ class Crew:
         while self._errands or any(flight.task.lane == HOST for flight in self._flights.values()):
             self.wait()
 
-    def run(self, tasks: Sequence[tuple[str, Task]]) -> Iterator[tuple[int, object]]:
-        """Runs other tasks, each with its name for people, and yields (number, result) as they end."""
+    def run(self, errands: Sequence[Errand]) -> Iterator[tuple[int, object]]:
+        """Runs errands, and yields (number, result) as they end."""
         ended: list[tuple[int, object]] = []
-        for number, (about, task) in enumerate(tasks):
-            self._errands.append(_Flight(worker=-1, task=task, about=about, land=_Landing(number, ended)))
-        for _ in tasks:
+        for number, errand in enumerate(errands):
+            land = _Landing(number, ended)
+            self._errands.append(
+                _Flight(worker=-1, task=errand.task, about=errand.about, land=land, opens=errand.opens)
+            )
+        for _ in errands:
             while not ended:
                 self.wait()
             yield ended.pop(0)
@@ -263,10 +304,11 @@ class Crew:
         self._tell()
 
     def settle(self) -> None:
-        """Begins nothing more, and waits for what is under way."""
+        """Begins nothing more, waits for what is under way, and closes the book: no worker prepares for it any more."""
         self._wishes.clear()
         while any(flight.variant is not None for flight in self._flights.values()):
             self.wait()
+        self._book = None
 
     def close(self) -> None:
         """Ends all workers."""
@@ -332,7 +374,9 @@ class Crew:
         return found
 
     def _base_jobs(self) -> list[ShardJob]:
-        """The shards of the base that are not there: each worker begins with the base."""
+        """The shards of the base that are not there: each worker begins with the base, where there is one."""
+        if self._shards_there is None:
+            return []
         shards = self._shards()
         return shards.missing(NOTHING) or shards.removed(shards.variant(NOTHING))
 
@@ -357,7 +401,7 @@ class Crew:
             return self._proof(worker)
         does_models = does_models and hand.proven
         for kind in (lane, HOST) if does_host else (lane,):
-            if (kind == HOST or does_models) and (errand := self._errand(kind)):
+            if (kind == HOST or does_models) and (errand := self._errand(worker, kind)):
                 return errand
         if does_models and self._pool.on_cards and self._book is not None and hand.prepared is not self._book:
             hand.prepared = self._book
@@ -373,11 +417,23 @@ class Crew:
                 return flight
         return None
 
-    def _errand(self, lane: Lane) -> _Flight | None:
-        for number, errand in enumerate(self._errands):
-            if errand.task.lane == lane:
-                return self._errands.pop(number)
-        return None
+    def _errand(self, worker: int, lane: Lane) -> _Flight | None:
+        """Takes an errand out: one whose model the worker has open, else one that no other has, else the first."""
+        hand = self._hands[worker]
+        idle = not self._busy(worker, lane)
+        able = [one for one in self._errands if one.task.lane == lane and (idle or not one.opens)]
+        elsewhere = {self._hands[other].showing for other in self._hands if other != worker}
+        here = (one for one in able if one.opens == hand.showing)
+        untouched = (one for one in able if one.opens not in elsewhere)
+        chosen = next(chain(here, untouched, able), None)
+        if chosen is None:
+            return None
+        self._errands.remove(chosen)
+        if chosen.opens and chosen.opens != hand.showing:
+            hand.showing = chosen.opens
+            hand.resident.clear()
+            hand.prepared = None
+        return chosen
 
     def _proof(self, worker: int) -> _Flight | None:
         """Has a new worker score the anchor chunks; it gets nothing else before they are compared."""
@@ -499,8 +555,8 @@ class Crew:
         self._hands[worker] = _Hand()
         if max(self._deaths[under_way.about, place] for place in places) >= _MOST_DEATHS:
             raise CerebellumError(
-                f"{under_way.about}: {_MOST_DEATHS} workers died on it one after the other, of memory perhaps; the "
-                "ledger has all that was measured before: run again with fewer workers, or without --workers"
+                f"{under_way.about}: {_MOST_DEATHS} workers died on it one after the other, of memory perhaps; all "
+                "that was measured or answered before is kept: run again with fewer workers, or without --workers"
             )
         self._reporter.note(f"worker {worker + 1} died on {under_way.about}; another one goes on")
         self._pool.renew(worker)
@@ -518,17 +574,16 @@ class Crew:
 
     def _difference(self, outcome: Outcome | None) -> str:
         """Says how a worker's arithmetic differs from what the ledger's measurements were made by, or nothing."""
-        assert outcome is not None and isinstance(outcome.result, Scored)
+        assert outcome is not None
         anchors = self._anchors()
         if outcome.identity != anchors.identity:
             return f"its engine ({outcome.where}) is {outcome.identity}, this run's is {anchors.identity}"
-        column = np.stack([found.nll for found in outcome.result.found]).astype(np.float32)
+        column = anchors.column(outcome.result)
         if self._column is None:
             self._column = anchors.known
         if self._column is None:
             self._column = column
-            for found in outcome.result.found:
-                anchors.record(found)
+            anchors.record(outcome.result)
         if column.shape != self._column.shape or not np.array_equal(column, self._column, equal_nan=True):
             off = (
                 float(np.nanmax(np.abs(column - self._column)))
@@ -536,8 +591,8 @@ class Crew:
                 else np.nan
             )
             return (
-                f"on the first chunks of the base its NLL ({outcome.where}) differs by up to {off:.2g} nats a token "
-                "from what was measured before; machines of one kind are needed"
+                f"on {anchors.said} its log-likelihoods ({outcome.where}) differ by up to {off:.2g} nats from "
+                "what was found before; machines of one kind are needed"
             )
         return ""
 
@@ -550,18 +605,27 @@ class Crew:
         if now - pace.told < _TOLD_EVERY:
             return
         pace.told = now
-        rate = pace.scored / max(now - pace.started, 1e-9)
-        waiting = [bundle for bundles in self._surveys()[0].bundles.values() for bundle in bundles]
-        under_way = [bundle for flight in self._flights.values() for bundle in flight.bundles]
-        left = sum(map(len, (*waiting, *under_way)))
+        told = f"{self.size} workers"
+        if self._errands:
+            told += f", {len(self._errands)} tasks wait"
+        told += self._measuring(now)
         doing = []
         for worker, hand in self._hands.items():
             about = self._flights[hand.flights[0]].about if hand.flights else "idle"
             doing.append(f"{worker + 1}: {about}")
-        told = f"{self.size} workers, {pace.scored} chunks scored, {rate:.1f} a second"
-        if rate > 0:
-            told += f", {left / rate:.0f} s left of what is asked"
         self._reporter.note(f"{told}; {'; '.join(doing)}")
+
+    def _measuring(self, now: float) -> str:
+        """Says how fast chunks are scored and how long those take that are asked for, where some are."""
+        pace = self._pace
+        rate = pace.scored / max(now - pace.started, 1e-9)
+        waiting = [bundle for bundles in self._surveys()[0].bundles.values() for bundle in bundles]
+        under_way = [bundle for flight in self._flights.values() for bundle in flight.bundles]
+        left = sum(map(len, (*waiting, *under_way)))
+        if not left:
+            return ""
+        told = f", {pace.scored} chunks scored, {rate:.1f} a second"
+        return told + (f", {left / rate:.0f} s left of what is asked" if rate > 0 else "")
 
 
 @dataclass(frozen=True)

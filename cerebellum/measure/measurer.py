@@ -20,10 +20,10 @@ from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.ledger import Divergence, Ledger, SeriesKey
 from cerebellum.measure.bundles import Bundle, Bundles
-from cerebellum.measure.crew import Anchors, Crew, Wish
+from cerebellum.measure.crew import Anchors, Column, Crew, Wish
 from cerebellum.measure.race import chunk_order
 from cerebellum.measure.scorer import Compared, Found, Scorer
-from cerebellum.measure.worker import KeptOf, ScoreTask
+from cerebellum.measure.worker import KeptOf, Scored, ScoreTask
 from cerebellum.progress import Reporter, Silent
 from cerebellum.shards import Shards, Variant
 from cerebellum.source import open_source
@@ -357,12 +357,25 @@ def base_anchors(workspace: Workspace) -> Anchors:
     known = None
     if not measurer.missing(base, Wish(nll=chunks, variant=base)):
         known = measurer.nll(base, chunks)
+
+    def record(result: object) -> None:
+        assert isinstance(result, Scored)
+        for found in result.found:
+            measurer.record(base, found)
+
     return Anchors(
         task=measurer.task(base, bundles),
         identity=workspace.engine.identity,
         known=known,
-        record=lambda found: measurer.record(base, found),
+        column=_column,
+        record=record,
+        said="the first chunks of the base",
     )
+
+
+def _column(result: object) -> Column:
+    assert isinstance(result, Scored)
+    return np.stack([found.nll for found in result.found]).astype(np.float32)
 
 
 @contextmanager

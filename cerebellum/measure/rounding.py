@@ -29,6 +29,7 @@ from cerebellum.gguf import fits, is_quantized, needs_imatrix, parse_type
 from cerebellum.imatrix import ImportanceMatrix
 from cerebellum.layout import Layout
 from cerebellum.measure.artifacts import RoundingErrors
+from cerebellum.measure.crew import Errand
 from cerebellum.measure.method import Method
 from cerebellum.measure.worker import WorkRoom
 from cerebellum.progress import Reporter, Silent
@@ -179,16 +180,16 @@ def _by_crew(workspace: Workspace, goal: Budget, method: Method) -> RoundingErro
     """Has the workers work out the errors, a group at a time."""
     assert workspace.crew is not None
     names = list(workspace.layout.groups)
-    tasks = [
-        (
-            f"rounding errors of {name}",
-            RoundingTask(name=name, qtypes=goal.offered, anchor=goal.anchor, method=method),
+    errands = [
+        Errand(
+            about=f"rounding errors of {name}",
+            task=RoundingTask(name=name, qtypes=goal.offered, anchor=goal.anchor, method=method),
         )
         for name in names
     ]
     parts: dict[str, RoundingErrors] = {}
-    with workspace.reporter.task("rounding errors of every group", len(tasks)) as tick:
-        for number, found in workspace.crew.run(tasks):
+    with workspace.reporter.task("rounding errors of every group", len(errands)) as tick:
+        for number, found in workspace.crew.run(errands):
             assert isinstance(found, RoundingErrors)
             parts[names[number]] = found
             tick()

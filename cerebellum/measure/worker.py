@@ -5,12 +5,13 @@ Everything here travels: a room's recipe to the worker when it starts, tasks whe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cerebellum.encode import moments
 from cerebellum.encode.encoders import Encoder, OurEncoder
+from cerebellum.engine.asking import Asker, KeptAsker
 from cerebellum.engine.predictions import PredictionCache
 from cerebellum.engine.protocols import Engine, Tokens
 from cerebellum.engine.workers import HOST, MODEL, Lane, Room
@@ -85,7 +86,8 @@ class WorkRoom:
         self._notes: list[str] = []
         self.engine = make_engine(self._notes.append)
         self.recipe = packed.unpacked(self.engine, threads)
-        self.scorer = Scorer(self.engine, self._notes.append)
+        self._scorer = Scorer(self.engine, self._notes.append)
+        self._asked = KeptAsker(self.engine.asker)
         self._kept: KeptOf | None = None
         self._cache: PredictionCache | None = None
 
@@ -99,6 +101,21 @@ class WorkRoom:
         notes = tuple(self._notes)
         self._notes.clear()
         return notes
+
+    @property
+    def scorer(self) -> Scorer:
+        """Scores chunks. A model that was asked questions is closed before another one is opened beside it."""
+        self._asked.close()
+        return self._scorer
+
+    def asker(self, paths: Sequence[Path]) -> Asker:
+        """Returns the model of these files, open to be asked questions.
+
+        The model that measures and the predictions on the card are freed before: two models need not fit.
+        """
+        self._forget()
+        self._scorer.close()
+        return self._asked.of(paths)
 
     def compared(self, kept: KeptOf | None) -> Compared | None:
         """Returns what to compare with; predictions on the graphics card are freed where that is another reference."""
@@ -118,7 +135,7 @@ class WorkRoom:
     def close(self) -> None:
         """Frees the model and what is kept on the graphics card."""
         self._forget()
-        self.scorer.close()
+        self.scorer.close()  # and with it the model that was asked
 
 
 @dataclass(frozen=True, kw_only=True)
