@@ -12,6 +12,7 @@ from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
 from cerebellum.gguf import encode_kv, parse_preset, preset_label
 from cerebellum.imatrix import ImportanceMatrix
+from cerebellum.settings import Budget, Goal, Preset
 from cerebellum.source import Source, open_source
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of llama.cpp
@@ -25,6 +26,26 @@ USUAL_PRESETS = (
 )
 """What sizes are named after, smallest first; all of them are among the labels that the Hub knows
 (huggingface.js, packages/tasks/src/gguf.ts)."""
+
+
+USUAL_BASE = "Q3_K_M"
+_SMALLER_BASES = ("Q2_K", "Q3_K_S", USUAL_BASE)
+
+
+def base_for(goal: Goal) -> str:
+    """Returns the base where nobody names one: the usual one, or for the size of one preset a smaller one that fits.
+
+    Embeddings and output head stay at the base's types: those of a larger file would take bytes that a preset of this
+    size spends on its layers. IQ presets are no bases, because their encoders take many times as long. Several sizes
+    have one base, the usual one.
+    """
+    match goal:
+        case Budget(sizes=(Preset(name=name),)) if name in USUAL_PRESETS:
+            place = USUAL_PRESETS.index(name)
+            fitting = [base for base in _SMALLER_BASES if USUAL_PRESETS.index(base) <= place]
+            return fitting[-1] if fitting else _SMALLER_BASES[0]
+        case _:
+            return USUAL_BASE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,42 @@ from pathlib import Path
 import pytest
 from conftest import Cerebellum
 
+from cerebellum.base import base_for
 from cerebellum.codec import read_artifact
 from cerebellum.errors import BadInput
 from cerebellum.settings import Budget, Bytes, Gpu, Limit, Preset, Settings
+
+
+@pytest.mark.parametrize(
+    ("sizes", "base"),
+    [
+        (("Q2_K",), "Q2_K"),
+        (("IQ3_XXS",), "Q2_K"),
+        (("IQ2_M",), "Q2_K"),
+        (("Q3_K_S",), "Q3_K_S"),
+        (("IQ3_M",), "Q3_K_S"),
+        (("Q3_K_M",), "Q3_K_M"),
+        (("Q6_K",), "Q3_K_M"),
+        (("Q2_K", "Q4_K_M"), "Q3_K_M"),
+    ],
+)
+def test_the_base_of_one_size_is_no_larger_than_a_preset_of_that_size(
+    sizes: tuple[str, ...], base: str
+) -> None:
+    assert base_for(Budget(sizes=tuple(Preset(name=name) for name in sizes))) == base
+    assert base_for(Budget(sizes=(Bytes(n_bytes=6_000_000),))) == base_for(Limit()) == "Q3_K_M"
+
+
+@pytest.mark.parametrize(
+    ("flags", "base"), [((), "Q2_K"), (("--base", "Q3_K_M"), "Q3_K_M"), (("--base", "Q4_K_M"), "Q4_K_M")]
+)
+def test_a_plan_for_one_size_has_that_base_unless_another_is_named(
+    cerebellum: Cerebellum, embedded: Path, flags: tuple[str, ...], base: str
+) -> None:
+    table = Path(__file__).parent.parent / "docs" / "demo" / "measurements.json"
+    ran = cerebellum("plan", embedded, "--measurements", table, "--budget", "Q2_K", *flags, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["base"] == base
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import click
 import msgspec
 
 from cerebellum import __version__, units
+from cerebellum.base import base_for
 from cerebellum.bench.tasks import LOGLIKELIHOOD, PROTOCOLS, SAMPLES, TASKS
 from cerebellum.cli import tables
 from cerebellum.cli.options import (
@@ -661,6 +662,7 @@ def _settings(asked: dict[str, Any], folder: Path) -> Settings:
     )
     if recipe is not None:
         goal = _given(recipe, goal, asked)
+    asked["base"] = asked["base"] or base_for(goal)
     asked["kld_cache_bytes"] = asked.pop("kld_cache")
     asked["split_above_bytes"] = asked.pop("split_above")
     if asked["gpu_layers"] is None:
@@ -678,8 +680,8 @@ def _given(recipe: Path, goal: Goal, asked: dict[str, Any]) -> Given:
     from cerebellum.source import open_source
 
     source = open_source(asked["source"], allow_requantize=asked["allow_requantize"])
-    if not given("base") and asked["base_file"] is None:
-        asked["base"] = read_typed(recipe).preset or asked["base"]
+    if asked["base"] is None and asked["base_file"] is None:
+        asked["base"] = read_typed(recipe).preset
     found = given_by(recipe, source)
     chunks = goal.chunks if isinstance(goal, Limit) else 0
     return msgspec.structs.replace(found, chunks=chunks) if given("chunks") else found
@@ -905,7 +907,7 @@ def _plan_file(
     source = open_source(model, allow_requantize=True)
     check_contents(source)
     goal = _replanned_goal(Limit(), asked, source)
-    preset = base or (asked["recipe"] and read_typed(asked["recipe"]).preset) or "Q3_K_M"
+    preset = base or (asked["recipe"] and read_typed(asked["recipe"]).preset) or base_for(goal)
     settings = Settings(source=model, goal=goal, base=preset)
     return way_of(settings.goal).plan_header(settings, _engine_for(settings), measurements)
 

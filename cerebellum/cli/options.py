@@ -487,9 +487,7 @@ source_options = options(
     click.option(
         "--base",
         type=PresetName(),
-        default="Q3_K_M",
-        show_default=True,
-        help="Preset everything is compared with.",
+        help="Preset everything is compared with [default: Q3_K_M, or a smaller one for a smaller --budget PRESET].",
     ),
     click.option("--base-file", type=PathArgument, help="A base made already, instead of --base."),
     limit_options,
