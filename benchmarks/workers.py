@@ -95,7 +95,11 @@ def run(asked: argparse.Namespace, folder: Path, workers: int) -> Timed:
         workers == 1
     ):  # one card, also where there are more: llama.cpp would spread the layers over all of them
         env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    process = subprocess.Popen(command(asked, folder, workers), stdout=subprocess.PIPE, text=True, env=env)
+    # A pipe that nobody reads would fill up, and the run would wait for ever.
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    answer = folder.parent / f"{folder.name}.out"
+    with answer.open("w") as out:
+        process = subprocess.Popen(command(asked, folder, workers), stdout=out, env=env)
     while process.poll() is None:
         time.sleep(0.1)
         now = chunks_of(folder)
@@ -104,10 +108,10 @@ def run(asked: argparse.Namespace, folder: Path, workers: int) -> Timed:
             if not (folder / "plan.json").exists():
                 last = time.perf_counter()
                 count = now
-    out = process.stdout.read() if process.stdout else ""
     wall = time.perf_counter() - started
     if process.returncode not in (0, 1):
-        sys.exit(f"cerebellum run with {workers} workers ended with {process.returncode}:\n{out[-2000:]}")
+        said = answer.read_text()[-2000:]
+        sys.exit(f"cerebellum run with {workers} workers ended with {process.returncode}:\n{said}")
     seconds = last - first
     return Timed(
         workers=workers,
