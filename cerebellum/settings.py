@@ -71,8 +71,12 @@ def shipped_domains(half: Half) -> tuple[Domain, ...]:
 ComeAlong = Literal["prose", "domains"]
 """The two sets of texts that come along: Wikipedia's prose, or texts of several domains."""
 
-DEFAULT_TEXTS: ComeAlong = "prose"
-"""Which of them select and report where none are named; benchmarks/domains.py measures what the choice does."""
+DEFAULT_TEXTS: ComeAlong = "domains"
+"""Which of them a command reads where none are named; benchmarks/domains.py measures what the choice does.
+
+What a single file is asked for its perplexity, ``perplexity`` and ``compare``, stays on REPORT_TEXT all of which is
+WikiText-2 test: that number is compared with other people's.
+"""
 
 
 def texts_that_come_along(which: ComeAlong, half: Half) -> tuple[Domain, ...]:
