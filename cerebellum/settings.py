@@ -74,8 +74,7 @@ ComeAlong = Literal["prose", "domains"]
 DEFAULT_TEXTS: ComeAlong = "domains"
 """Which of them a command reads where none are named; benchmarks/domains.py measures what the choice does.
 
-What a single file is asked for its perplexity, ``perplexity`` and ``compare``, stays on REPORT_TEXT all of which is
-WikiText-2 test: that number is compared with other people's.
+``perplexity`` and ``compare`` read REPORT_TEXT instead, WikiText-2 test: that number is held against other people's.
 """
 
 
@@ -260,7 +259,8 @@ class Settings(Artifact, frozen=True, kw_only=True):
     end); both as they were worked out, so that a run goes on with the numbers it began with.
     ``keep_shards`` leaves on the disk what only measuring needed; ``tokens_per_second`` times base and result.
     Where ``select_domains`` or ``report_domains`` name texts of several domains, these are read in place of the one
-    text, which is None then.
+    text, which is None then. Settings that name no text are of prose, as those of older folders; what the command line
+    takes where nobody names one is DEFAULT_TEXTS.
     ``encoder`` rounds weights and ``feedback`` lets ours make up for errors by other columns; a folder that
     does not say was made with ggml's. A finished file of more than ``split_above_bytes`` is written as splits,
     each no larger than that.
