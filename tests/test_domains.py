@@ -17,7 +17,7 @@ from test_fake_run import damage
 from tiny import Recorder, ledger_rows, small_text, write_hybrid
 
 from cerebellum import open_run
-from cerebellum.card.domains import across_domains, domain_cells
+from cerebellum.card.domains import across_domains, domain_cells, over_in_some
 from cerebellum.card.stage import make_card
 from cerebellum.cli.commands import cli
 from cerebellum.cli.options import COME_ALONG, named_texts, settle_texts, source_options
@@ -262,6 +262,20 @@ def test_costs_that_differ_are_said_and_those_that_do_not() -> None:
     assert told(domain("prose", 1.0, 0.9), domain("code", 1.5, 0.9)) == [
         "No two of its 2 domains could be told apart by their change of perplexity."
     ]
+
+
+def test_a_domain_over_the_limit_of_all_is_named(tmp_path: Path) -> None:
+    """On the demo's model prose rose by 6% where all six domains together did not rise."""
+    seen = (domain("prose", 6.0, 0.5), domain("code", -5.0, 4.0), domain("german", 4.0, 2.0))
+    report = verify(domains=seen, delta_pct=0.1).report
+    assert list(over_in_some(report, 3.0)) == [
+        "The limit of +3% is about all domains together: perplexity surely rises by more on prose "
+        "(+6.00% [+5.50%, +6.50%])."
+    ]
+    assert not list(over_in_some(report, 7.0))
+    assert not list(over_in_some(verify(domains=seen, delta_pct=3.1).report, 3.0))
+    make_card(write_run_folder(tmp_path / "a", verify=verify(domains=seen, delta_pct=0.1)))
+    assert "is about all domains together" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_claim_holds_for_all_domains_together() -> None:
