@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import articles, bounds, cerebellum, save, save_vectors, share
+from common import ON_PROSE, articles, bounds, cerebellum, save, save_vectors, share
 from gguf import GGMLQuantizationType
 from making import Maker, Types
 from rich.console import Console
@@ -257,7 +257,7 @@ def run_flags(asked: argparse.Namespace) -> list[str]:
     made = ["--imatrix", str(asked.imatrix)] if asked.imatrix else []
     chunks = ["--imatrix-chunks", str(asked.imatrix_chunks), "--report-chunks", "8", *made]
     machine = ["--gpu-layers", str(asked.gpu_layers), "--threads", str(asked.threads)]
-    return [*chunks, "--encoder", asked.encoder, *machine]
+    return [*chunks, *ON_PROSE, "--encoder", asked.encoder, *machine]
 
 
 def arguments() -> argparse.Namespace:

@@ -27,6 +27,8 @@ from cerebellum.texts import Corpus, read_text
 Vector = NDArray[np.float64]
 
 RESULTS = Path(__file__).parent / "results"
+ON_PROSE = ("--select-text", "prose", "--report-text", "prose")
+"""The texts that published figures are of: the default until texts of six domains became it."""
 FINAL = re.compile(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)")
 CHUNKS = re.compile(r"calculating perplexity over (\d+) chunks")
 

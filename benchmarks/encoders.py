@@ -139,7 +139,7 @@ def _each(
 def cases(asked: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, list[Rows]]]:
     matrix = asked.imatrix or scratch / "imatrix.gguf"
     if asked.imatrix is None:
-        cerebellum("imatrix", asked.model, "-o", matrix, "--chunks", "100")
+        cerebellum("imatrix", asked.model, "-o", matrix, "--imatrix-text", "prose", "--chunks", "100")
     yield asked.model.stem, real_rows(asked.model, matrix)
     for log_sd in asked.log_sd:
         yield f"normal, log-sd {log_sd:g}", made_rows(log_sd)

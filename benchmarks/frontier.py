@@ -18,7 +18,7 @@ from typing import Any
 
 import budget as rivals
 import matplotlib
-from common import articles, bounds, cerebellum, save, share
+from common import ON_PROSE, articles, bounds, cerebellum, save, share
 from making import Maker
 from matplotlib.figure import Figure
 
@@ -128,7 +128,9 @@ def main() -> None:
         if not asked.folder:
             flags = ["--budget", "Q3_K_M", "--imatrix-chunks", "100", "--report-chunks", "8", "--keep-shards"]
             machine = ["--threads", str(asked.threads), "--gpu-layers", str(asked.gpu_layers)]
-            cerebellum("run", DEMO_MODEL, "-o", folder, *flags, *machine, "--encoder", asked.encoder)
+            cerebellum(
+                "run", DEMO_MODEL, "-o", folder, *flags, *ON_PROSE, *machine, "--encoder", asked.encoder
+            )
         workspace = Workspace.reopen(folder, rivals.engine_for, Silent())
         curves = open_run(folder).curves()
         with workspace.locked():

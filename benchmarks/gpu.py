@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--imatrix-chunks", type=int, default=100)
     parser.add_argument("--report-chunks", type=int, default=100)
     parser.add_argument("--max-chunks", type=int, default=0)
-    parser.add_argument("--text", type=Path, help="of the selection [default: the one that comes along]")
+    parser.add_argument("--text", type=Path, help="of the selection [default: the prose that comes along]")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--gpu-layers", type=int, default=-1)
     parser.add_argument(
@@ -62,7 +62,7 @@ def ours(asked: argparse.Namespace, folder: Path, goal: list[str]) -> dict[str, 
     shutil.rmtree(folder, ignore_errors=True)
     options = ["--base", asked.base, "--threads", asked.threads, "--gpu-layers", asked.gpu_layers, *goal]
     options += ["--imatrix-chunks", asked.imatrix_chunks, "--report-chunks", asked.report_chunks]
-    options += ["--allow-requantize", *(["--select-text", asked.text] if asked.text else [])]
+    options += ["--allow-requantize", "--select-text", asked.text or "prose", "--report-text", "prose"]
     options += ["--encoder", asked.encoder] if asked.encoder else []
     options += ["--no-feedback"] if asked.feedback == "off" else []
     command = ["run", asked.model, "-o", folder, *options]

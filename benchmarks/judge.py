@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import RESULTS, cerebellum
+from common import ON_PROSE, RESULTS, cerebellum
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -66,7 +66,7 @@ def ours(asked: argparse.Namespace, folder: Path) -> list[Path]:
     """Makes a file of every size with one run; returns them."""
     options = ["--budget", ",".join(asked.budgets), "--imatrix-chunks", "100", "--report-chunks", "8"]
     machine = ["--threads", str(asked.threads), "--gpu-layers", str(asked.gpu_layers), "--allow-requantize"]
-    answer, _ = cerebellum("run", asked.model, "-o", folder / "run", *options, *machine)
+    answer, _ = cerebellum("run", asked.model, "-o", folder / "run", *options, *ON_PROSE, *machine)
     return [Path(size["file"]) for size in answer.get("sizes") or [answer]]
 
 

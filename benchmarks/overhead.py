@@ -20,7 +20,15 @@ from cerebellum.llama.model import Context
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.progress import Silent
 from cerebellum.run import measure_stage
-from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, ENCODERS, Limit, Settings
+from cerebellum.settings import (
+    DEFAULT_ENCODER,
+    DEMO_MODEL,
+    ENCODERS,
+    REPORT_TEXT,
+    SELECTION_TEXT,
+    Limit,
+    Settings,
+)
 from cerebellum.workspace import Workspace
 
 
@@ -63,6 +71,8 @@ def main() -> None:
         settings = Settings(
             source=asked.model,
             goal=Limit(chunks=asked.chunks),
+            select_text=SELECTION_TEXT,
+            report_text=REPORT_TEXT,
             imatrix_chunks=asked.imatrix_chunks,
             encoder=asked.encoder,
         )

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from common import RESULTS, save
@@ -31,7 +31,15 @@ from cerebellum.measure.race import ChunkAsk, ChunkScores, RaceSettings, chunk_o
 from cerebellum.measure.stage import COMBINATION_FIRST_LOOK, COMBINATION_GROWTH
 from cerebellum.plan.limit import Trial, Unit, threshold_plan
 from cerebellum.progress import Silent
-from cerebellum.settings import DEFAULT_ENCODER, DEMO_MODEL, Limit, Settings
+from cerebellum.settings import (
+    DEFAULT_ENCODER,
+    DEMO_MODEL,
+    ComeAlong,
+    Limit,
+    Settings,
+    held,
+    texts_that_come_along,
+)
 from cerebellum.stats.paired import Interval, as_nats, as_percent, superpopulation_interval
 from cerebellum.stats.sequential import (
     FixedWidth,
@@ -599,9 +607,12 @@ def record(asked: argparse.Namespace) -> int:
     Those chunks are the text then: what is replayed is orders of them, and their mean is the truth. A recording that
     was stopped goes on from its folder, and what is known is written after every variant.
     """
+    select_text, select_domains = held(texts_that_come_along(asked.text, "select"))
     settings = Settings(
         source=asked.model,
         goal=Limit(demote=asked.demote),
+        select_text=select_text,
+        select_domains=select_domains,
         base=asked.base,
         imatrix_chunks=asked.imatrix_chunks,
         kld_cache_bytes=1 << 50,
@@ -670,6 +681,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", default=["embedded"], help="of recordings")
     recording = parser.add_argument_group("record")
     recording.add_argument("--model", type=Path, default=DEMO_MODEL)
+    recording.add_argument("--text", choices=get_args(ComeAlong), default="prose")
     recording.add_argument("--base", default="Q3_K_M")
     recording.add_argument("--demote", default="Q2_K")
     recording.add_argument(

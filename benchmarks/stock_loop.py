@@ -129,6 +129,8 @@ def main() -> None:
             str(asked.imatrix_chunks),
             "--ctx",
             str(asked.ctx),
+            "--imatrix-text",
+            "prose",
         )
         results, stock_rows = [], {}
         for limit in asked.max_increase:
@@ -137,7 +139,8 @@ def main() -> None:
             flags += ["--base", asked.base, "--demote", asked.demote, "--imatrix", matrix, "--ctx", asked.ctx]
             flags += ["--allow-requantize"] if asked.allow_requantize else []
             flags += ["--base-file", asked.base_file] if asked.base_file else []
-            flags += ["--select-text", asked.text, "--max-increase", limit, "--threads", asked.threads]
+            flags += ["--select-text", asked.text, "--report-text", "prose"]
+            flags += ["--max-increase", limit, "--threads", asked.threads]
             ours, seconds = cerebellum(
                 "measure", asked.model, "-o", folder / f"run-{limit}", *map(str, flags)
             )

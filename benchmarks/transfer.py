@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from common import cerebellum, save
+from common import ON_PROSE, cerebellum, save
 from rich.console import Console
 from rich.table import Table
 
@@ -113,7 +113,7 @@ def main() -> None:
         found: dict[str, Transferred] = {}
         for name, goal in RUNS.items():
             run = folder / name.replace(" ", "-").replace("%", "")
-            cerebellum("run", DEMO_MODEL, "-o", run, *goal, *few, "--select-text", "prose", *machine)
+            cerebellum("run", DEMO_MODEL, "-o", run, *goal, *few, *ON_PROSE, *machine)
             for text, flags in TEXTS.items():
                 out = run.with_name(f"{run.name}-on-{text.split(',')[0]}")
                 found[f"{name}, {text}"] = transferred(asked, run, finetune, out, flags)

@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--worker-threads", type=int, help="of each worker, in both runs")
     parser.add_argument("--budget", help="a size or a preset; else the run is by limit")
     parser.add_argument("--max-increase", default="3%")
-    parser.add_argument("--select-text", type=Path)
+    parser.add_argument("--select-text", type=Path, help="[default: the prose that comes along]")
     parser.add_argument("--report-chunks", type=int, default=20)
     parser.add_argument("--imatrix-chunks", type=int, default=50)
     parser.add_argument("--imatrix", type=Path, help="one that is there already")
@@ -75,7 +75,7 @@ def command(asked: argparse.Namespace, folder: Path, workers: int) -> list[str]:
         options += ["--worker-threads" if workers > 1 else "--threads", asked.worker_threads]
     options += ["--report-chunks", asked.report_chunks]
     options += ["--imatrix", asked.imatrix] if asked.imatrix else ["--imatrix-chunks", asked.imatrix_chunks]
-    options += ["--select-text", asked.select_text] if asked.select_text else []
+    options += ["--select-text", asked.select_text or "prose", "--report-text", "prose"]
     options += ["--allow-requantize"] if asked.allow_requantize else []
     options += ["--encoder", asked.encoder] if asked.encoder else []
     options += ["--no-feedback"] if asked.no_feedback else []

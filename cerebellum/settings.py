@@ -71,8 +71,11 @@ def shipped_domains(half: Half) -> tuple[Domain, ...]:
 ComeAlong = Literal["prose", "domains"]
 """The two sets of texts that come along: Wikipedia's prose, or texts of several domains."""
 
-DEFAULT_TEXTS: ComeAlong = "prose"
-"""Which of them select and report where none are named; benchmarks/domains.py measures what the choice does."""
+DEFAULT_TEXTS: ComeAlong = "domains"
+"""Which of them a command reads where none are named; benchmarks/domains.py measures what the choice does.
+
+``perplexity`` and ``compare`` read REPORT_TEXT instead, WikiText-2 test: that number is held against other people's.
+"""
 
 
 def texts_that_come_along(which: ComeAlong, half: Half) -> tuple[Domain, ...]:
@@ -256,7 +259,8 @@ class Settings(Artifact, frozen=True, kw_only=True):
     end); both as they were worked out, so that a run goes on with the numbers it began with.
     ``keep_shards`` leaves on the disk what only measuring needed; ``tokens_per_second`` times base and result.
     Where ``select_domains`` or ``report_domains`` name texts of several domains, these are read in place of the one
-    text, which is None then.
+    text, which is None then. Settings that name no text are of prose, as those of older folders; what the command line
+    takes where nobody names one is DEFAULT_TEXTS.
     ``encoder`` rounds weights and ``feedback`` lets ours make up for errors by other columns; a folder that
     does not say was made with ggml's. A finished file of more than ``split_above_bytes`` is written as splits,
     each no larger than that.

@@ -82,7 +82,8 @@ def command(goal: str, out: Path, threads: int, keep: bool) -> list[str]:
     text = out.parent / _TEXT
     run = [sys.executable, "-m", "cerebellum", "run", str(DEMO_MODEL), "-o", str(out)]
     small = ["--imatrix-chunks", "4", "--report-chunks", "4", "--threads", str(threads), "--ctx", "128"]
-    return [*run, *small, "--select-text", str(text), *(["--keep-shards"] if keep else []), *_GOALS[goal]]
+    texts = ["--select-text", str(text), "--report-text", "prose"]
+    return [*run, *small, *texts, *(["--keep-shards"] if keep else []), *_GOALS[goal]]
 
 
 def killed(started: list[str], seconds: float, log: Path) -> bool:

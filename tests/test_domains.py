@@ -10,17 +10,20 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import Cerebellum
 from msgspec.structs import replace
 from run_folder import verify, write_run_folder
 from test_fake_run import damage
 from tiny import Recorder, ledger_rows, small_text, write_hybrid
 
 from cerebellum import open_run
-from cerebellum.card.domains import across_domains, domain_cells
+from cerebellum.card.domains import across_domains, domain_cells, over_in_some
 from cerebellum.card.stage import make_card
+from cerebellum.cli.commands import cli
 from cerebellum.cli.options import COME_ALONG, named_texts, settle_texts, source_options
 from cerebellum.engine.fake import FakeEngine
 from cerebellum.errors import BadInput
+from cerebellum.gguf import read_gguf
 from cerebellum.progress import Silent
 from cerebellum.recipes.reproduce import SAME, Reproduction, reproduce
 from cerebellum.run import run_all, verify_stage
@@ -261,6 +264,20 @@ def test_costs_that_differ_are_said_and_those_that_do_not() -> None:
     ]
 
 
+def test_a_domain_over_the_limit_of_all_is_named(tmp_path: Path) -> None:
+    """On the demo's model prose rose by 6% where all six domains together did not rise."""
+    seen = (domain("prose", 6.0, 0.5), domain("code", -5.0, 4.0), domain("german", 4.0, 2.0))
+    report = verify(domains=seen, delta_pct=0.1).report
+    assert list(over_in_some(report, 3.0)) == [
+        "The limit of +3% is about all domains together: perplexity surely rises by more on prose "
+        "(+6.00% [+5.50%, +6.50%])."
+    ]
+    assert not list(over_in_some(report, 7.0))
+    assert not list(over_in_some(verify(domains=seen, delta_pct=3.1).report, 3.0))
+    make_card(write_run_folder(tmp_path / "a", verify=verify(domains=seen, delta_pct=0.1)))
+    assert "is about all domains together" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_claim_holds_for_all_domains_together() -> None:
     """Each interval just excludes zero at its own 95%; of three such domains none is claimed."""
     close = [domain(name, sign * 1.0, 0.95) for name, sign in (("a", -1), ("b", 1), ("c", 1))]
@@ -310,6 +327,48 @@ def test_the_default_is_as_if_it_had_been_named(which: str, monkeypatch: pytest.
     assert taken() == taken("--select-text", which, "--report-text", which)
     mine = taken("--select-text", "a.txt")
     assert mine["select_text"] == Path("a.txt").absolute() and mine["select_domains"] == ()
+
+
+def test_texts_of_six_domains_select_and_report_where_none_is_named() -> None:
+    assert taken() == {
+        "select_text": None,
+        "select_domains": shipped_domains("select"),
+        "report_text": None,
+        "report_domains": shipped_domains("report"),
+    }
+
+
+def test_the_demo_keeps_the_prose_that_its_model_was_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr("cerebellum.cli.commands._workspace", lambda _out, asked, _hiring: seen.append(asked))
+    monkeypatch.setattr("cerebellum.cli.commands._run", lambda *_: None)
+    assert CliRunner().invoke(cli, ["demo", "-o", str(tmp_path), "--gpu-layers", "0"]).exit_code == 0
+    assert [text.path for text in (*seen[0].select_texts, *seen[0].report_texts)] == [
+        SELECTION_TEXT,
+        REPORT_TEXT,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"), [((), " + ".join(DOMAINS)), (("--text", "prose"), SELECTION_TEXT.name)]
+)
+def test_an_importance_matrix_is_of_the_texts_that_select(
+    cerebellum: Cerebellum, embedded: Path, tmp_path: Path, flags: tuple[str, ...], name: str
+) -> None:
+    out = tmp_path / "imatrix.gguf"
+    few = ("--ctx", 64, "--chunks", 6, "--threads", 2)
+    assert cerebellum("imatrix", embedded, "-o", out, *few, *flags).code == 0
+    assert read_gguf(out).value("imatrix.datasets") == [name]
+
+
+def test_an_importance_matrix_replaces_none_of_its_texts(
+    cerebellum: Cerebellum, embedded: Path, tmp_path: Path
+) -> None:
+    text = texts(tmp_path, 1)[0].path
+    ran = cerebellum("quantize", embedded, "Q8_0", "-o", text, "--text", f"code={text}", "--force")
+    assert ran.code == 2 and "is an input" in ran.complaint
 
 
 def test_one_text_several_or_those_that_come_along(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from cerebellum.imatrix import Entry
 from cerebellum.llama.native import LlamaEngine
 from cerebellum.progress import Silent
 from cerebellum.run import run_all
-from cerebellum.settings import OURS, Budget, EncoderName, Goal, Limit, Preset
+from cerebellum.settings import OURS, Budget, Domain, EncoderName, Goal, Limit, Preset
 from cerebellum.source import open_source
 from cerebellum.texts import load_corpus
 from cerebellum.workspace import Workspace
@@ -304,7 +304,7 @@ def asked(embedded: Path, folder: Path, encoder: EncoderName, text: Path) -> Qua
         encoder=encoder,
         feedback=True,
         moments=None,
-        text=text,
+        texts=(Domain(path=text),),
         ctx=64,
         chunks=8,
         threads=2,

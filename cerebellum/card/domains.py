@@ -90,6 +90,17 @@ def across_domains(report: Report) -> Iterator[str]:
     yield from _told(list(_divergences(report.domains)), "KL divergence from the source", nats)
 
 
+def over_in_some(report: Report, limit: float) -> Iterator[str]:
+    """Names domains whose perplexity surely rises by more than a limit (percent) that all of them share.
+
+    Nothing is said where the whole report text rises by more: that is told of the whole.
+    """
+    over = [one for one in _perplexities(report.domains) if one.sure.low > limit]
+    if over and (report.delta_pct or 0.0) <= limit:
+        named = _listed(over, lambda value: percent(value))
+        yield f"The limit of +{limit:g}% is about all domains together: perplexity surely rises by more on {named}."
+
+
 def _told(
     seen: Sequence[_Seen], noun: str, written: Callable[[float], str], *, tell_alike: bool = False
 ) -> Iterator[str]:

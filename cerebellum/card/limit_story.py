@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from cerebellum.card.domains import over_in_some
 from cerebellum.card.drawings import layers, named, predicted, sensitivity
 from cerebellum.card.evidence import Combination, GroupRow, LimitEvidence
 from cerebellum.card.findings import additivity, benchmarks, confidence, domains, listed, outcome
@@ -81,7 +82,7 @@ class LimitStory:
         ]
         rows = self.evidence.measured.measurements
         return changed + [
-            (Code(" + ".join(row.groups)), f": {warning} No interval from so few chunks withstands that.")
+            (Code(" + ".join(row.groups)), f": {warning}. No interval from so few chunks withstands that.")
             for row in rows
             for warning in row.warnings
         ]
@@ -95,6 +96,7 @@ class LimitStory:
             chain(
                 outcome(evidence, _UNCHANGED),
                 _over_the_limit(evidence),
+                ((line,) for line in over_in_some(evidence.run.report, evidence.limit)),
                 domains(evidence),
                 _verdicts(evidence),
                 _cheap_and_dear(evidence),

@@ -32,6 +32,7 @@ from cerebellum.cli.options import (
     folder_option,
     given,
     given_by,
+    importance_text_option,
     json_option,
     judge_options,
     named_texts,
@@ -45,6 +46,7 @@ from cerebellum.cli.options import (
     take_published,
     take_sizes,
     text_option,
+    texts_of,
     threads_option,
     timings_option,
 )
@@ -61,6 +63,7 @@ from cerebellum.plan.artifacts import AnyPlan
 from cerebellum.settings import (
     DEFAULT_ENCODER,
     DEMO_MODEL,
+    REPORT_TEXT,
     SELECTION_TEXT,
     Domain,
     Given,
@@ -118,11 +121,16 @@ def demo(
     as_json: bool,
     **workers: Any,
 ) -> None:
-    """The whole pipeline on the small model that comes with Cerebellum."""
+    """The whole pipeline on the small model that comes with Cerebellum.
+
+    It decides and reports on English prose, which is all that this model was trained on.
+    """
     hiring = take_workers(workers | {"gpu_layers": gpu_layers})
     placed = _placed(out, DEMO_MODEL, 512)
     settings = Settings(
         source=DEMO_MODEL,
+        select_text=SELECTION_TEXT,  # and not DEFAULT_TEXTS: code, German and French are foreign to this model,
+        report_text=REPORT_TEXT,  # which has 15M parameters and learned from the English Wikipedia alone
         imatrix_chunks=100,
         report_chunks=100,
         threads=threads,
@@ -170,7 +178,7 @@ def inspect(model: Path, as_json: bool) -> None:
 @click.argument("source", type=PathArgument)
 @click.option("-o", "--out", type=PathArgument, required=True, help="The GGUF to write.")
 @click.option("--force", is_flag=True, help="Replace a file that is no matrix made here.")
-@click.option("--imatrix-text", "--text", type=PathArgument, default=SELECTION_TEXT, help="UTF-8 text.")
+@importance_text_option
 @ctx_option
 @first_chunks_option
 @engine_options
@@ -178,7 +186,7 @@ def inspect(model: Path, as_json: bool) -> None:
 def imatrix(
     source: Path,
     out: Path,
-    imatrix_text: Path,
+    imatrix_text: tuple[tuple[Domain, ...], ...],
     ctx: int,
     chunks: int,
     threads: int,
@@ -189,14 +197,15 @@ def imatrix(
     """Importance matrix of SOURCE, in llama.cpp's format."""
     from cerebellum.imatrix import compute_or_reuse, refuse_foreign
     from cerebellum.source import open_source
-    from cerebellum.texts import load_corpus
+    from cerebellum.texts import load_corpora
 
+    texts = texts_of(imatrix_text, "--imatrix-text", "select")
     if not force:
         refuse_foreign(out)
     opened = open_source(source, allow_requantize=True)
     _admitted(source)
     engine = _engine(threads, gpu_layers, source, ctx)
-    corpus = load_corpus(engine, source, imatrix_text, ctx)
+    corpus = load_corpora(engine, source, texts, ctx)
     matrix = compute_or_reuse(
         engine=engine,
         shards=opened.paths,
@@ -227,9 +236,7 @@ def imatrix(
     type=PathArgument,
     help="Second moments, used as they are, or made where missing [default: beside OUT].",
 )
-@click.option(
-    "--imatrix-text", "--text", type=PathArgument, default=SELECTION_TEXT, help="To make them from."
-)
+@importance_text_option
 @ctx_option
 @first_chunks_option
 @click.option("--force", is_flag=True, help="Replace a file that this command did not write.")
@@ -241,7 +248,7 @@ def quantize(source: Path, threads: int, gpu_layers: int | None, as_json: bool, 
     from cerebellum.cli.quantize import Quantizing
     from cerebellum.cli.quantize import quantize as quantized
 
-    asked["text"] = asked.pop("imatrix_text")
+    asked["texts"] = texts_of(asked.pop("imatrix_text"), "--imatrix-text", "select")
     request = Quantizing(source=source, threads=threads, **asked)
     _admitted(source)
     found = quantized(request, _engine(threads, gpu_layers, source, asked["ctx"]), ProgressReporter())

@@ -32,6 +32,7 @@ from cerebellum.settings import (
     Given,
     Goal,
     Gpu,
+    Half,
     Limit,
     Preset,
     Published,
@@ -189,12 +190,17 @@ class NamedText(click.ParamType[Any]):
         """Returns one text, or all of those that come along; a file whose own name has an = in it is a file."""
         text = str(value)
         if text in COME_ALONG:
-            selects = param is not None and param.name == "select_text"
-            return texts_that_come_along(cast(ComeAlong, text), "select" if selects else "report")
+            reports = param is not None and param.name == "report_text"
+            return texts_that_come_along(cast(ComeAlong, text), "report" if reports else "select")
         found = None if Path(text).exists() else _DOMAIN.fullmatch(text)
         if found is not None:
             return (Domain(name=found["name"], path=Path(found["path"])),)
         return (Domain(path=PathArgument.convert(text, param, ctx)),)
+
+
+def texts_of(given: Sequence[tuple[Domain, ...]], flag: str, half: Half) -> tuple[Domain, ...]:
+    """Returns the texts that an option names, or those of the default where it was not given."""
+    return named_texts(given, flag) or texts_that_come_along(DEFAULT_TEXTS, half)
 
 
 def settle_texts(asked: dict[str, Any]) -> None:
@@ -203,10 +209,7 @@ def settle_texts(asked: dict[str, Any]) -> None:
     Raises a usage error where several are given and one has no name, or two have the same.
     """
     for half in HALVES:
-        texts = named_texts(asked.pop(f"{half}_text"), f"--{half}-text") or texts_that_come_along(
-            DEFAULT_TEXTS, half
-        )
-        path, domains = held(texts)
+        path, domains = held(texts_of(asked.pop(f"{half}_text"), f"--{half}-text", half))
         asked |= {f"{half}_text": path, f"{half}_domains": domains}
 
 
@@ -350,6 +353,13 @@ text_option = click.option(
 )
 first_chunks_option = click.option(
     "--chunks", type=click.IntRange(0), default=0, help="The first N chunks of the text [default: all]."
+)
+importance_text_option = click.option(
+    "--imatrix-text",
+    "--text",
+    type=NamedText(),
+    multiple=True,
+    help=f"Text to make it from; NAME=FILE several times, prose or domains [default: {DEFAULT_TEXTS}].",
 )
 recipe_option = click.option(
     "--recipe",

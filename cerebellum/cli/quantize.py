@@ -29,10 +29,10 @@ from cerebellum.files import is_one_of
 from cerebellum.gguf import TensorSource, encode_kv, read_gguf, write_gguf
 from cerebellum.layout import Layout
 from cerebellum.progress import Reporter
-from cerebellum.settings import GGML, OURS, EncoderName
+from cerebellum.settings import GGML, OURS, Domain, EncoderName
 from cerebellum.shards import Recipe, tensor_content
 from cerebellum.source import Source, open_source
-from cerebellum.texts import load_corpus
+from cerebellum.texts import load_corpora
 
 _ENCODER_KEY = "cerebellum.encoder"
 
@@ -42,7 +42,7 @@ class Quantizing:
     """What to quantize and how.
 
     ``moments`` is where second moments lie or are put, by default beside ``out``; they are made from the first
-    ``chunks`` chunks of ``ctx`` tokens of ``text``, 0 for all. Without an ``imatrix`` all columns count alike.
+    ``chunks`` chunks of ``ctx`` tokens of ``texts``, 0 for all. Without an ``imatrix`` all columns count alike.
     """
 
     source: Path
@@ -52,7 +52,7 @@ class Quantizing:
     encoder: EncoderName
     feedback: bool
     moments: Path | None
-    text: Path
+    texts: tuple[Domain, ...]
     ctx: int
     chunks: int
     threads: int
@@ -118,7 +118,7 @@ def quantize(request: Quantizing, engine: Engine, reporter: Reporter) -> Quantiz
 
 def _refuse_output(request: Quantizing, source: Source) -> None:
     out = request.out
-    given = [*source.paths, request.imatrix or request.source, request.text]
+    given = [*source.paths, request.imatrix or request.source, *(text.path for text in request.texts)]
     if is_one_of(out, given):
         raise BadInput(f"{out}: is an input and would be replaced; give another -o")
     if out.exists() and not request.force and not _is_ours(out):
@@ -154,7 +154,7 @@ def _moments(
     out = request.moments or request.out.with_suffix(".moments.gguf")
     moments.refuse_foreign(out)
     reporter.note(watched.said())
-    corpus = load_corpus(engine, source.path, request.text, request.ctx)
+    corpus = load_corpora(engine, source.path, request.texts, request.ctx)
     asked = moments.Asked(
         watched=watched,
         fingerprint=lambda: source.fingerprint,
