@@ -301,7 +301,7 @@ def test_measurements_that_cannot_be_written(
     shutil.copytree(finished.folder, folder)
     (folder / "ledger.sqlite").unlink()
     asked = ["measure", finished.arguments[1], "-o", folder, *finished.arguments[4:], "--kld-cache", cache]
-    troubled(run_process(*asked, preexec_fn=limited(100_000)), named)
+    troubled(run_process(*asked, preexec_fn=limited(400_000)), named)
 
 
 def test_the_folder_of_another_model(
