@@ -5,10 +5,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# GCC before 12.4 and 13.3 builds kernels for Intel AMX that end the process (llama.cpp issue 20824), so there are none.
-AMX := $(shell grep -qsw amx_int8 /proc/cpuinfo && echo yes)
-ifeq ($(AMX),yes)
-export CMAKE_ARGS := $(CMAKE_ARGS) -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8
+# GCC before 12.4 and 13.3 builds kernels for Intel AMX that end the process (llama.cpp issue 20824), so there are none,
+# unless somebody gives flags of their own. Compilers that do not know the flag have no such kernels.
+AMX := $(shell grep -qsw amx_int8 /proc/cpuinfo && echo | $(CC) -mno-amx-int8 -E - >/dev/null 2>&1 && echo yes)
+ifeq ($(AMX)$(findstring CMAKE_C_FLAGS,$(CMAKE_ARGS)),yes)
+override CMAKE_ARGS += -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8
+export CMAKE_ARGS
 endif
 
 .PHONY: demo test docs site slow clean

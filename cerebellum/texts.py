@@ -75,9 +75,9 @@ class Corpus:
     def sample(self, n: int, seed: int) -> tuple[int, ...]:
         """Returns ``n`` chunks drawn at random without replacement, in the order drawn.
 
-        Of several domains each gives one in turn, as in ``first``. Every chunk of a text is as likely as any other, so
-        what is found on them speaks for all of it, whatever its articles are. A smaller sample from the same seed
-        begins a larger one: whoever asks for more measures none twice.
+        Of several domains each gives one in turn, as in ``first``, so that all count alike, whatever their lengths.
+        Within one every chunk is as likely as any other: what is found speaks for all of it, whatever its articles
+        are. A smaller sample from the same seed begins a larger one: whoever asks for more measures none twice.
         """
         drawn = [
             np.random.default_rng((seed, 2, place)).permutation(np.array(part.chunks)).tolist()

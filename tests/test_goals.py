@@ -12,6 +12,7 @@ from cerebellum.base import base_for
 from cerebellum.codec import read_artifact
 from cerebellum.errors import BadInput
 from cerebellum.settings import Budget, Bytes, Gpu, Limit, Preset, Settings
+from cerebellum.workspace import Workspace
 
 
 @pytest.mark.parametrize(
@@ -35,15 +36,36 @@ def test_the_base_of_one_size_is_no_larger_than_a_preset_of_that_size(
 
 
 @pytest.mark.parametrize(
-    ("flags", "base"), [((), "Q2_K"), (("--base", "Q3_K_M"), "Q3_K_M"), (("--base", "Q4_K_M"), "Q4_K_M")]
+    ("flags", "base"),
+    [
+        (("--budget", "Q2_K"), "Q2_K"),
+        (("--budget", "Q2_K", "--base", "Q4_K_M"), "Q4_K_M"),
+        (("--budget", "6MB"), "Q3_K_M"),
+        (("--max-increase", "2%"), "Q3_K_M"),
+    ],
 )
-def test_a_plan_for_one_size_has_that_base_unless_another_is_named(
-    cerebellum: Cerebellum, embedded: Path, flags: tuple[str, ...], base: str
+def test_a_run_has_that_base_unless_another_is_named(
+    cerebellum: Cerebellum,
+    embedded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    base: str,
+) -> None:
+    def stopped(workspace: Workspace, _request: object) -> None:
+        raise BadInput(f"the base is {workspace.settings.base}")
+
+    monkeypatch.setattr("cerebellum.run.run_all", stopped)
+    assert f"the base is {base}" in cerebellum("run", embedded, "-o", tmp_path / "run", *flags).complaint
+
+
+@pytest.mark.parametrize("flags", [(), ("--base", "Q3_K_M")])
+def test_a_plan_from_a_table_has_the_base_that_tables_are_of(
+    cerebellum: Cerebellum, embedded: Path, flags: tuple[str, ...]
 ) -> None:
     table = Path(__file__).parent.parent / "docs" / "demo" / "measurements.json"
     ran = cerebellum("plan", embedded, "--measurements", table, "--budget", "Q2_K", *flags, "--json")
-    assert ran.code == 0, ran.err
-    assert ran.json["base"] == base
+    assert ran.json["base"] == "Q3_K_M", ran.err
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,19 @@ def test_an_older_ledger_gets_the_table_of_entropies(path: Path) -> None:
             assert ledger.entropies(series) == {1: 2.0}
 
 
+def test_what_stays_is_not_sealed_with_what_came_later(path: Path) -> None:
+    """Entropies of a release without checksums, measured again with other last bits."""
+    filled(path, [0, 1])
+    with Ledger(path) as ledger:
+        ledger.record_entropy(ledger.series(KEY), 1, np.array([1.0, 3.0]))
+    database = sqlite3.connect(path)
+    database.executescript("DELETE FROM seal;")
+    database.close()
+    with Ledger(path) as ledger:
+        ledger.record_entropy(ledger.series(KEY), 1, np.array([7.0, 7.0]))
+        assert ledger.entropies(ledger.series(KEY)) == {1: 2.0}
+
+
 @pytest.mark.parametrize("version", [-1, 99])
 def test_another_schema_version_is_refused(path: Path, version: int) -> None:
     filled(path, [0])

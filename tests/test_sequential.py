@@ -27,7 +27,7 @@ from cerebellum.stats.sequential import (
     upper_quantile,
 )
 from cerebellum.stats.unusual import distances, unusual
-from cerebellum.verdicts import SENSITIVE, SET_ASIDE, TOLERANT, Threshold, drive
+from cerebellum.verdicts import SENSITIVE, SET_ASIDE, TOLERANT, UNDECIDED, Threshold, drive
 
 N = 200
 
@@ -181,6 +181,16 @@ def test_a_tie_is_left_where_little_is_at_stake() -> None:
     (little,) = drive(race([{"a": "Q2_K"}], settings(0.0125, worth=30.0)), answer)  # type: ignore[arg-type]
     assert much.verdict(THRESHOLD) == TOLERANT and little.verdict(THRESHOLD) == SET_ASIDE
     assert much.delta is not None and little.delta is not None and 4 * little.delta.n < much.delta.n
+
+
+def test_at_the_last_look_nothing_is_set_aside_for_what_going_on_would_cost() -> None:
+    """``--max-chunks`` ends a race undecided; what is undecided ships where its best estimate is under the limit."""
+    _, answer = answers(as_nats(2.6), 0.02, None)
+    ended = replace(settings(0.0125, worth=33.0), looks=(16,))
+    ended = replace(ended, rule=SpendingRule(alpha=0.0125, population=N, looks=ended.looks))
+    (found,) = drive(race([{"a": "Q2_K"}], ended), answer)  # type: ignore[arg-type]
+    assert found.delta is not None and found.delta.n == 16
+    assert ended.sets_aside(found.delta) and found.verdict(THRESHOLD) == UNDECIDED
 
 
 def test_the_clock_is_read_backwards() -> None:

@@ -6,6 +6,7 @@ import json
 import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import msgspec
@@ -24,7 +25,8 @@ from cerebellum.plan.budget import Decision, budget_plan, plan_budget
 from cerebellum.plan.damage import DamageModel
 from cerebellum.plan.steps import CHEAPER, FINER, OTHER, Cells, LocalDamage, is_off, parts_of, steps_around
 from cerebellum.plan.target import Target
-from cerebellum.settings import FINE_LADDER, KLD
+from cerebellum.settings import FINE_LADDER, KLD, PPL
+from cerebellum.stats.estimate import Estimate
 from cerebellum.verdicts import drive
 
 LESS = 900_000
@@ -199,6 +201,18 @@ def test_a_part_that_counts_three_times_is_known_by_its_steps(model: DamageModel
     ]
     assert max(others) < 2.5
     assert not is_off(search, KLD, model.observed.method), "nothing was measured"
+
+
+@pytest.mark.parametrize("above", [-0.05, 0.05])
+def test_what_its_parts_foretold_is_not_off_whatever_the_sign_of_the_damage(
+    model: DamageModel, above: float
+) -> None:
+    """By perplexity a text that the source does not know can get better."""
+    foretold = SimpleNamespace(
+        measured=lambda _: Estimate(mean=0.01, se=0.0025, n=96), predicted=lambda _: 0.01
+    )
+    search = SimpleNamespace(proposals=[foretold], above_anchor=lambda *_: above)
+    assert not is_off(cast(budget.Search, search), PPL, model.observed.method)
 
 
 def test_steps_are_in_plan_json_and_a_plan_without_them_is_read(

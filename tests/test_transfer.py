@@ -263,6 +263,21 @@ def test_a_run_is_never_written_over(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_what_another_recipe_or_transfer_left_is_never_written_over(tmp_path: Path) -> None:
+    """Not even of the very same finetune: a transfer goes on only in what a transfer of the same run began."""
+    run_all(workspace(tmp_path, LIMIT))
+    tuned = finetune(tmp_path / "tuned.F16.gguf")
+    carried(tmp_path / "run", tuned, tmp_path / "tuned")
+    before = contents(tmp_path / "tuned")
+    (tmp_path / "run").rename(tmp_path / "another")
+    for _ in range(2):
+        with pytest.raises(BadInput, match="give the finetune a folder of its own"):
+            carried(tmp_path / "another", tuned, tmp_path / "tuned")
+        assert contents(tmp_path / "tuned") == before
+        (tmp_path / "tuned" / TRANSFER).unlink(missing_ok=True)  # as where it was killed early
+        before.pop(tmp_path / "tuned" / TRANSFER, None)
+
+
 def _architecture(path: Path) -> Path:
     records = [encode_kv("general.architecture", "llama", GGUFValueType.STRING), *hybrid_records()[1:]]
     return _with_records(path, records)

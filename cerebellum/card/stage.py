@@ -283,6 +283,8 @@ def _read(report: Report) -> str:
     if report.chunks == report.of_chunks:
         return f"all {report.chunks:,} chunks"
     told = f"{report.chunks:,} of {report.of_chunks:,} chunks"
+    if report.domains:
+        return f"{told}, drawn at random (seed {report.seed}) of each domain in turn, so that domains count alike"
     return f"{told}, drawn at random (seed {report.seed}) to speak for all of it"
 
 

@@ -15,7 +15,7 @@ import click
 import msgspec
 
 from cerebellum import __version__, units
-from cerebellum.base import base_for
+from cerebellum.base import USUAL_BASE, base_for
 from cerebellum.bench.tasks import LOGLIKELIHOOD, PROTOCOLS, SAMPLES, TASKS
 from cerebellum.cli import tables
 from cerebellum.cli.options import (
@@ -914,7 +914,7 @@ def _plan_file(
     source = open_source(model, allow_requantize=True)
     check_contents(source)
     goal = _replanned_goal(Limit(), asked, source)
-    preset = base or (asked["recipe"] and read_typed(asked["recipe"]).preset) or base_for(goal)
+    preset = base or (asked["recipe"] and read_typed(asked["recipe"]).preset) or USUAL_BASE
     settings = Settings(source=model, goal=goal, base=preset)
     return way_of(settings.goal).plan_header(settings, _engine_for(settings), measurements)
 

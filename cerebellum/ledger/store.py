@@ -279,8 +279,9 @@ class Ledger:
 
     def _insert_entropy(self, series: int, chunk: int, nats: NDArray[np.floating]) -> None:
         blob = np.asarray(nats, "<f4").tobytes()
-        self._db.execute("INSERT OR IGNORE INTO entropy VALUES (?, ?, ?)", (series, chunk, blob))
-        self._seal(series, _UNSURE, chunk, blob)
+        added = self._db.execute("INSERT OR IGNORE INTO entropy VALUES (?, ?, ?)", (series, chunk, blob))
+        if added.rowcount == 1:
+            self._seal(series, _UNSURE, chunk, blob)
 
     def entropies(self, series: int) -> dict[int, float]:
         """Returns the mean entropy of the predictions, nats a token, of every chunk that it was asked of."""

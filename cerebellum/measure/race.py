@@ -210,7 +210,7 @@ def _look(runners: Sequence[_Runner], undecided: Sequence[_Runner], settings: Ra
     for runner, delta in zip(sound, settings.rule.intervals(samples), strict=True):
         if any(runner is other for other in undecided):
             runner.trace.append(delta)
-            runner.set_aside = settings.sets_aside(delta)
+            runner.set_aside = delta.n < settings.looks[-1] and settings.sets_aside(delta)
 
 
 def _settled(runner: _Runner, settings: RaceSettings) -> bool:

@@ -75,7 +75,7 @@ def is_off(search: Search, objective: Objective, method: Method) -> bool:
         interval = measured.interval()
         above = search.above_anchor(proposal, objective)
         if above is not None and abs(interval.mean - predicted) - (interval.high - interval.mean) > (
-            method.beyond * above
+            method.beyond * abs(above)
         ):
             return True
     return False

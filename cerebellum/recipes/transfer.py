@@ -17,6 +17,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from cerebellum.codec import read_artifact
 from cerebellum.errors import BadInput
 from cerebellum.folder import CURVES, MEASUREMENTS, PLAN, SETTINGS, TRANSFER, RunFolder
 from cerebellum.manifest import Manifest, make_manifest
@@ -165,7 +166,7 @@ def transfer(
     recipe = f"{run.path.resolve().name}-plan.json"
     given = Given(recipe=recipe, types=_types(plan, run), chunks=chunks, label=plan.label)
     workspace = open_workspace(replace(settings, goal=given))
-    _check_folder(workspace.folder, run)
+    _check_folder(workspace.folder, run, recipe)
     _check_shapes(plan, workspace.source, run)
     _check_same_kind(workspace.source, run, run.path / manifest.result.file)
     _check_another(workspace, run)
@@ -222,17 +223,26 @@ def _types(plan: Plan, run: RunFolder) -> dict[str, str]:
     return types
 
 
-def _check_folder(out: Path, run: RunFolder) -> None:
-    """Raises BadInput where the transfer would write over the run itself, or over another one."""
+def _check_folder(out: Path, run: RunFolder, recipe: str) -> None:
+    """Raises BadInput where the transfer would write over the run itself, or over anything but a transfer of it.
+
+    ``recipe`` is what a transfer of this run calls its plan.
+    """
     if out.exists() and out.resolve() == run.path.resolve():
         raise BadInput(
             f"{out}: is the run whose plan is carried over; give the finetune a folder of its own with -o"
         )
     there = RunFolder(out)
-    if (out / SETTINGS).exists() and not (out / TRANSFER).exists():
+    if not (out / SETTINGS).exists():
+        return
+    if (out / TRANSFER).exists():
+        said = read_artifact(out / TRANSFER, Transferred, "give the finetune a folder of its own with -o")
+        ours = said.run == run.path.resolve().name
+    else:
         goal = there.settings().goal
-        if not isinstance(goal, Given):
-            raise BadInput(f"{out}: holds a run already; give the finetune a folder of its own with -o")
+        ours = isinstance(goal, Given) and goal.recipe == recipe
+    if not ours:
+        raise BadInput(f"{out}: holds a run already; give the finetune a folder of its own with -o")
 
 
 def _check_same_kind(source: Source, run: RunFolder, result: Path) -> None:
