@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -119,6 +120,11 @@ class Disk:
                 if instead is None or not interrupted:
                     raise
                 return instead()
+
+
+def own_environment(**more: str) -> dict[str, str]:
+    """Returns the environment of another Python that is to find the same packages as this one, and ``more``."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)} | more
 
 
 def _done() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -82,7 +81,6 @@ class Renderer:
 
 
 def _started() -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
         return files.DISK.spawn(
             lambda: subprocess.Popen(
@@ -90,7 +88,7 @@ def _started() -> subprocess.Popen[str]:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=environment,
+                env=files.own_environment(),
                 text=True,
                 encoding="utf-8",
             )

@@ -82,11 +82,10 @@ def try_opening(path: Path, n_bytes: int) -> None:
 
     The pages of the file that this reads stay in memory, so that the opening that counts is quicker.
     """
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
-        "GGML_NO_BACKTRACE": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # what is tried is the model, and a card takes a second to start
-    }
+    environment = files.own_environment(
+        GGML_NO_BACKTRACE="1",
+        CUDA_VISIBLE_DEVICES="",  # what is tried is the model, and a card takes a second to start
+    )
     try:
         done = files.DISK.spawn(lambda: _opened_by(path, environment, 600 + n_bytes / _SLOWEST_DISK))
     except subprocess.TimeoutExpired as error:

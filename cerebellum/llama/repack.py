@@ -9,7 +9,6 @@ such kernels, a small product is computed with them elsewhere, and without them 
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import sys
 from functools import cache
@@ -30,11 +29,9 @@ NOTE = (
 )
 
 _Q8_0 = 8
-_COLUMNS, _ROWS, _TOKENS = (
-    256,
-    64,
-    32,
-)  # whole tiles of 16 rows and 64 bytes, and enough tokens for the tiles to be used
+_COLUMNS, _ROWS, _TOKENS = 256, 64, 32
+"""Whole tiles of 16 rows and 64 bytes, and enough tokens for the tiles to be used."""
+
 _BLOCK = 32  # weights of a Q8_0 block, which is a float16 scale and as many int8 codes
 _SECONDS = 120.0
 
@@ -44,18 +41,17 @@ def repacking_works() -> bool:
     """Says whether models may be opened with repacked weights; only builds with kernels for AMX are tried."""
     if "AMX_INT8 = 1" not in system_info():
         return True
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
     try:
-        done = files.DISK.spawn(lambda: _tried(environment))
+        done = files.DISK.spawn(_tried)
     except (subprocess.TimeoutExpired, OSError):
         return False
     return done.returncode == 0
 
 
-def _tried(environment: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
+def _tried() -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-P", "-m", "cerebellum.llama.repack"],
-        env=environment,
+        env=files.own_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
