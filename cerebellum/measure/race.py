@@ -15,11 +15,18 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from cerebellum.measure.bundles import Bundles
 from cerebellum.stats.paired import Interval
-from cerebellum.stats.sequential import PROVEN, Rule, Sample, chunk_spread, chunks_to_tell, foretold_sd
+from cerebellum.stats.sequential import (
+    PROVEN,
+    Rule,
+    Sample,
+    chance_below,
+    chunk_spread,
+    chunks_to_tell,
+    foretold_sd,
+)
 from cerebellum.stats.unusual import unusual
 from cerebellum.verdicts import SENSITIVE, UNDECIDED, Asking, Batch, Changes, Measurement, Threshold
 
@@ -111,8 +118,7 @@ class RaceSettings:
         """
         if self.worth is None or delta.se is None or not 0 < delta.n < delta.population:
             return False
-        gap = self.threshold.nats - delta.mean
-        holds = float(norm.cdf(gap / delta.se)) if delta.se > 0 else float(gap > 0)
+        holds = chance_below(self.threshold.nats, delta.mean, delta.se)
         nearest = self.threshold.forgiving_nats - min(delta.mean, self.threshold.nats)
         whole = chunks_to_tell(chunk_spread(delta), nearest, PROVEN, delta.population)
         return holds < min(_A_LOOK / self.worth, _UNLIKELY) or whole - delta.n > self.worth

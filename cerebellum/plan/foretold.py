@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from cerebellum.stats.paired import CONFIDENCE, Interval, student_quantile
+from cerebellum.stats.sequential import chance_below
 
 Vector = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -53,8 +53,7 @@ class Belief:
 
     def under(self, limit_nats: float) -> float:
         """Returns the chance that it lies under a limit."""
-        gap = limit_nats - self.mean
-        return float(norm.cdf(gap / self.sd)) if self.sd > 0 else float(gap > 0)
+        return chance_below(limit_nats, self.mean, self.sd)
 
 
 class Foretold:

@@ -213,6 +213,11 @@ def chunk_spread(delta: Interval) -> float:
     return delta.se * math.sqrt(clock(delta.n, delta.population))
 
 
+def chance_below(limit: float, mean: float, sd: float) -> float:
+    """Returns the chance of a normal value to lie below a limit; without a spread, whether it does."""
+    return float(norm.cdf((limit - mean) / sd)) if sd > 0 else float(mean < limit)
+
+
 def chunks_to_tell(spread: float, distance: float, errors: float, population: int) -> float:
     """Returns after how many chunks a ``distance`` is so many standard ``errors``: the clock read backwards."""
     tau = (errors * spread / max(distance, 1e-12)) ** 2
