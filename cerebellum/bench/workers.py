@@ -25,7 +25,7 @@ from cerebellum.engine.asking import Asker, KeptAsker
 from cerebellum.engine.workers import MODEL, Lane, Pool, Room
 from cerebellum.errors import BadInput, CerebellumError
 from cerebellum.measure.crew import Anchors, Column, Crew, Errand
-from cerebellum.measure.worker import MakeEngine
+from cerebellum.measure.worker import EngineRoom, MakeEngine
 from cerebellum.progress import Reporter
 
 _COMPARED = 4  # questions that every worker answers first where there is no base to compare workers by
@@ -201,24 +201,12 @@ def _column(result: object) -> Column:
     return np.array([value for row in rows for value in row], np.float32)
 
 
-class AskRoom:
+class AskRoom(EngineRoom):
     """A worker's engine, and the model that it asks."""
 
     def __init__(self, make_engine: MakeEngine) -> None:
-        self._notes: list[str] = []
-        self._engine = make_engine(self._notes.append)
-        self._kept = KeptAsker(self._engine.asker)
-
-    @property
-    def identity(self) -> str:
-        """Names everything that can change an answer of this worker."""
-        return self._engine.identity
-
-    def take_notes(self) -> tuple[str, ...]:
-        """Returns what the engine had to say since the last time."""
-        notes = tuple(self._notes)
-        self._notes.clear()
-        return notes
+        super().__init__(make_engine)
+        self._kept = KeptAsker(self.engine.asker)
 
     def asker(self, paths: Sequence[Path]) -> Asker:
         """Returns the model of these files, open."""

@@ -79,21 +79,16 @@ class PackedRecipe:
         )
 
 
-class WorkRoom:
-    """A worker's engine, its resident model, the predictions that it keeps, and what shards are made from."""
+class EngineRoom:
+    """A worker's engine, and the notes that it made since they were last taken."""
 
-    def __init__(self, packed: PackedRecipe, make_engine: MakeEngine, threads: int) -> None:
+    def __init__(self, make_engine: MakeEngine) -> None:
         self._notes: list[str] = []
         self.engine = make_engine(self._notes.append)
-        self.recipe = packed.unpacked(self.engine, threads)
-        self._scorer = Scorer(self.engine, self._notes.append)
-        self._asked = KeptAsker(self.engine.asker)
-        self._kept: KeptOf | None = None
-        self._cache: PredictionCache | None = None
 
     @property
     def identity(self) -> str:
-        """Names everything that can change a number that this worker measures."""
+        """Names everything that can change a number of this worker."""
         return self.engine.identity
 
     def take_notes(self) -> tuple[str, ...]:
@@ -101,6 +96,18 @@ class WorkRoom:
         notes = tuple(self._notes)
         self._notes.clear()
         return notes
+
+
+class WorkRoom(EngineRoom):
+    """A worker's engine, its resident model, the predictions that it keeps, and what shards are made from."""
+
+    def __init__(self, packed: PackedRecipe, make_engine: MakeEngine, threads: int) -> None:
+        super().__init__(make_engine)
+        self.recipe = packed.unpacked(self.engine, threads)
+        self._scorer = Scorer(self.engine, self._notes.append)
+        self._asked = KeptAsker(self.engine.asker)
+        self._kept: KeptOf | None = None
+        self._cache: PredictionCache | None = None
 
     @property
     def scorer(self) -> Scorer:
