@@ -12,7 +12,7 @@ from cerebellum.engine.protocols import Engine
 from cerebellum.errors import BadInput
 from cerebellum.gguf import encode_kv, parse_preset, preset_label
 from cerebellum.imatrix import ImportanceMatrix
-from cerebellum.settings import Budget, Goal, Preset
+from cerebellum.settings import USUAL_BASE, Budget, Goal, Preset
 from cerebellum.source import Source, open_source
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of llama.cpp
@@ -28,7 +28,6 @@ USUAL_PRESETS = (
 (huggingface.js, packages/tasks/src/gguf.ts)."""
 
 
-USUAL_BASE = "Q3_K_M"
 _SMALLER_BASES = ("Q2_K", "Q3_K_S", USUAL_BASE)
 
 

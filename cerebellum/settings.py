@@ -71,6 +71,9 @@ def shipped_domains(half: Half) -> tuple[Domain, ...]:
 ComeAlong = Literal["prose", "domains"]
 """The two sets of texts that come along: Wikipedia's prose, or texts of several domains."""
 
+USUAL_BASE = "Q3_K_M"
+"""The preset that everything is compared with where nobody names one and the goal wants no smaller one."""
+
 DEFAULT_TEXTS: ComeAlong = "domains"
 """Which of them a command reads where none are named; benchmarks/domains.py measures what the choice does.
 
@@ -269,7 +272,7 @@ class Settings(Artifact, frozen=True, kw_only=True):
     format: Literal[3] = 3
     source: Path
     goal: Limit | Budget | Given = Limit()
-    base: str = "Q3_K_M"
+    base: str = USUAL_BASE
     base_file: Path | None = None
     imatrix: Path | None = None
     imatrix_text: Path | None = None

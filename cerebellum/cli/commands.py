@@ -15,7 +15,7 @@ import click
 import msgspec
 
 from cerebellum import __version__, units
-from cerebellum.base import USUAL_BASE, base_for
+from cerebellum.base import base_for
 from cerebellum.bench.tasks import LOGLIKELIHOOD, PROTOCOLS, SAMPLES, TASKS
 from cerebellum.cli import tables
 from cerebellum.cli.options import (
@@ -65,6 +65,7 @@ from cerebellum.settings import (
     DEMO_MODEL,
     REPORT_TEXT,
     SELECTION_TEXT,
+    USUAL_BASE,
     Domain,
     Given,
     Goal,

@@ -69,7 +69,6 @@ class Allocation:
     """
 
     def __init__(self, points: Sequence[PointRow], layout: Layout, objective: Objective) -> None:
-        self._layout = layout
         self._objective = objective
         by_group: dict[str, list[PointRow]] = {}
         for point in points:
