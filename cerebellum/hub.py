@@ -383,8 +383,8 @@ def _texts(folder: Path, manifest: _Manifest, with_texts: bool) -> list[tuple[st
     own = []
     if with_texts:
         settings = RunFolder(folder).settings()
-        own = [text.path for text in (*settings.select_texts, *settings.report_texts)]
-        own += [settings.imatrix_text] if settings.imatrix_text else []
+        texts = (*settings.select_texts, *settings.report_texts, *settings.imatrix_texts)
+        own = [text.path for text in texts]
     found: dict[str, Path] = {}
     for part, name in manifest.text_files.items():
         ours = [DATA / name, DATA / "domains" / name] if is_plain_name(name) else []

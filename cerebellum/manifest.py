@@ -273,6 +273,7 @@ def named_settings(settings: Settings) -> Settings:
         **paths,
         select_domains=_domains_named(settings.select_domains),
         report_domains=_domains_named(settings.report_domains),
+        imatrix_domains=_domains_named(settings.imatrix_domains),
     )
 
 

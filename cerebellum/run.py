@@ -312,8 +312,7 @@ def check_output(workspace: Workspace, labels: Sequence[str]) -> None:
     given = (
         settings.base_file,
         settings.imatrix,
-        settings.imatrix_text,
-        *(text.path for text in (*settings.select_texts, *settings.report_texts)),
+        *(text.path for text in (*settings.select_texts, *settings.report_texts, *settings.imatrix_texts)),
     )
     inputs = [*workspace.source.paths, *(path for path in given if path is not None)]
     for out in (output_path(workspace.folder, workspace.source, label) for label in labels):

@@ -263,7 +263,8 @@ class Settings(Artifact, frozen=True, kw_only=True):
     ``keep_shards`` leaves on the disk what only measuring needed; ``tokens_per_second`` times base and result.
     Where ``select_domains`` or ``report_domains`` name texts of several domains, these are read in place of the one
     text, which is None then. Settings that name no text are of prose, as those of older folders; what the command line
-    takes where nobody names one is DEFAULT_TEXTS.
+    takes where nobody names one is DEFAULT_TEXTS. The importance matrix is made from ``imatrix_text`` or
+    ``imatrix_domains``, and where neither is named, from what selects.
     ``encoder`` rounds weights and ``feedback`` lets ours make up for errors by other columns; a folder that
     does not say was made with ggml's. A finished file of more than ``split_above_bytes`` is written as splits,
     each no larger than that.
@@ -276,6 +277,7 @@ class Settings(Artifact, frozen=True, kw_only=True):
     base_file: Path | None = None
     imatrix: Path | None = None
     imatrix_text: Path | None = None
+    imatrix_domains: tuple[Domain, ...] = ()
     imatrix_chunks: int = 0
     select_text: Path | None = SELECTION_TEXT
     select_domains: tuple[Domain, ...] = ()
@@ -310,6 +312,11 @@ class Settings(Artifact, frozen=True, kw_only=True):
     def report_texts(self) -> tuple[Domain, ...]:
         """The text that reports, or those of several domains."""
         return self.report_domains or _alone(self.report_text or REPORT_TEXT)
+
+    @property
+    def imatrix_texts(self) -> tuple[Domain, ...]:
+        """The texts that were named for the importance matrix, none where it is made from those that select."""
+        return self.imatrix_domains or (_alone(self.imatrix_text) if self.imatrix_text else ())
 
     @property
     def prediction_bytes(self) -> int:

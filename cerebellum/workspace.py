@@ -142,7 +142,7 @@ class Workspace:
     def check_texts(self) -> None:
         """Tokenizes every text; raises BadInput before any work where one cannot be used."""
         texts = [self.selection, self.report_corpus]
-        if self.settings.imatrix is None and self.settings.imatrix_text is not None:
+        if self.settings.imatrix is None and self.settings.imatrix_texts:
             texts.append(self.importance_corpus)
 
     def _refuse_another_source(self) -> None:
@@ -235,8 +235,7 @@ class Workspace:
     @cached_property
     def importance_corpus(self) -> Corpus:
         """The text that the importance matrix and second moments are made from."""
-        given = self.settings.imatrix_text
-        return self.selection if given is None else self._corpus((Domain(path=given),))
+        return self._corpus(self.settings.imatrix_texts or self.settings.select_texts)
 
     @cached_property
     def encoder(self) -> Encoder:

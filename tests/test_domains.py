@@ -21,6 +21,7 @@ from cerebellum.card.domains import across_domains, domain_cells, over_in_some
 from cerebellum.card.stage import make_card
 from cerebellum.cli.commands import cli
 from cerebellum.cli.options import COME_ALONG, named_texts, settle_texts, source_options
+from cerebellum.codec import read_artifact
 from cerebellum.engine.fake import FakeEngine
 from cerebellum.errors import BadInput
 from cerebellum.gguf import read_gguf
@@ -39,7 +40,7 @@ from cerebellum.settings import (
     Settings,
     shipped_domains,
 )
-from cerebellum.texts import Corpus, load_corpora, load_corpus
+from cerebellum.texts import Corpus, load_corpora, load_corpus, read_text
 from cerebellum.verify import Divergence, DomainReport, Measured
 from cerebellum.workspace import Workspace
 
@@ -314,11 +315,7 @@ def taken(*arguments: str) -> dict[str, object]:
     ran = CliRunner().invoke(command, list(arguments), standalone_mode=False)
     if ran.exception is not None:
         raise ran.exception
-    return {
-        key: value
-        for key, value in caught.items()
-        if key.startswith(("select_", "report_")) and key != "report_chunks"
-    }
+    return {key: value for key, value in caught.items() if key.endswith(("_text", "_domains"))}
 
 
 @pytest.mark.parametrize("which", COME_ALONG)
@@ -335,7 +332,44 @@ def test_texts_of_six_domains_select_and_report_where_none_is_named() -> None:
         "select_domains": shipped_domains("select"),
         "report_text": None,
         "report_domains": shipped_domains("report"),
+        "imatrix_text": None,
+        "imatrix_domains": (),
     }
+
+
+def test_the_importance_matrix_takes_texts_as_the_selection_does() -> None:
+    assert taken("--imatrix-text", "prose")["imatrix_text"] == SELECTION_TEXT
+    assert taken("--imatrix-text", "domains")["imatrix_domains"] == shipped_domains("select")
+    assert taken("--imatrix-text", "a.txt")["imatrix_text"] == Path("a.txt").absolute()
+    several = taken("--imatrix-text", "code=a.txt", "--imatrix-text", "prose=b.txt")
+    assert several["imatrix_text"] is None
+    assert several["imatrix_domains"] == (
+        Domain(name="code", path=Path("a.txt").absolute()),
+        Domain(name="prose", path=Path("b.txt").absolute()),
+    )
+    with pytest.raises(click.UsageError, match=r"--imatrix-text: of several texts each needs a name"):
+        taken("--imatrix-text", "a.txt", "--imatrix-text", "b.txt")
+
+
+def test_an_importance_matrix_of_its_own_domains(tmp_path: Path) -> None:
+    opened = workspace(tmp_path, Limit(max_increase_pct=1.0))
+    mine = texts(tmp_path / "mine", 3)
+    opened.settings = replace(opened.settings, imatrix_domains=mine, imatrix_chunks=5)
+    assert opened.importance_corpus.name == "code + prose + tables"
+    assert opened.importance_corpus.sha256 != opened.selection.sha256
+    manifest = run_all(opened)
+    assert manifest.texts["importance, code"] == hashlib.sha256(read_text(mine[0].path)).hexdigest()
+    assert manifest.texts["importance, code"] != manifest.texts["selection, code"]
+    assert manifest.settings.imatrix_domains[1] == Domain(name="prose", path=Path("prose-3.txt"))
+    assert read_gguf(tmp_path / "run" / "imatrix.gguf").value("imatrix.datasets") == ["code + prose + tables"]
+
+
+def test_settings_of_older_folders_name_one_text_for_the_matrix_or_none(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text('{"format": 3, "source": "/m.gguf", "imatrix_text": "/a.txt"}')
+    assert read_artifact(path, Settings, "run it again").imatrix_texts == (Domain(path=Path("/a.txt")),)
+    path.write_text('{"format": 3, "source": "/m.gguf", "imatrix_text": null}')
+    assert read_artifact(path, Settings, "run it again").imatrix_texts == ()
 
 
 def test_the_demo_keeps_the_prose_that_its_model_was_trained_on(

@@ -22,7 +22,7 @@ from cerebellum.gguf import TensorSource, encode_kv, read_gguf, write_gguf
 from cerebellum.hub import uploads
 from cerebellum.manifest import NamedFile
 from cerebellum.run import run_all, tell_unknown_origin, verify_stage
-from cerebellum.settings import REPORT_TEXT, SELECTION_TEXT, Limit, Published, Settings
+from cerebellum.settings import REPORT_TEXT, SELECTION_TEXT, Domain, Limit, Published, Settings
 from cerebellum.source import open_source
 from cerebellum.texts import read_text
 from cerebellum.verify import TEMPLATE_CHECK, Check
@@ -186,6 +186,9 @@ def test_texts_that_come_along_are_published_and_others_only_if_asked(tmp_path: 
     RunFolder(folder).write("settings.json", Settings(source=Path("/m.gguf"), select_text=mine))
     names = {upload.name for upload in uploads(folder)}
     assert REPORT_TEXT.name in names and mine.name not in names and SELECTION_TEXT.name not in names
+    assert mine.name in {upload.name for upload in uploads(folder, with_texts=True)}
+    of_matrix = (Domain(name="code", path=mine),)
+    RunFolder(folder).write("settings.json", Settings(source=Path("/m.gguf"), imatrix_domains=of_matrix))
     assert mine.name in {upload.name for upload in uploads(folder, with_texts=True)}
     mine.write_text("another")
     assert mine.name not in {upload.name for upload in uploads(folder, with_texts=True)}

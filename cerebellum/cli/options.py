@@ -206,11 +206,14 @@ def texts_of(given: Sequence[tuple[Domain, ...]], flag: str, half: Half) -> tupl
 def settle_texts(asked: dict[str, Any]) -> None:
     """Puts in place of the texts that were named what settings hold: one path, or several named domains.
 
+    Where none is named for the importance matrix, settings hold none for it: it is made from what selects.
     Raises a usage error where several are given and one has no name, or two have the same.
     """
     for half in HALVES:
         path, domains = held(texts_of(asked.pop(f"{half}_text"), f"--{half}-text", half))
         asked |= {f"{half}_text": path, f"{half}_domains": domains}
+    path, domains = held(named_texts(asked.pop("imatrix_text"), "--imatrix-text"))
+    asked |= {"imatrix_text": path, "imatrix_domains": domains}
 
 
 def named_texts(given: Sequence[tuple[Domain, ...]], flag: str) -> tuple[Domain, ...]:
@@ -504,7 +507,12 @@ source_options = options(
     size_options,
     budget_options,
     click.option("--imatrix", type=PathArgument, help="An importance matrix (GGUF or .dat)."),
-    click.option("--imatrix-text", type=PathArgument, help="Text to make one from [default: --select-text]."),
+    click.option(
+        "--imatrix-text",
+        type=NamedText(),
+        multiple=True,
+        help="Text to make one from; NAME=FILE several times, prose or domains [default: --select-text].",
+    ),
     click.option("--imatrix-chunks", type=click.IntRange(0), default=0, help="First N of it [default: all]."),
     encoder_options,
     click.option(
