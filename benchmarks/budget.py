@@ -6,7 +6,7 @@ plan, an allocation over four depth bands (every tensor of a band gets one type;
 are), and a per-tensor allocation that minimises the squared error weighted by the importance matrix (no
 model is run for it). All are scored on the report text, which chose nothing within these runs; the default
 objective was settled on it, once (docs/LOG.md). Intervals take articles for independent, not chunks, and the share by
-which a loss is smaller has the preset's own error in it.
+which a loss is smaller has the preset's own error in it. A folder that is kept goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -271,6 +271,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--encoder", choices=ENCODERS, default=DEFAULT_ENCODER, help="of all but the preset")
     parser.add_argument("--gpu-layers", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--folder", type=Path, help="where files go [default: a temporary one]")
     parser.add_argument("--name", default="budget", help="of the JSON in results/, one for each budget")
     return parser.parse_args()
 
@@ -315,9 +316,11 @@ def one_budget(asked: argparse.Namespace, scratch: Path, budget: str) -> dict[st
 
 def main() -> None:
     asked = arguments()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = asked.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         for budget in asked.budgets:
-            result = one_budget(asked, Path(scratch), budget)
+            result = one_budget(asked, folder, budget)
             show(budget, result["rows"])
             print(
                 save(
