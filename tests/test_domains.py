@@ -17,6 +17,7 @@ from test_fake_run import damage
 from tiny import Recorder, ledger_rows, small_text, write_hybrid
 
 from cerebellum import open_run
+from cerebellum.build import output_path
 from cerebellum.card.domains import across_domains, domain_cells, over_in_some
 from cerebellum.card.stage import make_card
 from cerebellum.cli.commands import cli
@@ -27,7 +28,7 @@ from cerebellum.errors import BadInput
 from cerebellum.gguf import read_gguf
 from cerebellum.progress import Silent
 from cerebellum.recipes.reproduce import SAME, Reproduction, reproduce
-from cerebellum.run import run_all, verify_stage
+from cerebellum.run import check_output, run_all, verify_stage
 from cerebellum.settings import (
     DOMAINS,
     REPORT_TEXT,
@@ -362,6 +363,16 @@ def test_an_importance_matrix_of_its_own_domains(tmp_path: Path) -> None:
     assert manifest.texts["importance, code"] != manifest.texts["selection, code"]
     assert manifest.settings.imatrix_domains[1] == Domain(name="prose", path=Path("prose-3.txt"))
     assert read_gguf(tmp_path / "run" / "imatrix.gguf").value("imatrix.datasets") == ["code + prose + tables"]
+
+
+def test_a_result_replaces_no_text_of_the_matrix(tmp_path: Path) -> None:
+    opened = workspace(tmp_path, Limit(max_increase_pct=1.0))
+    out = output_path(opened.folder, opened.source, "Q3_K_M")
+    out.parent.mkdir(parents=True)
+    out.write_bytes(small_text(3 * CTX, 4))
+    opened.settings = replace(opened.settings, imatrix_domains=(Domain(name="code", path=out),))
+    with pytest.raises(BadInput, match="is an input of this run"):
+        check_output(opened, ("Q3_K_M",))
 
 
 def test_settings_of_older_folders_name_one_text_for_the_matrix_or_none(tmp_path: Path) -> None:
