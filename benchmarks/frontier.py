@@ -90,10 +90,10 @@ def picture(rows: list[dict[str, Any]], predicted: Sequence[FrontierRow]) -> Fig
         names.setdefault(row["bytes"], []).append(row["preset"])
     for (x, y), row in zip(presets, rows, strict=True):
         label = ", ".join(names.pop(row["bytes"], []))
-        axes.annotate(label, (x, y), xytext=(2, 6), textcoords="offset points", fontsize=8, rotation=40)
+        axes.annotate(label, (x, y), xytext=(2, 6), textcoords="offset points", fontsize=8, rotation=60)
     axes.set_yscale("log")
     axes.set_xlim(min(x for x, _ in presets) - 0.3, max(x for x, _ in presets) + 0.6)
-    axes.set_ylim(top=2.2 * max(y for _, y in presets))
+    axes.set_ylim(top=3.4 * max(y for _, y in presets))
     axes.set_xlabel("file, MB")
     axes.set_ylabel("KL divergence from the F16 source, nats a token")
     axes.grid(alpha=0.3, which="both")

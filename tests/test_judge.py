@@ -45,6 +45,7 @@ from cerebellum.gguf import (
     tensor_bytes,
     write_gguf,
 )
+from cerebellum.page.charts import told_apart
 from cerebellum.progress import Silent
 from cerebellum.settings import DEMO_MODEL, shipped_domains
 from cerebellum.source import TEMPLATE_KEY, open_source
@@ -429,6 +430,22 @@ def test_what_changed_between_two_judgements_is_read_anew(tmp_path: Path) -> Non
     again = judged(asked, tmp_path / "judged", engine)
     assert again.files[0].sha256 != first.files[0].sha256
     assert {names for names, _ in engine.scored} == {(asked.files[0].name,), ("source.gguf",)}
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (("qwen-F16-Q2_K", "qwen-Cerebellum-Q2_K"), ["F16-Q2_K", "Cerebellum-Q2_K"]),
+        (("demo.F16-Q4_K_S", "demo-Cerebellum-Q4_K_M"), ["F16-Q4_K_S", "Cerebellum-Q4_K_M"]),
+        (("Q4_K_S", "Q4_K_M"), ["Q4_K_S", "Q4_K_M"]),
+        (("a-1.5B", "a-1.7B"), ["1.5B", "1.7B"]),
+        (("a-b", "a-b-c"), ["b", "b-c"]),
+        (("alone-Q4_K_M",), ["alone-Q4_K_M"]),
+        ((), []),
+    ],
+)
+def test_the_picture_names_what_tells_files_apart(names: tuple[str, ...], labels: list[str]) -> None:
+    assert told_apart(names) == labels
 
 
 @pytest.mark.parametrize("name", ["judge.json", "judge.md", "judge.png", "predictions"])

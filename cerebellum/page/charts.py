@@ -7,6 +7,7 @@ never alone: what is over the limit is also to the right of a line, or named in 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -151,6 +152,15 @@ def verdict_colour(verdict: str) -> str:
 def short(name: str) -> str:
     """Returns a name cut to what leaves room for the data, with an ellipsis where something was cut off."""
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """Returns names without the words that all of them begin with, which tell nothing apart, such as the model's."""
+    common = os.path.commonprefix(list(names))  # noqa: RUF071  (of names, not of paths)
+    ends_a_word = all(name[len(common) :][:1] in ("-", ".") for name in names)
+    cut = len(common) if ends_a_word else common.rfind("-") + 1
+    left = [name[cut:].lstrip("-.") for name in names]
+    return left if all(left) and len(names) > 1 else list(names)
 
 
 def estimates_chart(width: int, rows: Sequence[EstimateMark], limit: float | None, label: str) -> Figure:
@@ -412,23 +422,30 @@ def judged_chart(width: int, marks: Sequence[JudgedMark], unit: str) -> Figure:
             linewidth=1.6,
             gid="survivors",
         )
-    middle = (min(mark.size for mark in marks) + max(mark.size for mark in marks)) / 2 if marks else 0.0
+    labels = told_apart([mark.name for mark in marks])
     for place, mark in enumerate(marks):
         colour = ACCENT if mark.survives else UNDECIDED
         axes.plot([mark.size] * 2, mark.bounds, color=colour, linewidth=1.4, gid=f"interval-{place}")
         face = colour if mark.survives else "none"
         axes.plot([mark.size], [mark.damage], "o", color=colour, markerfacecolor=face, gid=f"point-{place}")
-        side = 1 if mark.size <= middle else -1
-        axes.annotate(
-            short(mark.name),
-            (mark.size, mark.damage),
-            xytext=(8 * side, 5),
-            textcoords="offset points",
-            ha="left" if side > 0 else "right",
-            color=INK if mark.survives else MUTED,
-        )
+        _judged_label(axes, mark, marks, short(labels[place]))
     _size_and_divergence(axes, unit, log=all(mark.bounds[0] > 0 for mark in marks))
     return drawn
+
+
+def _judged_label(axes: Axes, mark: JudgedMark, marks: Sequence[JudgedMark], label: str) -> None:
+    """Names a file where others leave room: survivors below the steps that join them, beaten ones above."""
+    smallest = min(each.size for each in marks)
+    share = (mark.size - smallest) / (max(each.size for each in marks) - smallest or 1.0)
+    side = 1 if share <= (0.5 if mark.survives else 0.8) else -1
+    axes.annotate(
+        label,
+        (mark.size, mark.damage),
+        xytext=(8 * side, -14 if mark.survives else 5),
+        textcoords="offset points",
+        ha="left" if side > 0 else "right",
+        color=INK if mark.survives else MUTED,
+    )
 
 
 def _size_and_divergence(axes: Axes, unit: str, *, log: bool) -> None:
