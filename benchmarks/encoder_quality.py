@@ -227,6 +227,11 @@ def variants() -> dict[str, Rounding]:
     }
 
 
+def in_layers(name: str, layers: int | None) -> bool:
+    """Says whether a tensor is in one of the first layers; everything is where nobody says how many."""
+    return layers is None or (name.startswith("blk.") and int(name.split(".")[1]) < layers)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     source: Source
@@ -234,6 +239,7 @@ class Model:
     matrix: ImportanceMatrix | None
     moments: Moments
     threads: int
+    layers: int | None = None  # only the first so many take the base's types, all else stays as it is
 
     def write(self, path: Path, rounding: Rounding) -> None:
         tensors = [
@@ -243,14 +249,20 @@ class Model:
                 type=kind,
                 chunks=partial(self._rounded, name, kind, rounding),
             )
-            for name, kind in self.base.types.items()
+            for name, kind in self._types().items()
         ]
         write_gguf(path, self.base.records, tensors, self.base.alignment)
+
+    def _types(self) -> dict[str, GGMLQuantizationType]:
+        return {
+            name: kind if in_layers(name, self.layers) else self.source.tensors[name].type
+            for name, kind in self.base.types.items()
+        }
 
     def _rounded(self, name: str, kind: GGMLQuantizationType, rounding: Rounding) -> Iterator[Bytes]:
         """One expert after the other, each with its own importance."""
         tensor = self.source.tensors[name]
-        if not is_quantized(kind):
+        if not is_quantized(kind) or kind == tensor.type:
             yield from quantize(
                 QuantizeJob(
                     name=name,
@@ -415,6 +427,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pooled", action="store_true", help="experts that read the same rows share moments")
     parser.add_argument("--only", nargs="*", help="variants by name, beside the one they are compared with")
     parser.add_argument("--against", default="ggml", help="the variant that others are compared with")
+    parser.add_argument("--layers", type=int, help="only the first so many are rounded")
     parser.add_argument("--chunks", type=int, default=120)
     parser.add_argument("--ctx", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -437,6 +450,8 @@ def main() -> None:
         watched = watch(source.tensors)
         if asked.pooled:
             watched = replace(watched, weights=pooled(watched.weights))
+        inside = {name: kept for name, kept in watched.weights.items() if in_layers(name, asked.layers)}
+        watched = replace(watched, weights=inside)
         wanted = Asked(
             watched=watched,
             fingerprint=lambda: source.fingerprint,
@@ -451,7 +466,14 @@ def main() -> None:
         print(f"source: {confidence(of_source)}", file=sys.stderr)
         for preset in asked.presets:
             base = preset_base(engine, source, preset, matrix)
-            model = Model(source=source, base=base, matrix=matrix, moments=moments, threads=asked.threads)
+            model = Model(
+                source=source,
+                base=base,
+                matrix=matrix,
+                moments=moments,
+                threads=asked.threads,
+                layers=asked.layers,
+            )
             scores: dict[str, Scored] = {}
             _BY_GGML.clear()
             for name, rounding in chosen.items():
