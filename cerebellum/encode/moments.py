@@ -37,7 +37,7 @@ MOST_CHUNKS = 100
 
 _WHOLE_COLUMNS = 1024  # rows up to this are one span
 _SPANS = (512, 256)  # of longer rows; the second where the first takes too much
-_BLOCK = 256  # elements of a k-quant's block: a span is a whole number of them
+_BLOCK = 256  # elements of a block of most types: a span is a whole number of them
 
 _RECIPE = "cerebellum.recipe"
 _SHARED = "cerebellum.encode.moments.shared"
@@ -147,8 +147,8 @@ class Moments:
 def watch(tensors: Mapping[str, TensorMeta], most_bytes: int = MOST_BYTES) -> Watched:
     """Says how much of a model's inputs is watched within a limit, from names and shapes alone.
 
-    Weights whose rows are no whole number of 256 elements are never watched: no type that errors are fed
-    back in takes them.
+    Weights whose rows are no whole number of 256 elements are never watched: of the types that errors
+    are fed back in IQ4_NL alone takes them.
     """
     readers = {name: tensor for name, tensor in tensors.items() if _is_reader(tensor)}
     found: dict[str, Watch] = {}
