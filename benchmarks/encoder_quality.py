@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cerebellum.base import Base, preset_base
-from cerebellum.encode import RECODABLE, RESCALABLE, SUPPORTED, Unshrink, encode, feed_back, unshrink
+from cerebellum.encode import RESCALABLE, SUPPORTED, Unshrink, encode, feed_back, unshrink
 from cerebellum.encode.encoders import FED_BACK, round_rows
 from cerebellum.encode.moments import Asked, Moments, Span, watch
 from cerebellum.encode.moments import compute_or_reuse as moments_of
@@ -111,7 +111,7 @@ def rescaled_iq(matrix: Matrix, how: Unshrink | None) -> Bytes:
     """The product's codes, IQ types with their blocks scaled anew: to keep the projection on the original, or
     without ``how`` to lose the least of what rows give for the activations (`scaled_by_moments`)."""
     if matrix.kind in SUPPORTED or matrix.kind not in RESCALABLE:
-        return by_product(matrix)
+        return iq_by_ggml(matrix)
     if how is None:
         return scaled_by_moments(matrix, by_ggml(matrix))
     return rescaled(matrix, by_ggml, how)
@@ -168,28 +168,17 @@ def fed_back(matrix: Matrix, rounding: Rounding, near: int = 0, damping: float =
     return raw
 
 
-def iq_fed_back(matrix: Matrix, sweeps: int = 4, damping: float = 0.1) -> Bytes:
-    """The product's codes, with errors fed back in IQ types: ggml's blocks, their codes chosen anew."""
-    if matrix.kind in SUPPORTED or matrix.kind not in RECODABLE:
-        return by_product(matrix)
-    raw = by_ggml(matrix)
-    for span in matrix.moments:
-        at = slice(row_bytes(matrix.kind, span.columns.start), row_bytes(matrix.kind, span.columns.stop))
-        raw[:, at] = feed_back(
-            *(raw[:, at], matrix.values[:, span.columns], span.moments, matrix.kind),
-            threads=matrix.threads,
-            damping=damping,
-            sweeps=sweeps,
-        )
-    return raw
-
-
 def by_product(matrix: Matrix) -> Bytes:
-    """What `--encoder ours` does: fed back where moments are, else scaled back up; IQ types are ggml's."""
+    """What `--encoder ours` does: fed back where moments are, else scaled back up; IQ types begin with ggml's."""
     if matrix.kind not in SUPPORTED:
-        return by_ggml(matrix)
+        return fed_back(matrix, by_ggml)
     spans = matrix.moments if matrix.kind in FED_BACK else ()
     return round_rows(matrix.values, matrix.kind, matrix.importance, spans, matrix.threads)
+
+
+def iq_by_ggml(matrix: Matrix) -> Bytes:
+    """The product's codes but in IQ types, which stay ggml's."""
+    return by_product(matrix) if matrix.kind in SUPPORTED else by_ggml(matrix)
 
 
 def variants() -> dict[str, Rounding]:
@@ -198,10 +187,8 @@ def variants() -> dict[str, Rounding]:
     fed = partial(fed_back, rounding=by_ours)
     return {
         "ggml": by_ggml,
-        "IQ by ggml": by_product,
-        "IQ fed back": iq_fed_back,
-        "IQ fed back, 2 sweeps": partial(iq_fed_back, sweeps=2),
-        "IQ fed back, damping 0.3": partial(iq_fed_back, damping=0.3),
+        "the product": by_product,
+        "IQ by ggml": iq_by_ggml,
         "IQ unshrunk by block": partial(rescaled_iq, how=Unshrink()),
         "IQ unshrunk by row": partial(rescaled_iq, how=by_row),
         "IQ half unshrunk by row": partial(rescaled_iq, how=Unshrink(strength=0.5, share="row")),
