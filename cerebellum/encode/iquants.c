@@ -4,7 +4,8 @@
  * and IQ4_XS a code is one of 16 values, a weight at a time. In the others an entry of a grid gives the sizes of 4 or 8
  * weights, and signs lie beside it: free ones in IQ3_S and IQ2_S, else seven bits for eight weights, whose number
  * of minuses is always even. There eight weights move at once, with the signs that are and with those that would be best
- * if any value were allowed; every entry of the grid is tried, by the exact change of (y - x)' M (y - x).
+ * if any value were allowed. Of the grid's entries those near these values are tried, by the exact change of
+ * (y - x)' M (y - x).
  *
  * Deterministic like kquants.c: loops over `v` are SIMD without a sum across a register, and fmaf is spelt out. */
 #include "feedback.h"
@@ -257,7 +258,8 @@ typedef struct {
 /* The cost of SIGNED neighbours in the unit of their values, all other columns as they are: y' a y + 2 b' y. */
 typedef struct {
   float a[SIGNED][SIGNED], b[SIGNED];
-  float y[SIGNED]; /* the values that are */
+  float y[SIGNED];                      /* the values that are */
+  float wanted[SIGNED], weight[SIGNED]; /* those that would be best if any were allowed, and what being off costs */
 } Local;
 
 /* Values that the neighbours may get: entries, and a byte of signs. */
@@ -277,63 +279,86 @@ static float cost_of(const Local *l, const float *y) {
   return cost;
 }
 
-/* One entry's part of a cost, signs and the factor 2 in `a` and `b`: sum of a_ik y_i y_k over k <= i, and b_i y_i. */
+/* What an entry is chosen by, for signs that are in the numbers: its cost is the sum of a_ik y_i y_k over k <= i, and of
+ * b_i y_i; how far it is from the values that would be best if any were allowed, of near_i y_i^2 and pull_i y_i. */
 typedef struct {
   float a[SIGNED][SIGNED], b[SIGNED];
+  float near[SIGNED], pull[SIGNED];
 } Part;
 
-/* Least costs of all entries in TRIED lanes, and the first entry of the TRIED that each was found in. */
-INLINE void try_all(const Part *p, int n, const float *restrict table, int entries, float *restrict least,
-                    int *restrict at) {
+typedef float Tried[TRIED];
+
+/* The nearest entry in each of TRIED lanes: the first entry of the TRIED that it was found among. */
+INLINE void find_near(const Part *p, int n, const float *restrict table, int entries, int *restrict at) {
+  _Alignas(64) float least[TRIED];
+  EACH_TRIED least[v] = BIG;
+  EACH_TRIED at[v] = 0;
   for (int first = 0; first < entries; first += TRIED)
     EACH_TRIED {
-      float cost = 0.0f, y[SIGNED];
+      float cost = 0.0f;
 #pragma GCC unroll 8
       for (int i = 0; i < n; i++) {
-        y[i] = table[i * entries + first + v];
-        float pull = p->b[i];
-#pragma GCC unroll 8
-        for (int k = 0; k <= i; k++) pull = fmaf(p->a[i][k], y[k], pull);
-        cost = fmaf(y[i], pull, cost);
+        float y = table[i * entries + first + v];
+        cost = fmaf(y, fmaf(p->near[i], y, p->pull[i]), cost);
       }
       at[v] = cost < least[v] ? first : at[v];
       least[v] = cost < least[v] ? cost : least[v];
     }
 }
 
-KERNEL try_fours(const Part *p, const float *table, int entries, float *least, int *at) {
-  try_all(p, 4, table, entries, least, at);
+KERNEL near_fours(const Part *p, const float *table, int entries, int *at) { find_near(p, 4, table, entries, at); }
+
+KERNEL near_eights(const Part *p, const float *table, int entries, int *at) { find_near(p, 8, table, entries, at); }
+
+/* The cost of TRIED entries, values of one weight after the other. */
+INLINE void find_costs(const Part *p, int n, const Tried *restrict y, float *restrict cost) {
+  EACH_TRIED {
+    float sum = 0.0f;
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) {
+      float pull = p->b[i];
+#pragma GCC unroll 8
+      for (int k = 0; k <= i; k++) pull = fmaf(p->a[i][k], y[k][v], pull);
+      sum = fmaf(y[i][v], pull, sum);
+    }
+    cost[v] = sum;
+  }
 }
 
-KERNEL try_eights(const Part *p, const float *table, int entries, float *least, int *at) {
-  try_all(p, 8, table, entries, least, at);
-}
+KERNEL costs_of_fours(const Part *p, const Tried *y, float *cost) { find_costs(p, 4, y, cost); }
 
-/* The entry with the least cost, of equal ones the first. */
+KERNEL costs_of_eights(const Part *p, const Tried *y, float *cost) { find_costs(p, 8, y, cost); }
+
+/* The entry with the least cost of the nearest ones, of equal ones the first. */
 static int best_entry(const Grid *grid, const Part *p, const float *table) {
-  _Alignas(64) float least[TRIED];
   _Alignas(64) int at[TRIED];
-  EACH_TRIED least[v] = BIG;
-  EACH_TRIED at[v] = 0;
-  (grid->size == 4 ? try_fours : try_eights)(p, table, grid->entries, least, at);
-  int lane = 0;
+  _Alignas(64) Tried cost, y[SIGNED];
+  (grid->size == 4 ? near_fours : near_eights)(p, table, grid->entries, at);
+  for (int i = 0; i < grid->size; i++, table += grid->entries)
+    EACH_TRIED y[i][v] = table[at[v] + v];
+  (grid->size == 4 ? costs_of_fours : costs_of_eights)(p, y, cost);
+  int best = 0;
   for (int v = 1; v < TRIED; v++)
-    if (least[v] < least[lane] || (least[v] == least[lane] && at[v] < at[lane])) lane = v;
-  return at[lane] + lane;
+    if (cost[v] < cost[best] || (cost[v] == cost[best] && at[v] + v < at[best] + best)) best = v;
+  return at[best] + best;
 }
 
-/* What the neighbours from column j on would cost at other values. */
-static void look_at(const Gridded *c, const float *moments, int64_t span, int64_t j, Local *l) {
+/* What the neighbours from column j on would cost at other values. The wanted ones are y - (gradient times the inverse of
+ * M) / step; being off in one of them, where the others follow, costs by one over the inverse's diagonal. */
+static void look_at(const Gridded *c, const float *moments, int64_t span, int64_t j, const float *inverse, Local *l) {
   float step = c->step[j / SIGNED];
   for (int i = 0; i < SIGNED; i++) {
-    const float *line = moments + (j + i) * span + j;
-    float gradient = c->gradient[j + i];
+    const float *line = moments + (j + i) * span + j, *own = inverse + i * SIGNED;
+    float gradient = c->gradient[j + i], change = 0.0f;
     l->y[i] = c->value[j + i];
     for (int k = 0; k < SIGNED; k++) {
       l->a[i][k] = step * step * line[k];
       gradient = fmaf(-step * c->value[j + k], line[k], gradient);
+      change = fmaf(own[k], c->gradient[j + k], change);
     }
     l->b[i] = step * gradient;
+    l->wanted[i] = l->y[i] - change / step;
+    l->weight[i] = own[i] > 0.0f ? 1.0f / own[i] : 0.0f;
   }
 }
 
@@ -348,12 +373,14 @@ static void try_signs(const Grid *grid, const Local *l, const float *table, int 
   for (int first = 0; first < SIGNED; first += n) {
     Part p;
     for (int i = 0; i < n; i++) {
+      const float *a = l->a[first + i] + first;
       float pull = l->b[first + i];
       for (int k = 0; k < SIGNED; k++)
         if (k < first || k >= first + n) pull = fmaf(l->a[first + i][k], y[k], pull);
       p.b[i] = 2.0f * sense[first + i] * pull;
-      for (int k = 0; k <= i; k++)
-        p.a[i][k] = (k == i ? 1.0f : 2.0f) * sense[first + i] * sense[first + k] * l->a[first + i][first + k];
+      for (int k = 0; k <= i; k++) p.a[i][k] = (k == i ? 1.0f : 2.0f) * sense[first + i] * sense[first + k] * a[k];
+      p.near[i] = l->weight[first + i];
+      p.pull[i] = -2.0f * p.near[i] * sense[first + i] * l->wanted[first + i];
     }
     int entry = best_entry(grid, &p, table);
     for (int i = 0; i < n; i++) y[first + i] = sense[first + i] * table[i * grid->entries + entry];
@@ -363,17 +390,13 @@ static void try_signs(const Grid *grid, const Local *l, const float *table, int 
   choice->cost = cost_of(l, y);
 }
 
-/* The signs of the values that would be best if any were allowed: y - (gradient times the inverse of M) / step. Where
- * their number of minuses has to be even, the one that matters least is turned. */
-static int wanted_signs(const Grid *grid, const Gridded *c, const float *inverse, int64_t j) {
+/* The signs of the wanted values. Where their number of minuses has to be even, the one that matters least is turned. */
+static int wanted_signs(const Grid *grid, const Local *l) {
   int sign = 0, weakest = 0;
   float least = BIG;
   for (int i = 0; i < SIGNED; i++) {
-    float change = 0.0f, own = inverse[i * SIGNED + i];
-    for (int k = 0; k < SIGNED; k++) change = fmaf(inverse[i * SIGNED + k], c->gradient[j + k], change);
-    float wanted = c->value[j + i] - change / c->step[j / SIGNED];
-    float loss = own > 0.0f ? wanted * wanted / own : BIG;
-    if (wanted < 0.0f) sign |= 1 << i;
+    float loss = l->weight[i] * l->wanted[i] * l->wanted[i];
+    if (l->wanted[i] < 0.0f) sign |= 1 << i;
     if (loss >= least) continue;
     least = loss;
     weakest = i;
@@ -388,8 +411,8 @@ static void move_gridded(const Grid *grid, Gridded *c, const float *table, const
   if (step == 0.0f) return;
   Local l;
   Choice best, other;
-  look_at(c, moments, span, j, &l);
-  int sign = wanted_signs(grid, c, inverse, j);
+  look_at(c, moments, span, j, inverse, &l);
+  int sign = wanted_signs(grid, &l);
   try_signs(grid, &l, table, sign, &best);
   if (sign != c->sign[j / SIGNED]) {
     try_signs(grid, &l, table, c->sign[j / SIGNED], &other);
@@ -409,7 +432,7 @@ static void move_gridded(const Grid *grid, Gridded *c, const float *table, const
 }
 
 /* The inverses of the moments of SIGNED neighbours each, (span / SIGNED, SIGNED, SIGNED), by Gauss and Jordan without
- * pivots: they only propose signs. Zeros where a column has no moment of its own. */
+ * pivots: they only propose. Zeros where a column has no moment of its own. */
 static void invert_local(const float *moments, int64_t span, float *inverse) {
   for (int64_t j = 0; j < span; j += SIGNED, inverse += SIGNED * SIGNED) {
     float a[SIGNED][2 * SIGNED] = {{0}};
