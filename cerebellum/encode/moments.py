@@ -36,8 +36,8 @@ MOST_CHUNKS = 200
 """Chunks of text that moments are made from: 102,400 rows of 512-token chunks for spans of up to 2,048 columns."""
 
 MOST_WORK = 1.7e13
-"""Weights times the columns of their span that long spans may come to, which is what a dense model of 32 billion weights
-takes at 512: some three minutes for a type on 16 cores."""
+"""Weights times the columns of their span that long spans may come to: some three minutes for a type on 16 cores, which
+is what a dense model of 32 billion weights takes at spans of 512."""
 
 LONG_BYTES = 4 << 30
 """What moments of long spans may take: of 8 billion weights those of 1,024 columns have 3.4 GB."""
@@ -45,7 +45,7 @@ LONG_BYTES = 4 << 30
 _WHOLE_COLUMNS = 1024  # rows up to this are one span, whatever that takes
 _LONG_SPANS = (2048, 1024)  # where there is the time
 _SPANS = (512, 256)  # else; the second where the first takes too much memory
-_BLOCK = 256  # elements of a k-quant's block: a span is a whole number of them
+_BLOCK = 256  # elements of a block of most types: a span is a whole number of them
 
 _RECIPE = "cerebellum.recipe"
 _SHARED = "cerebellum.encode.moments.shared"
@@ -155,13 +155,15 @@ class Moments:
 def watch(tensors: Mapping[str, TensorMeta], most_bytes: int = MOST_BYTES) -> Watched:
     """Says how much of a model's inputs is watched within a limit, from names and shapes alone.
 
-    Weights whose rows are no whole number of 256 elements are never watched: no type that errors are fed
-    back in takes them.
+    Weights whose rows are no whole number of 256 elements are never watched: of the types that errors
+    are fed back in IQ4_NL alone takes them.
     """
     readers = {name: tensor for name, tensor in tensors.items() if _is_reader(tensor)}
     found: dict[str, Watch] = {}
     long = [(span, False, LONG_BYTES) for span in _LONG_SPANS if _work(readers, span) <= MOST_WORK]
-    short = [(span, pooled, most_bytes) for span, pooled in ((_SPANS[0], False), *((s, True) for s in _SPANS))]
+    short = [
+        (span, pooled, most_bytes) for span, pooled in ((_SPANS[0], False), *((s, True) for s in _SPANS))
+    ]
     for span, pooled, most in (*long, *short):
         found = {
             name: Watch(span=_span(tensor, span), pooled=pooled and _role(name) in _POOLABLE)
