@@ -240,7 +240,12 @@ class SimulatedPool:
         else:
             assert isinstance(task, ShardTask)
         outcome = Outcome(
-            result=result, seconds={}, wall=took, identity=self._recorded.identity, notes=(), where="simulated"
+            result=result,
+            seconds={},
+            wall=took,
+            identity=self._recorded.identity,
+            notes=(),
+            where="simulated",
         )
         return (Done(ticket=ticket, worker=worker, outcome=outcome),)
 
