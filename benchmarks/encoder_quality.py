@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cerebellum.base import Base, preset_base
-from cerebellum.encode import RESCALABLE, SUPPORTED, Unshrink, encode, feed_back, unshrink
+from cerebellum.encode import DAMPING, RESCALABLE, SUPPORTED, Unshrink, encode, feed_back, unshrink
 from cerebellum.encode.encoders import FED_BACK, round_rows
 from cerebellum.encode.moments import Asked, Moments, Span, watch
 from cerebellum.encode.moments import compute_or_reuse as moments_of
@@ -111,7 +111,7 @@ def rescaled_iq(matrix: Matrix, how: Unshrink | None) -> Bytes:
     """The product's codes, IQ types with their blocks scaled anew: to keep the projection on the original, or
     without ``how`` to lose the least of what rows give for the activations (`scaled_by_moments`)."""
     if matrix.kind in SUPPORTED or matrix.kind not in RESCALABLE:
-        return by_product(matrix)
+        return iq_by_ggml(matrix)
     if how is None:
         return scaled_by_moments(matrix, by_ggml(matrix))
     return rescaled(matrix, by_ggml, how)
@@ -148,7 +148,7 @@ def scaled_by_moments(matrix: Matrix, raw: Bytes, damping: float = 0.1) -> Bytes
     return raw
 
 
-def fed_back(matrix: Matrix, rounding: Rounding, near: int = 0, damping: float = 0.1) -> Bytes:
+def fed_back(matrix: Matrix, rounding: Rounding, near: int = 0, damping: float = DAMPING) -> Bytes:
     """Errors fed back, within ``near`` columns only where that is given, in the coarse types."""
     raw = rounding(matrix)
     if matrix.kind not in FED_BACK:
@@ -169,11 +169,16 @@ def fed_back(matrix: Matrix, rounding: Rounding, near: int = 0, damping: float =
 
 
 def by_product(matrix: Matrix) -> Bytes:
-    """What `--encoder ours` does: fed back where moments are, else scaled back up."""
+    """What `--encoder ours` does: fed back where moments are, else scaled back up; IQ types begin with ggml's."""
     if matrix.kind not in SUPPORTED:
-        return by_ggml(matrix)
+        return fed_back(matrix, by_ggml)
     spans = matrix.moments if matrix.kind in FED_BACK else ()
     return round_rows(matrix.values, matrix.kind, matrix.importance, spans, matrix.threads)
+
+
+def iq_by_ggml(matrix: Matrix) -> Bytes:
+    """The product's codes but in IQ types, which stay ggml's."""
+    return by_product(matrix) if matrix.kind in SUPPORTED else by_ggml(matrix)
 
 
 def variants() -> dict[str, Rounding]:
@@ -183,6 +188,7 @@ def variants() -> dict[str, Rounding]:
     return {
         "ggml": by_ggml,
         "the product": by_product,
+        "IQ by ggml": iq_by_ggml,
         "IQ unshrunk by block": partial(rescaled_iq, how=Unshrink()),
         "IQ unshrunk by row": partial(rescaled_iq, how=by_row),
         "IQ half unshrunk by row": partial(rescaled_iq, how=Unshrink(strength=0.5, share="row")),
@@ -198,14 +204,19 @@ def variants() -> dict[str, Rounding]:
             rescaled, rounding=partial(by_ours, power=0.75), how=by_row
         ),
         "ours, fed back": fed,
-        "ours, fed back, damping 0.03": partial(fed, damping=0.03),
-        "ours, fed back, damping 0.3": partial(fed, damping=0.3),
+        "ours, fed back, damping 0.1": partial(fed, damping=0.1),
+        "ours, fed back, damping 1": partial(fed, damping=1.0),
         "ours, fed back within 64": partial(fed, near=64),
         "ours, fed back, unshrunk": partial(rescaled, rounding=fed, how=by_row),
         "ours, unshrunk, fed back": partial(
             fed_back, rounding=partial(rescaled, rounding=by_ours, how=by_row)
         ),
     }
+
+
+def in_layers(name: str, layers: int | None) -> bool:
+    """Says whether a tensor is in one of the first layers; everything is where nobody says how many."""
+    return layers is None or (name.startswith("blk.") and int(name.split(".")[1]) < layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +226,7 @@ class Model:
     matrix: ImportanceMatrix | None
     moments: Moments
     threads: int
+    layers: int | None = None  # only the first so many take the base's types, all else stays as it is
 
     def write(self, path: Path, rounding: Rounding) -> None:
         tensors = [
@@ -224,14 +236,20 @@ class Model:
                 type=kind,
                 chunks=partial(self._rounded, name, kind, rounding),
             )
-            for name, kind in self.base.types.items()
+            for name, kind in self._types().items()
         ]
         write_gguf(path, self.base.records, tensors, self.base.alignment)
+
+    def _types(self) -> dict[str, GGMLQuantizationType]:
+        return {
+            name: kind if in_layers(name, self.layers) else self.source.tensors[name].type
+            for name, kind in self.base.types.items()
+        }
 
     def _rounded(self, name: str, kind: GGMLQuantizationType, rounding: Rounding) -> Iterator[Bytes]:
         """One expert after the other, each with its own importance."""
         tensor = self.source.tensors[name]
-        if not is_quantized(kind):
+        if not is_quantized(kind) or kind == tensor.type:
             yield from quantize(
                 QuantizeJob(
                     name=name,
@@ -396,6 +414,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pooled", action="store_true", help="experts that read the same rows share moments")
     parser.add_argument("--only", nargs="*", help="variants by name, beside the one they are compared with")
     parser.add_argument("--against", default="ggml", help="the variant that others are compared with")
+    parser.add_argument("--layers", type=int, help="only the first so many are rounded")
     parser.add_argument("--chunks", type=int, default=120)
     parser.add_argument("--ctx", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -418,6 +437,8 @@ def main() -> None:
         watched = watch(source.tensors)
         if asked.pooled:
             watched = replace(watched, weights=pooled(watched.weights))
+        inside = {name: kept for name, kept in watched.weights.items() if in_layers(name, asked.layers)}
+        watched = replace(watched, weights=inside)
         wanted = Asked(
             watched=watched,
             fingerprint=lambda: source.fingerprint,
@@ -432,7 +453,14 @@ def main() -> None:
         print(f"source: {confidence(of_source)}", file=sys.stderr)
         for preset in asked.presets:
             base = preset_base(engine, source, preset, matrix)
-            model = Model(source=source, base=base, matrix=matrix, moments=moments, threads=asked.threads)
+            model = Model(
+                source=source,
+                base=base,
+                matrix=matrix,
+                moments=moments,
+                threads=asked.threads,
+                layers=asked.layers,
+            )
             scores: dict[str, Scored] = {}
             _BY_GGML.clear()
             for name, rounding in chosen.items():

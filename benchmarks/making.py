@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from cerebellum.base import Base
-from cerebellum.encode import SUPPORTED
+from cerebellum.encode import RECODABLE
 from cerebellum.errors import BadInput
 from cerebellum.gguf import GgufFile, TensorSource, read_gguf, write_gguf
 from cerebellum.shards import tensor_content
@@ -47,7 +47,7 @@ class Maker:
         except BadInput:  # of a killed run
             return
         for tensor in file.tensors:
-            who = by if tensor.type in SUPPORTED else "either"
+            who = by if tensor.type in RECODABLE else "either"
             self._known.setdefault((tensor.name, tensor.type.name, who), file)
 
     def write(self, name: str, types: Types, by: By, base: Base | None = None) -> Path:
@@ -65,7 +65,7 @@ class Maker:
         return TensorSource(name=name, shape=shape, type=kind, chunks=partial(self._bytes, name, kind, by))
 
     def _bytes(self, name: str, kind: GGMLQuantizationType, by: By) -> Iterator[Bytes]:
-        who = by if kind in SUPPORTED else "either"
+        who = by if kind in RECODABLE else "either"
         known = self._known.get((name, kind.name, who))
         if known is not None:
             return iter([known.data(next(tensor for tensor in known.tensors if tensor.name == name))])

@@ -2,10 +2,11 @@
 
     python benchmarks/real.py MODEL --gpu-layers -1 --threads 16 --folder DIR
 
-One run for all sizes, on prose and code, chooses; loss and KL divergence from the source are then measured on texts
-that chose nothing: WikiText-2 test, and modules of Python's standard library that the selection has not. All files of a
-size are of the same source, importance matrix and bytes. A part that was broken off goes on with the same command, and
-``--minutes`` bounds the scoring: all files get the same chunks, as many as there was time for.
+Runs on prose and code choose, one for all sizes that have the same base; loss and KL divergence from the source are
+then measured on texts that chose nothing: WikiText-2 test, and modules of Python's standard library that the
+selection has not. All files of a size are of the same source, importance matrix and bytes. Later runs begin with the
+first one's shards, so that only its seconds are those of a run from nothing. A part that was broken off goes on with
+the same command, and ``--minutes`` bounds the scoring: all files get the same chunks, as many as there was time for.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -33,18 +35,20 @@ from rich.console import Console
 from rich.table import Table
 
 from cerebellum import open_run
-from cerebellum.base import preset_base
+from cerebellum.base import base_for, preset_base
 from cerebellum.bench.stage import BenchRequest, bench_files
 from cerebellum.codec import as_json
 from cerebellum.engine.protocols import Engine
-from cerebellum.gguf import tensor_bytes
+from cerebellum.folder import IMATRIX, MOMENTS
+from cerebellum.gguf import parse_type, tensor_bytes
+from cerebellum.layout import Layout
 from cerebellum.llama.library import build_id, devices
 from cerebellum.llama.native import EngineSettings, LlamaEngine
 from cerebellum.measure.measurer import measuring
 from cerebellum.measure.race import chunk_order
 from cerebellum.plan.artifacts import BudgetPlan
 from cerebellum.progress import Silent
-from cerebellum.settings import K_LADDER, REPORT_TEXT, SELECTION_TEXT
+from cerebellum.settings import K_LADDER, REPORT_TEXT, SELECTION_TEXT, Budget, Preset
 from cerebellum.source import open_source
 from cerebellum.stats.clusters import less_than_reference, mean_by_cluster
 from cerebellum.stats.holm import holm
@@ -155,9 +159,30 @@ class Real:
         texts = self.asked.select_text or [f"prose={SELECTION_TEXT}", f"code={code}"]
         return [part for text in texts for part in ("--select-text", text)]
 
+    def runs(self, name: str) -> dict[str, Path]:
+        """Returns the folder of each base's run."""
+        return {base: self.folder / f"{name}-{base}" for base in self.bases}
+
+    @property
+    def bases(self) -> dict[str, list[str]]:
+        """Returns the sizes by the base that a run for one of them alone has."""
+        found: dict[str, list[str]] = {}
+        for size in self.asked.sizes:
+            found.setdefault(base_for(Budget(sizes=(Preset(name=size),))), []).append(size)
+        return found
+
+    def sized_runs(self, name: str, like: str, *options: str) -> None:
+        """Runs a budget run for the sizes of each base, on prose and code, with the shards that others made."""
+        made = [folder for folder in self.runs(like).values() if folder.exists()]
+        for base, sizes in self.bases.items():
+            folder = f"{name}-{base}"
+            begin_like(made[0] if made else None, self.folder / folder)
+            self.run(folder, "--budget", ",".join(sizes), "--base", base, *options, *self.mixed())
+            made.append(self.folder / folder)
+
     def plan(self) -> None:
-        """Runs one budget run for all sizes, on prose and code."""
-        self.run("run", "--budget", ",".join(self.asked.sizes), "--keep-shards", *self.mixed())
+        """Runs budget runs, as they are by default."""
+        self.sized_runs("run", "run", "--keep-shards")
 
     def prose(self) -> None:
         """Runs a budget run at one size on prose alone, which was the default before texts of six domains were."""
@@ -169,8 +194,8 @@ class Real:
         self.run("threshold", "--max-increase", "3%", "--base", self.compared, *most, *self.mixed())
 
     def allocate(self) -> None:
-        """Runs a budget run for all sizes that may spend bytes on output head and embeddings, too."""
-        self.run("allocate", "--budget", ",".join(self.asked.sizes), "--allocate", "head,embd", *self.mixed())
+        """Runs budget runs that plan output head and embeddings, too."""
+        self.sized_runs("allocate", "run", "--keep-shards", "--allocate", "head,embd")
 
     @property
     def compared(self) -> str:
@@ -179,51 +204,67 @@ class Real:
 
     # --- what is judged
 
+    def planned(self, name: str) -> dict[str, tuple[Path, BudgetPlan, str]]:
+        """Returns every finished file of some runs by its size, with its plan and the base of its run."""
+        return {
+            plan.file_label: (path, plan, base)
+            for base, folder in self.runs(name).items()
+            for path, plan in results(folder)
+        }
+
     def candidates(self, workspace: Workspace, pool: ThreadPoolExecutor) -> list[Candidate]:
         """Returns all files; those that are not there yet are made one after the other beside the scoring."""
         maker = Maker(workspace=workspace, folder=self.folder / "files")
-        bench = rivals.Bench(workspace=workspace, folder=self.folder)
-        sets = Rivals(bench=bench, workspace=workspace)
-        if not all((maker.folder / f"{size}-bands.gguf").exists() for size in self.asked.sizes):
-            sets.measure()
-        planned = {plan.file_label: (path, plan) for path, plan in results(self.folder / "run")}
+        sets = self.rivals(workspace, maker) if self.asked.rivals else None
+        further = {label: self.planned(name) for name, label in FURTHER.items() if name == "allocate"}
         made = []
-        for size in self.asked.sizes:
-            path, plan = planned[size]
-            ways = self.ways(maker, sets, size, path, plan)
+        for size, planned in self.planned("run").items():
+            ways = self.ways(maker, sets, size, *planned)
+            ways |= {
+                label: partial(Path, files[size][0]) for label, files in further.items() if size in files
+            }
             made += [Candidate(size=size, maker=name, path=pool.submit(way)) for name, way in ways.items()]
         for name, label in FURTHER.items():
-            for path, plan in results(self.folder / name):
-                size = plan.file_label if name == "allocate" else self.compared
-                made.append(Candidate(size=size, maker=label, path=pool.submit(partial(Path, path))))
+            for path, _ in results(self.folder / name):
+                made.append(Candidate(size=self.compared, maker=label, path=pool.submit(partial(Path, path))))
         return made
 
+    def rivals(self, workspace: Workspace, maker: Maker) -> Rivals:
+        """Returns the rivals, measured where one of their files is not there yet."""
+        sets = Rivals(bench=rivals.Bench(workspace=workspace, folder=self.folder), workspace=workspace)
+        if not all((maker.folder / f"{size}-bands.gguf").exists() for size in self.asked.sizes):
+            sets.measure()
+        return sets
+
     def ways(
-        self, maker: Maker, sets: Rivals, size: str, ours: Path, plan: BudgetPlan
+        self, maker: Maker, sets: Rivals | None, size: str, ours: Path, plan: BudgetPlan, base: str
     ) -> dict[str, Callable[[], Path | None]]:
         """Returns what makes each file of one size, by who made it."""
         workspace = maker.workspace
-        preset = preset_base(workspace.engine, workspace.source, size, workspace.matrix)
-        types = workspace.layout.types(plan.changes)
+        engine, source, matrix = workspace.engine, workspace.source, workspace.matrix
+        preset = preset_base(engine, source, size, matrix)
+        layout: Layout = replace(workspace.layout, base=preset_base(engine, source, base, matrix))
+        types = {name: parse_type(qtype) for name, qtype in plan.tensor_types.items()}
 
         def plain() -> Path | None:
             alone = [each for each in plan.candidates if each.how == "K-quants alone"]
             if not alone:
                 return None
-            return maker.write(f"{size}-k-quants", workspace.layout.types(alone[0].changes), "ours")
+            return maker.write(f"{size}-k-quants", layout.types(alone[0].changes), "ours")
 
-        def rival(name: str, choose: Callable[[int], rivals.Types]) -> Path:
-            return maker.write(f"{size}-{name}", choose(plan.budget_bytes), "ours")
-
-        return {
+        found: dict[str, Callable[[], Path | None]] = {
             PRESET: partial(maker.write, f"{size}-preset", preset.types, "ggml", preset),
             OURS: lambda: ours,
             "Cerebellum, ggml's codes": partial(maker.write, f"{size}-ggml", types, "ggml"),
             "Cerebellum, K-quants": plain,
             "preset, our codes": partial(maker.write, f"{size}-preset-ours", preset.types, "ours", preset),
-            "depth bands": partial(rival, "bands", sets.bands),
-            "weighted MSE": partial(rival, "mse", sets.mse),
         }
+        if sets is not None:
+            of_bands, of_mse = sets.bands, sets.mse
+            n_bytes = plan.budget_bytes
+            found["depth bands"] = lambda: maker.write(f"{size}-bands", of_bands(n_bytes), "ours")
+            found["weighted MSE"] = lambda: maker.write(f"{size}-mse", of_mse(n_bytes), "ours")
+        return found
 
     # --- scoring
 
@@ -243,7 +284,8 @@ class Real:
 
     def quality(self) -> None:
         """Scores every file on every text, a block of chunks after the other, until the time is over."""
-        workspace = Workspace.reopen(self.folder / "run", rivals.engine_for, Silent())
+        *_, folder = self.runs("run").values()
+        workspace = Workspace.reopen(folder, rivals.engine_for, Silent())
         with workspace.locked(), ThreadPoolExecutor(1) as pool:
             _ = workspace.shards, workspace.encoder, workspace.matrix, workspace.base
             candidates = self.candidates(workspace, pool)
@@ -278,9 +320,9 @@ class Real:
 
     def files(self, makers: Iterable[str]) -> dict[str, Path]:
         """Returns the files of some makers that are there, by size and maker, and the source first."""
-        planned = {plan.file_label: path for path, plan in results(self.folder / "run")}
+        planned = {size: path for size, (path, *_) in self.planned("run").items()}
         if not planned:
-            sys.exit(f"{self.folder / 'run'}: holds no finished run; --parts plan,quality come first")
+            sys.exit(f"{self.folder}: holds no finished run; --parts plan,quality come first")
         found = {SOURCE: Path(self.asked.model)}
         for size in self.asked.sizes:
             for maker in makers:
@@ -482,6 +524,16 @@ def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
+def begin_like(like: Path | None, folder: Path) -> None:
+    """Begins a run folder with another's shards, importance matrix, second moments and ledger."""
+    if like is None or folder.exists():
+        return
+    shutil.copytree(like / "shards", folder / "shards", copy_function=os.link)
+    for path in like.iterdir():
+        if path.name.startswith("ledger") or path.name in (IMATRIX, MOMENTS):
+            shutil.copy2(path, folder / path.name)
+
+
 def results(folder: Path) -> list[tuple[Path, BudgetPlan]]:
     """Returns every finished file of a run with its plan; none where there is no finished run."""
     if not (folder / "manifest.json").exists():
@@ -602,6 +654,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--questions", type=int, default=1000, help="of each benchmark, 0: all")
     parser.add_argument("--data", type=Path, help="folder of the questions [default: CEREBELLUM_DATA]")
+    parser.add_argument("--rivals", action="store_true", help="two other ways to choose types, too")
     parser.add_argument("--gpu-layers", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--name", default="real", help="of the JSON in results/")

@@ -119,6 +119,11 @@ class Recorded:
     asked: int = 0
     made_up: int = 0
 
+    @property
+    def identity(self) -> str:
+        """The engine's own name: series are of it and of the company that chunks keep in decodes."""
+        return self.engine.partition(", decodes ")[0]
+
     def found(self, task: ScoreTask) -> tuple[Found, ...]:
         series = self._series(task.variant.digest, int(task.inputs.shape[1]))
         lacking = set(self.ledger.lacking(series, task.chunks))
@@ -235,7 +240,12 @@ class SimulatedPool:
         else:
             assert isinstance(task, ShardTask)
         outcome = Outcome(
-            result=result, seconds={}, wall=took, identity=self._recorded.engine, notes=(), where="simulated"
+            result=result,
+            seconds={},
+            wall=took,
+            identity=self._recorded.identity,
+            notes=(),
+            where="simulated",
         )
         return (Done(ticket=ticket, worker=worker, outcome=outcome),)
 
@@ -339,7 +349,7 @@ def simulate(run: Path, size: int, rates: Rates) -> Ran:
             pools.append(SimulatedPool(size, rates, recorded))
             return pools[-1]
 
-        workspace = Workspace(folder, settings, engine_of(recorded.engine), Silent(), hire=hire)
+        workspace = Workspace(folder, settings, engine_of(recorded.identity), Silent(), hire=hire)
         with workspace.locked():
             way_of(settings.goal).measure_and_plan(workspace)
         if (folder / "plan.json").read_bytes() != (run / "plan.json").read_bytes():

@@ -46,7 +46,7 @@ EncoderName = Literal["ours", "ggml"]
 OURS: EncoderName = "ours"
 GGML: EncoderName = "ggml"
 ENCODERS = (OURS, GGML)
-"""Who rounds weights into K-quants and Q8_0: cerebellum/encode, or llama.cpp's own library as llama-quantize does."""
+"""Who rounds weights: cerebellum/encode, or llama.cpp's own library as llama-quantize does."""
 
 DEFAULT_ENCODER: EncoderName = OURS
 """What commands take where --encoder is not given."""

@@ -34,6 +34,12 @@ OPERATORS = {"|", "&&", "||", ";", "&", "--"}
 FOREIGN = {"--tensor-type-file", "--tensor-type", "--target-bpw", "--hellaswag", "--help", "--version"}
 """Options of llama.cpp and of every program, which pages name beside ours."""
 
+OF_SCRIPTS = {
+    ROOT / "benchmarks/README.md",
+    *map(DOCS.joinpath, ("LOG.md", "RELIABILITY.md", "SCALING.md", "STATISTICS.md")),
+}
+"""Pages that name options of benchmarks and tests, too."""
+
 PATHS = re.compile(r"(?:benchmarks|cerebellum|docs|examples|tests|training)/[\w./-]*\w")
 
 
@@ -183,9 +189,7 @@ def test_every_option_is_on_the_page_of_options_and_no_other() -> None:
     assert named - ours - FOREIGN == set()
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *map(DOCS.joinpath, ("FAQ.md", "CHOOSING.md"))], ids=id_of
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in OF_SCRIPTS], ids=id_of)
 def test_options_that_are_named_in_passing_are_options(page: Path) -> None:
     ours = set().union(*map(flags_of, cli.commands.values()))
     assert named_flags(page.read_text()) - ours - FOREIGN == set()

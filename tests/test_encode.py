@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cerebellum import encode as encoder
 from cerebellum.encode import (
     ENCODER_VERSION,
+    RECODABLE,
     RESCALABLE,
     SUPPORTED,
     Share,
@@ -29,6 +30,7 @@ from cerebellum.encode import (
     unavailable_because,
     unshrink,
 )
+from cerebellum.encode.grids import LISTED, table
 from cerebellum.errors import BadInput
 from cerebellum.gguf import GGMLQuantizationType, block_size, row_bytes
 from cerebellum.llama.library import ggml
@@ -38,6 +40,7 @@ T = GGMLQuantizationType
 Floats = NDArray[np.float32]
 
 KINDS = sorted(SUPPORTED)
+IQ_KINDS = sorted(RECODABLE - SUPPORTED)
 SIGMA = {T.Q2_K: 1.0, T.Q3_K: 2.0, T.Q4_K: 2.0, T.Q5_K: 2.0, T.Q6_K: 0.0, T.Q8_0: 0.0}
 
 pytestmark = pytest.mark.skipif(
@@ -45,6 +48,7 @@ pytestmark = pytest.mark.skipif(
     reason="no C compiler, so there is no encoder to test",
 )
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+every_iq_kind = pytest.mark.parametrize("kind", IQ_KINDS, ids=lambda kind: kind.name)
 
 
 def importances(columns: int, seed: int = 3, log_sd: float = 1.0) -> Floats:
@@ -256,6 +260,12 @@ def many_bytes(lib: ctypes.CDLL) -> dict[GGMLQuantizationType, bytes]:
         )
         assert status == 0
         found[kind] = out.tobytes()
+    moments = np.stack([correlated_moments(256, seed) for seed in range(3)])
+    for kind in IQ_KINDS:
+        out = any_codes(kind, values)
+        given = (table(kind).ctypes.data, values.ctypes.data, moments.ctypes.data)
+        assert lib.feed_back_iq(int(kind), *given, 70, 768, 256, 3, out.ctypes.data) == 0
+        found[kind] = out.tobytes()
     return found
 
 
@@ -430,6 +440,92 @@ def test_feeding_back_without_correlations_changes_next_to_nothing(kind: GGMLQua
     again = feed_back(raw, values, np.eye(512, dtype=np.float32), kind, threads=1)
     difference = quants.dequantize(again, kind) != quants.dequantize(raw, kind)
     assert difference.mean() < 0.002
+
+
+LARGEST = {T.IQ4_NL: 113, T.IQ4_XS: 113 * 16, T.IQ3_XXS: 62 * 4, T.IQ3_S: 15 * 15}
+"""About what a block's fp16 scale is multiplied by in its largest weights; 43 times 2 in IQ2 types."""
+
+
+def any_codes(kind: GGMLQuantizationType, values: Floats) -> NDArray[np.uint8]:
+    """Blocks of an IQ type whose codes are anything and whose scales fit the rows: ggml takes long to begin."""
+    rows, columns = values.shape
+    raw = np.random.default_rng(4).integers(0, 256, (rows, row_bytes(kind, columns)), np.uint8)
+    blocks = raw.reshape(rows, -1, row_bytes(kind, block_size(kind)))
+    size = 3 * values.std(axis=1, keepdims=True) / LARGEST.get(kind, 43 * 2)
+    factors = np.broadcast_to(size, blocks.shape[:2]).astype(np.float16)
+    blocks[:, :, :2] = factors[..., None].view(np.uint8)
+    return raw
+
+
+def row_errors(
+    values: Floats, raw: NDArray[np.uint8], kind: GGMLQuantizationType, moments: Floats
+) -> NDArray[np.float64]:
+    rest = quants.dequantize(raw, kind).astype(np.float64) - values
+    return np.asarray(np.einsum("ri,ij,rj->r", rest, moments.astype(np.float64), rest, optimize=True))
+
+
+@every_iq_kind
+def test_iq_codes_are_read_and_written_as_ggml_has_them(kind: GGMLQuantizationType) -> None:
+    """Without a sweep every bit comes back, of whatever blocks; and what the codes stand for is seen below."""
+    values, moments = normal(40), correlated_moments(512)
+    raw = any_codes(kind, values)
+    assert np.array_equal(raw, feed_back(raw, values, moments, kind, threads=1, sweeps=0))
+
+
+@every_iq_kind
+def test_feeding_back_in_iq_types_lowers_what_every_row_loses(kind: GGMLQuantizationType) -> None:
+    values, moments = normal(40), correlated_moments(512)
+    values[3] = 0
+    damped = moments + 0.1 * np.diag(moments).mean() * np.eye(512, dtype=np.float32)
+    made = [any_codes(kind, values)]
+    if kind not in SLOW:
+        made.append(by_ggml(values, kind, np.ascontiguousarray(np.diag(moments))))
+    for raw in made:
+        better = feed_back(raw, values, moments, kind, threads=2)
+        assert is_valid(better, kind)
+        before, after = (row_errors(values, codes, kind, damped) for codes in (raw, better))
+        assert (after <= before * (1 + 1e-6)).all()
+        assert after.sum() < 0.6 * before.sum()
+        assert np.array_equal(better, feed_back(raw, values, moments, kind, threads=1))
+
+
+@every_iq_kind
+def test_iq_rows_and_spans_are_fed_back_alone_as_among_others(kind: GGMLQuantizationType) -> None:
+    values, moments = normal(13, 768), np.stack([correlated_moments(256, seed) for seed in range(3)])
+    values[5] *= 1e-3
+    raw = any_codes(kind, values)
+    whole = feed_back(raw, values, moments, kind, threads=1)
+    assert (whole != raw).any(axis=1).all()
+    size = row_bytes(kind, 256)
+    for row, span in ((0, 1), (5, 0), (12, 2)):
+        at = slice(span * size, (span + 1) * size)
+        columns = np.ascontiguousarray(values[row : row + 1, 256 * span : 256 * (span + 1)])
+        alone = feed_back(raw[row : row + 1, at], columns, moments[span], kind, threads=1)
+        assert np.array_equal(whole[row : row + 1, at], alone)
+
+
+@every_iq_kind
+def test_where_iq_codes_come_to_rest_none_is_better(kind: GGMLQuantizationType) -> None:
+    """Whatever is written in place of one code, or of one entry's low byte, costs the row more."""
+    values, moments = normal(2, 256), correlated_moments(256)
+    raw = feed_back(any_codes(kind, values), values, moments, kind, threads=1, damping=0.0, sweeps=100)
+    now = row_errors(values, raw, kind, moments)
+    codes = np.arange(256, dtype=np.uint8)
+    for row, byte in ((0, 8), (0, 9), (1, 10), (1, 12)):
+        tried = np.repeat(raw[row : row + 1], 256, axis=0)
+        tried[:, byte] = codes
+        if kind in LISTED:  # two codes a byte: one of them stays
+            tried[:, byte] = raw[row, byte] & 15 | codes // 16 * 16
+        errors = row_errors(values[[row] * 256], tried, kind, moments)
+        assert errors.min() > now[row] * (1 - 1e-5)
+
+
+@every_iq_kind
+def test_moments_of_nothing_leave_iq_codes(kind: GGMLQuantizationType) -> None:
+    values = normal(4)
+    raw = any_codes(kind, values)
+    zeros = np.zeros((512, 512), np.float32)
+    assert np.array_equal(raw, feed_back(raw, values, zeros, kind, threads=1, damping=0.0))
 
 
 def test_moments_that_do_not_fit_are_refused() -> None:

@@ -142,7 +142,7 @@ class _TrialShards:
         self._folder = folder
         self._threads = threads
         self.model = source.path
-        groups = make_groups(source)
+        groups = make_groups(source, allocate=("head", "embd"))
         self._protected = tuple(t for group in groups if group.protected for t in group.tensors)
         self.groups = {group.name: group for group in groups if not group.protected}
 

@@ -376,7 +376,7 @@ encoder_options = options(
         type=click.Choice(ENCODERS),
         default=DEFAULT_ENCODER,
         show_default=True,
-        help="Who rounds K-quants and Q8_0: our encoder, or ggml's as llama-quantize does.",
+        help="Who rounds weights: our encoder, or ggml's as llama-quantize does.",
     ),
     click.option(
         "--feedback/--no-feedback",

@@ -9,7 +9,8 @@ chosen. Ours are searched from a grid of starts and re-chosen by their true erro
         raw = feed_back(raw, values, moments, GGMLQuantizationType.Q3_K, threads=8)
 
 Two steps work on finished blocks of any encoder, ggml's too: `feed_back` chooses codes anew so that errors
-of one column are made up for by others, and `unshrink` scales blocks back up. Neither changes a size.
+of one column are made up for by others, and `unshrink` scales blocks back up. Neither changes a size. Both take
+IQ types as well, which `encode` does not make; iquants.c has their feedback.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
+from cerebellum.encode.grids import TABLED, table
 from cerebellum.encode.library import Unavailable, load
 from cerebellum.errors import BadInput
 from cerebellum.gguf import block_size, row_bytes
 
 __all__ = [
     "ENCODER_VERSION",
+    "RECODABLE",
     "RESCALABLE",
     "SUPPORTED",
     "Share",
@@ -43,16 +46,20 @@ __all__ = [
     "unshrink",
 ]
 
-ENCODER_VERSION = "1"
+ENCODER_VERSION = "2"
 """Names the bytes that `encode` gives: part of recipes and digests, changed whenever any byte can change.
 
 1: the first; starts, re-chosen codes and unshrinking as they are now.
+2: errors are fed back in IQ types too; three times the damping, and as many sweeps as still move codes.
 """
 
 _T = GGMLQuantizationType
 
 SUPPORTED = frozenset({_T.Q2_K, _T.Q3_K, _T.Q4_K, _T.Q5_K, _T.Q6_K, _T.Q8_0})
 """The types that `encode` makes."""
+
+RECODABLE = SUPPORTED | TABLED
+"""The types whose codes `feed_back` can choose anew: IQ types beside those that `encode` makes."""
 
 _SCALES = {_T.Q2_K: (80, 2), _T.Q3_K: (108, 1), _T.Q4_K: (0, 2), _T.Q5_K: (0, 2), _T.Q6_K: (208, 1)} | {
     kind: (0, 1)
@@ -62,6 +69,13 @@ _SCALES = {_T.Q2_K: (80, 2), _T.Q3_K: (108, 1), _T.Q4_K: (0, 2), _T.Q5_K: (0, 2)
 
 RESCALABLE = frozenset(_SCALES)
 """The types whose blocks `unshrink` can rescale."""
+
+DAMPING = 0.3
+"""Added to the diagonal of second moments, as a share of its mean: what does best on text that the moments are not of,
+where they are of 100 to 400 chunks (docs/LOG.md, 2026-11-30)."""
+
+SWEEPS = 16
+"""Times that all codes of a row are looked at, at most: a row of which none moved any more is through."""
 
 _ROWS_TOGETHER = 32  # LANES of blocks.h: rows searched side by side
 _ELEMENTS_TOGETHER = 1 << 18  # of a task: 1 MiB of float32
@@ -205,8 +219,8 @@ def feed_back(
     kind: GGMLQuantizationType,
     *,
     threads: int,
-    damping: float = 0.1,
-    sweeps: int = 4,
+    damping: float = DAMPING,
+    sweeps: int = SWEEPS,
 ) -> Bytes:
     """Chooses the codes of finished blocks anew for what rows give, not weight by weight; returns a new array.
 
@@ -221,7 +235,7 @@ def feed_back(
         BadInput: the type is not supported, or shapes do not match.
         Unavailable: this machine has no library.
     """
-    rows = _checked(values, kind, None)
+    rows = _checked(values, kind, None, RECODABLE)
     n_rows, columns = rows.shape
     blocks = moments.reshape(-1, *moments.shape[-2:])
     span = blocks.shape[-1]
@@ -231,8 +245,12 @@ def feed_back(
     damped = _damped(blocks, damping)
 
     def task(part: slice) -> None:
-        sizes = (len(rows[part]), columns, span, sweeps)
-        if load().feed_back(int(kind), _at(rows[part]), _at(damped), *sizes, _at(out[part])) != 0:
+        given = (_at(rows[part]), _at(damped), len(rows[part]), columns, span, sweeps, _at(out[part]))
+        if kind in TABLED:
+            status = load().feed_back_iq(int(kind), _at(table(kind)), *given)
+        else:
+            status = load().feed_back(int(kind), *given)
+        if status != 0:
             raise MemoryError(f"no memory for {span} columns")
 
     _spread(task, n_rows, columns, threads)

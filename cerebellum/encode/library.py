@@ -28,12 +28,16 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
 
 from cerebellum import files
+from cerebellum.encode.grids import TABLED, table
 from cerebellum.errors import BadInput
+from cerebellum.gguf import block_size, row_bytes
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("kquants.c", "blocks.h")
+_SOURCES = ("kquants.c", "iquants.c", "blocks.h", "feedback.h", "halves.h")
 
 FLAGS = (
     *("-std=c11", "-O3", "-fPIC", "-shared"),
@@ -52,7 +56,7 @@ _COMPILER_SECONDS = 300.0
 _NATIVE = (("-march=native",), ("-mcpu=native",), ())
 _FUSED = ("__FMA__", "__FP_FAST_FMAF", "__aarch64__")  # without it fmaf is a slow call
 
-SELF_TEST = "2508e6fe41652ab297e31e38b4c5edc052c0b387cab1a237fefb67971d406f02"
+SELF_TEST = "6e9f0dae9e4c9ce90d1ab66b96f14f3ef0bf58287c3b53ef58226aee7ae343ce"
 """SHA-256 of what `self_test` encodes; it changes together with ENCODER_VERSION and never otherwise."""
 
 _TESTED_TYPES = (10, 11, 12, 13, 14, 8)
@@ -74,7 +78,7 @@ class _Compiler:
 
 
 def sources() -> tuple[Path, ...]:
-    """Return the C files of the encoder, the one to compile first."""
+    """Return the C files of the encoder: those to compile, and what they include."""
     return tuple(_FOLDER / name for name in _SOURCES)
 
 
@@ -161,7 +165,8 @@ def compile_library(compiler: str, flags: Sequence[str], out: Path) -> None:
         BadInput: it cannot be started just now, or its result cannot be kept.
     """
     beside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    command = [compiler, *flags, str(sources()[0]), "-o", str(beside), "-lm"]
+    compiled = [str(path) for path in sources() if path.suffix == ".c"]
+    command = [compiler, *flags, *compiled, "-o", str(beside), "-lm"]
     try:
         done = _run(command)
         complaint = next(iter(done.stderr.splitlines()), "it gave no reason")
@@ -216,6 +221,8 @@ def open_library(path: Path) -> ctypes.CDLL:
     library.decode_blocks.restype = ctypes.c_int
     library.feed_back.argtypes = [ctypes.c_int, pointer, pointer, *[i64] * 4, pointer]
     library.feed_back.restype = ctypes.c_int
+    library.feed_back_iq.argtypes = [ctypes.c_int, pointer, pointer, pointer, *[i64] * 4, pointer]
+    library.feed_back_iq.restype = ctypes.c_int
     library.project.argtypes = [pointer, pointer, pointer, i64, i64, i64, pointer]
     library.project.restype = None
     library.rescale.argtypes = [pointer, *[i64] * 4, pointer, i64, real, real, real]
@@ -224,7 +231,7 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 
 def self_test(library: ctypes.CDLL) -> str:
-    """Return the SHA-256 of a fixed set of rows in every type, with importance and without.
+    """Return the SHA-256 of a fixed set of rows in every type, with importance and without, and fed back.
 
     The rows come from integers alone, so that no generator of random numbers has a say: heavy tails,
     a row of zeros, tiny rows, huge rows, and columns of importances that lie 2^16 apart.
@@ -236,6 +243,9 @@ def self_test(library: ctypes.CDLL) -> str:
     values *= np.exp2(np.arange(rows) % 8 * 6.0 - 24.0).astype(np.float32)[:, None]
     values[5] = 0.0
     importance = np.exp2(np.floor(32 * parts[0, 0])).astype(np.float32)
+    near = np.exp2(-np.abs(np.arange(256)[:, None] - np.arange(256))).astype(np.float32)
+    moments = np.stack([near, 3 * near])
+    sizes = (rows, columns, 256, 3)
     digest = hashlib.sha256()
     for kind in _TESTED_TYPES:
         for weights in (importance.ctypes.data, None):
@@ -243,9 +253,22 @@ def self_test(library: ctypes.CDLL) -> str:
             out = np.zeros(blocks * _BYTES_PER_BLOCK[kind], np.uint8)
             library.encode_rows(kind, values.ctypes.data, weights, rows, columns, out.ctypes.data)
             digest.update(out.tobytes())
-            moments = np.exp2(-np.abs(np.arange(256)[:, None] - np.arange(256))).astype(np.float32)
-            twice = np.stack([moments, 3 * moments])
-            sizes = (rows, columns, 256, 3)
-            library.feed_back(kind, values.ctypes.data, twice.ctypes.data, *sizes, out.ctypes.data)
+            library.feed_back(kind, values.ctypes.data, moments.ctypes.data, *sizes, out.ctypes.data)
             digest.update(out.tobytes())
+    for iq in sorted(TABLED):
+        codes = _made_up_blocks(iq, rows, columns)
+        given = (table(iq).ctypes.data, values.ctypes.data, moments.ctypes.data)
+        library.feed_back_iq(int(iq), *given, *sizes, codes.ctypes.data)
+        digest.update(codes.tobytes())
     return digest.hexdigest()
+
+
+def _made_up_blocks(kind: GGMLQuantizationType, rows: int, columns: int) -> NDArray[np.uint8]:
+    """Blocks of any codes and scales, whose fp16 factors, at their beginning, fit the rows of `self_test`."""
+    per_row = columns // block_size(kind)
+    n_bytes = row_bytes(kind, block_size(kind))
+    mixed = np.arange(rows * per_row * n_bytes, dtype=np.uint64) * np.uint64(2246822519) % np.uint64(1 << 32)
+    blocks = (mixed >> np.uint64(24)).astype(np.uint8).reshape(rows, per_row, n_bytes)
+    factors = np.exp2(np.arange(rows) % 8 * 6.0 - 32.0).astype(np.float16)
+    blocks[:, :, :2] = factors.view(np.uint8).reshape(rows, 1, 2)
+    return blocks

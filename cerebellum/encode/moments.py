@@ -1,11 +1,11 @@
 """Second moments: what the importance matrix is the diagonal of, for feeding rounding errors back.
 
 moments.gguf has the means of products of activations for every input that a weight reads, within spans of
-neighbouring columns: a whole row where it has up to 1,024, else 512 at a time. That is columns x span x 4 bytes an
-input on the disk, and the same in memory while they are summed; every expert has its own. `watch` says what
-a model takes before anything is decoded, and takes less of it where that would be more than a limit: experts
-that read the same rows share one, spans become 256, and at last the largest inputs go without, whose weights
-are then rounded one by one.
+neighbouring columns: a whole row where it has up to 2,048, else 2,048 at a time. That is columns x span x 4 bytes an
+input on the disk, and the same in memory while they are summed; every expert has its own. `watch` says what a model
+takes before anything is decoded, and takes less of it where that would be more than a limit: of work, in a large model,
+spans become 1,024 or 512; of bytes, experts that read the same rows share one, spans become 256, and at last the
+largest inputs go without, whose weights are then rounded one by one.
 """
 
 from __future__ import annotations
@@ -32,12 +32,20 @@ from cerebellum.texts import Corpus
 MOST_BYTES = 8 << 30
 """What moments.gguf may take of disk and memory: a dense model of 32 billion weights takes 6 GB."""
 
-MOST_CHUNKS = 100
-"""Chunks of text that moments are made from: 51,200 rows of 512-token chunks for spans of 512 columns."""
+MOST_CHUNKS = 200
+"""Chunks of text that moments are made from: 102,400 rows of 512-token chunks for spans of up to 2,048 columns."""
 
-_WHOLE_COLUMNS = 1024  # rows up to this are one span
-_SPANS = (512, 256)  # of longer rows; the second where the first takes too much
-_BLOCK = 256  # elements of a k-quant's block: a span is a whole number of them
+MOST_WORK = 1.7e13
+"""Weights times the columns of their span that long spans may come to: some three minutes for a type on 16 cores, which
+is what a dense model of 32 billion weights takes at spans of 512."""
+
+LONG_BYTES = 4 << 30
+"""What moments of long spans may take: of 8 billion weights those of 1,024 columns have 3.4 GB."""
+
+_WHOLE_COLUMNS = 1024  # rows up to this are one span, whatever that takes
+_LONG_SPANS = (2048, 1024)  # where there is the time
+_SPANS = (512, 256)  # else; the second where the first takes too much memory
+_BLOCK = 256  # elements of a block of most types: a span is a whole number of them
 
 _RECIPE = "cerebellum.recipe"
 _SHARED = "cerebellum.encode.moments.shared"
@@ -147,17 +155,21 @@ class Moments:
 def watch(tensors: Mapping[str, TensorMeta], most_bytes: int = MOST_BYTES) -> Watched:
     """Says how much of a model's inputs is watched within a limit, from names and shapes alone.
 
-    Weights whose rows are no whole number of 256 elements are never watched: no type that errors are fed
-    back in takes them.
+    Weights whose rows are no whole number of 256 elements are never watched: of the types that errors
+    are fed back in IQ4_NL alone takes them.
     """
     readers = {name: tensor for name, tensor in tensors.items() if _is_reader(tensor)}
     found: dict[str, Watch] = {}
-    for span, pooled in ((_SPANS[0], False), (_SPANS[0], True), (_SPANS[1], True)):
+    long = [(span, False, LONG_BYTES) for span in _LONG_SPANS if _work(readers, span) <= MOST_WORK]
+    short = [
+        (span, pooled, most_bytes) for span, pooled in ((_SPANS[0], False), *((s, True) for s in _SPANS))
+    ]
+    for span, pooled, most in (*long, *short):
         found = {
             name: Watch(span=_span(tensor, span), pooled=pooled and _role(name) in _POOLABLE)
             for name, tensor in readers.items()
         }
-        if sum(_inputs(found, readers).values()) <= most_bytes:
+        if sum(_inputs(found, readers).values()) <= min(most, most_bytes):
             break
     left_out: list[str] = []
     while (sizes := _inputs(found, readers)) and sum(sizes.values()) > most_bytes:
@@ -177,7 +189,12 @@ def _is_reader(tensor: TensorMeta) -> bool:
 
 def _span(tensor: TensorMeta, longest: int) -> int:
     columns = tensor.shape[0]
-    return columns if columns <= _WHOLE_COLUMNS else longest
+    return columns if columns <= max(_WHOLE_COLUMNS, longest) else longest
+
+
+def _work(readers: Mapping[str, TensorMeta], longest: int) -> float:
+    """Returns what moving every weight once comes to: for each as many products as its span has columns."""
+    return sum(float(np.prod(t.shape, dtype=np.float64)) * _span(t, longest) for t in readers.values())
 
 
 def _role(name: str) -> str:

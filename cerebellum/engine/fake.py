@@ -41,6 +41,7 @@ from cerebellum.errors import BadInput
 from cerebellum.gguf import (
     TensorInfo,
     bits_per_weight,
+    block_size,
     fits,
     is_quantized,
     parse_type,
@@ -164,6 +165,10 @@ class FakeEngine:
         rows = np.ascontiguousarray(raw).reshape(-1, row_bytes(type_, n_per_row))
         return np.concatenate([self._rounded[row.tobytes()] for row in rows])
 
+    def encoded(self, job: QuantizeJob) -> Bytes:
+        """Returns what ``quantize`` yields."""
+        return np.concatenate(list(self.quantize(job, threads=1)))
+
     def round_trip(self, job: QuantizeJob) -> Floats:
         """Returns the tensor's values rounded to the type's grid."""
         exact = _as_float(job.raw, job.from_type).reshape(-1, job.shape[0])
@@ -285,8 +290,16 @@ def _as_float(raw: Bytes, type_: GGMLQuantizationType) -> Floats:
 
 
 def _made_up_row(row: Floats, type_: GGMLQuantizationType, n_bytes: int) -> bytes:
-    """Returns bytes that depend on one row and the type alone, as those of a real encoder do."""
-    return hashlib.shake_128(bytes([int(type_)]) + row.tobytes()).digest(n_bytes)
+    """Returns bytes that depend on one row and the type alone, as those of a real encoder do.
+
+    The two bytes that begin a block are zero. IQ types have their scale there, so that errors can be fed back
+    without a code being worth a change.
+    """
+    made_up = hashlib.shake_128(bytes([int(type_)]) + row.tobytes()).digest(n_bytes)
+    blocks = np.frombuffer(made_up, np.uint8).reshape(-1, row_bytes(type_, block_size(type_))).copy()
+    if is_quantized(type_):
+        blocks[:, :2] = 0
+    return blocks.tobytes()
 
 
 def _rounded(rows: Floats, type_: GGMLQuantizationType) -> Floats:

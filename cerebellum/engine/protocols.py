@@ -283,6 +283,10 @@ class Engine(Protocol):
         """Returns rows of any type as float32, contiguous, (rows * n_per_row,)."""
         ...
 
+    def encoded(self, job: QuantizeJob) -> Bytes:
+        """Returns a small tensor's bytes at its new type in one piece, worked out on this thread alone."""
+        ...
+
     def round_trip(self, job: QuantizeJob) -> Floats:
         """Returns a small tensor's values as they come back from its new type, worked out on this thread alone."""
         ...

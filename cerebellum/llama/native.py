@@ -35,7 +35,7 @@ from cerebellum.llama.model import ContextShape, LlamaModel, ResidentModel
 from cerebellum.llama.moments import column_products, squares_and_products
 from cerebellum.llama.placement import Placement, place
 from cerebellum.llama.presets import preset_types
-from cerebellum.llama.quantize import quantize, round_trip, to_float
+from cerebellum.llama.quantize import encoded, quantize, round_trip, to_float
 from cerebellum.llama.repack import NOTE as REPACK_NOTE
 from cerebellum.llama.repack import extra_buffer_types, repacking_works
 from cerebellum.llama.speed import measure_speed
@@ -162,6 +162,9 @@ class LlamaEngine:
 
     def to_float(self, raw: Bytes, type_: GGMLQuantizationType, n_per_row: int) -> Floats:
         return to_float(raw, type_, n_per_row)
+
+    def encoded(self, job: QuantizeJob) -> Bytes:
+        return encoded(job)
 
     def round_trip(self, job: QuantizeJob) -> Floats:
         return round_trip(job)

@@ -113,11 +113,15 @@ def to_float(raw: Bytes, type_: GGMLQuantizationType, n_per_row: int) -> Floats:
     return values
 
 
-def round_trip(job: QuantizeJob) -> Floats:
-    """Returns the tensor's values as they come back from ``to_type``, worked out on this thread alone.
+def encoded(job: QuantizeJob) -> Bytes:
+    """Returns the bytes that ``quantize`` yields in one piece, worked out on this thread alone.
 
     For samples of many tensors at many types, where a thread each is worth more than threads inside one.
     """
     _check(job)
-    parts = [to_float(_convert(job, rows), job.to_type, job.shape[0]) for rows in _row_blocks(job.shape)]
-    return np.concatenate(parts)
+    return np.concatenate([_convert(job, rows) for rows in _row_blocks(job.shape)])
+
+
+def round_trip(job: QuantizeJob) -> Floats:
+    """Returns the tensor's values as they come back from ``to_type``, worked out on this thread alone."""
+    return to_float(encoded(job), job.to_type, job.shape[0])

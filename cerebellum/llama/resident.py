@@ -18,11 +18,12 @@ from pathlib import Path
 
 from cerebellum.engine.protocols import CannotSwap
 from cerebellum.gguf import GgufFile, TensorInfo, read_gguf
-from cerebellum.llama.graphs import F32, I32, Arena, Block, device_of, fill
+from cerebellum.llama.graphs import F32, I32, Arena, Block, fill
 from cerebellum.llama.library import GgmlTensor, Pointer, cpu_device, device_memory, ggml, llama
 
 _WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
 _MAX_SOURCES = 10
+_ROWS_OF = b"GET_ROWS"  # what a graph does with embeddings that are no head
 _LEAF = 0  # GGML_OP_NONE
 _ROWS = 512  # of the made-up activation in llama.cpp's own question whether a buffer type will do
 _GPU_RESERVE = 1 << 30  # bytes of a GPU that stay free of staged weights, for scratch
@@ -157,7 +158,10 @@ class Weights:
         self._device = self._check(paths)
 
     def _check(self, paths: Sequence[Path]) -> int:
-        """The one device that all swappable weights lie on; CannotSwap unless structs and headers agree."""
+        """The one device that all swappable weights lie on; CannotSwap unless structs and headers agree.
+
+        Embeddings may lie in main memory beside a GPU: a graph takes rows of them there, and no products.
+        """
         if len(paths) < 2:
             raise CannotSwap("the model is one file, not shards")
         homes: set[int] = set()
@@ -167,10 +171,12 @@ class Weights:
                     raise CannotSwap(f"{tensor.name} was not seen in the graph")
                 for use in self._uses[tensor.name]:
                     _compare(use.address, tensor)
-                    homes.add(device_of(self._home[use.address].buffer))
-        if len(homes) != 1:
+                    home = _device_of_type(self._home_type(use))
+                    if home != cpu_device() or use.op != _ROWS_OF:
+                        homes.add(home)
+        if len(homes) > 1:
             raise CannotSwap(f"its weights lie on {len(homes)} devices")
-        return homes.pop()
+        return homes.pop() if homes else cpu_device()
 
     def swap(self, shards: Sequence[Path]) -> None:
         """The base with these shards in place of its own; none of them is the base itself.
@@ -205,7 +211,8 @@ class Weights:
             self._staged.move_to_end(path)
             return self._staged[path]
         places = self._places(read_gguf(path))
-        needed = sum(tensor.n_bytes for _, _, tensor in places)
+        there = (tensor for _, kind, tensor in places if _device_of_type(kind) == self._device)
+        needed = sum(tensor.n_bytes for tensor in there)
         while not self._fits(needed):
             self._evict(keep, path)
         while True:
@@ -242,11 +249,11 @@ class Weights:
 
     def _buffer_type(self, use: Use, type_number: int) -> int | None:
         """Where the loader would put this weight at a type, chosen as the loader does."""
-        home = int(ggml().ggml_backend_buffer_get_type(self._home[use.address].buffer))
+        home = self._home_type(use)
         dims = tuple(GgmlTensor.from_address(use.address).ne)
         key = (home, type_number, use.op, dims)
         if key not in self._choices:
-            device = int(ggml().ggml_backend_buft_get_device(home) or cpu_device())
+            device = _device_of_type(home)
             candidates = [home]
             if device == cpu_device():
                 candidates = [*self._extra, ggml().ggml_backend_dev_buffer_type(device)]
@@ -258,12 +265,22 @@ class Weights:
             self._choices[key] = next(fitting, None)
         return self._choices[key]
 
+    def _home_type(self, use: Use) -> int:
+        return int(ggml().ggml_backend_buffer_get_type(self._home[use.address].buffer))
+
     def close(self) -> None:
         """Points every struct at its first bytes again, which llama.cpp frees, and frees the rest."""
         self._point({})
         for staged in self._staged.values():
             staged.close()
         self._staged.clear()
+
+
+def _device_of_type(buffer_type: int) -> int:
+    """The device whose memory a kind of buffer is; memory that a GPU's driver pins is the CPU's."""
+    if ggml().ggml_backend_buft_is_host(buffer_type):
+        return cpu_device()
+    return int(ggml().ggml_backend_buft_get_device(buffer_type) or cpu_device())
 
 
 def _compare(address: int, tensor: TensorInfo) -> None:
@@ -297,7 +314,7 @@ def _will_do(
         elif op == b"MUL_MAT_ID":
             other = arena.tensor(F32, (dims[0], experts_used, _ROWS))
             node = lib.ggml_mul_mat_id(arena.address, weight, other, arena.tensor(I32, (experts_used, _ROWS)))
-        elif op == b"GET_ROWS":
+        elif op == _ROWS_OF:
             node = lib.ggml_get_rows(arena.address, weight, arena.tensor(I32, (_ROWS,)))
         else:
             return False
