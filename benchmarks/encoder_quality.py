@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cerebellum.base import Base, preset_base
-from cerebellum.encode import DAMPING, RESCALABLE, SUPPORTED, Unshrink, encode, feed_back, unshrink
+from cerebellum.encode import DAMPING, RESCALABLE, SUPPORTED, SWEEPS, Unshrink, encode, feed_back, unshrink
 from cerebellum.encode.encoders import FED_BACK, round_rows
 from cerebellum.encode.moments import Asked, Moments, Span, watch
 from cerebellum.encode.moments import compute_or_reuse as moments_of
@@ -148,7 +148,9 @@ def scaled_by_moments(matrix: Matrix, raw: Bytes, damping: float = 0.1) -> Bytes
     return raw
 
 
-def fed_back(matrix: Matrix, rounding: Rounding, near: int = 0, damping: float = DAMPING) -> Bytes:
+def fed_back(
+    matrix: Matrix, rounding: Rounding, near: int = 0, damping: float = DAMPING, sweeps: int = SWEEPS
+) -> Bytes:
     """Errors fed back, within ``near`` columns only where that is given, in the coarse types."""
     raw = rounding(matrix)
     if matrix.kind not in FED_BACK:
@@ -164,6 +166,7 @@ def fed_back(matrix: Matrix, rounding: Rounding, near: int = 0, damping: float =
             *(raw[:, at], matrix.values[:, columns], moments, matrix.kind),
             threads=matrix.threads,
             damping=damping,
+            sweeps=sweeps,
         )
     return raw
 
@@ -207,6 +210,8 @@ def variants() -> dict[str, Rounding]:
         "ours, fed back, damping 0.1": partial(fed, damping=0.1),
         "ours, fed back, damping 1": partial(fed, damping=1.0),
         "ours, fed back within 64": partial(fed, near=64),
+        "ours, fed back within 512": partial(fed, near=512),
+        "ours, fed back as in version 1": partial(fed, near=512, damping=0.1, sweeps=4),
         "ours, fed back, unshrunk": partial(rescaled, rounding=fed, how=by_row),
         "ours, unshrunk, fed back": partial(
             fed_back, rounding=partial(rescaled, rounding=by_ours, how=by_row)

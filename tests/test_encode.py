@@ -528,6 +528,18 @@ def test_moments_of_nothing_leave_iq_codes(kind: GGMLQuantizationType) -> None:
     assert np.array_equal(raw, feed_back(raw, values, zeros, kind, threads=1, damping=0.0))
 
 
+@every_iq_kind
+def test_columns_that_others_make_up_cost_no_iq_row_more(kind: GGMLQuantizationType) -> None:
+    """Moments of one direction alone have no inverse, and some columns count nothing."""
+    values, direction = normal(8), normal(1, 512)[0]
+    direction[::3] = 0
+    moments = np.outer(direction, direction).astype(np.float32)
+    raw = any_codes(kind, values)
+    better = feed_back(raw, values, moments, kind, threads=1, damping=0.0)
+    before, after = (row_errors(values, codes, kind, moments) for codes in (raw, better))
+    assert (after < 0.1 * before).all()
+
+
 def test_moments_that_do_not_fit_are_refused() -> None:
     values = normal(4)
     raw = encode(values, T.Q3_K, None, threads=1)

@@ -237,12 +237,9 @@ def feed_back(
     """
     rows = _checked(values, kind, None, RECODABLE)
     n_rows, columns = rows.shape
-    blocks = moments.reshape(-1, *moments.shape[-2:])
-    span = blocks.shape[-1]
-    if blocks.shape != (columns // span, span, span) or columns % span or span % block_size(kind):
-        raise BadInput(f"moments are {moments.shape}, which does not fit rows of {columns}")
     out = np.array(raw, np.uint8).reshape(n_rows, row_bytes(kind, columns))
-    damped = _damped(blocks, damping)
+    damped = _damped(_in_spans(moments, columns, kind), damping)
+    span = damped.shape[-1]
 
     def task(part: slice) -> None:
         given = (_at(rows[part]), _at(damped), len(rows[part]), columns, span, sweeps, _at(out[part]))
@@ -255,6 +252,15 @@ def feed_back(
 
     _spread(task, n_rows, columns, threads)
     return out
+
+
+def _in_spans(moments: Floats, columns: int, kind: GGMLQuantizationType) -> Floats:
+    """Moments as (spans, span, span), where spans are whole blocks and add up to the columns."""
+    blocks = moments.reshape(-1, *moments.shape[-2:])
+    span = blocks.shape[-1]
+    if blocks.shape != (columns // span, span, span) or columns % span or span % block_size(kind):
+        raise BadInput(f"moments are {moments.shape}, which does not fit rows of {columns}")
+    return blocks
 
 
 def _damped(blocks: Floats, damping: float) -> Floats:

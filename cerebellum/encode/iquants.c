@@ -1,11 +1,11 @@
 /* Error feedback in ggml's IQ types: scales stay as an encoder wrote them, codes are chosen anew.
  *
- * A block's bytes are ggml's (ggml-common.h); what a code stands for is in a table that comes from gguf-py. In IQ4_NL
- * and IQ4_XS a code is one of 16 values, a weight at a time. In the others an entry of a grid gives the sizes of 4 or 8
- * weights, and signs lie beside it: free ones in IQ3_S and IQ2_S, else seven bits for eight weights, whose number
- * of minuses is always even. There eight weights move at once, with the signs that are and with those that would be best
- * if any value were allowed. Of the grid's entries those near these values are tried, by the exact change of
- * (y - x)' M (y - x).
+ * A block's bytes are ggml's (ggml-common.h); what a code stands for is in a table that comes from gguf-py. In
+ * IQ4_NL and IQ4_XS a code is one of 16 values, a weight at a time. In the others an entry of a grid gives the sizes
+ * of 4 or 8 weights, and signs lie beside it: free ones in IQ3_S and IQ2_S, else seven bits for eight weights, whose
+ * number of minuses is always even. There eight weights move at once, with the signs that are and with those that
+ * would be best if any value were allowed. Of the grid's entries those near these values are tried, by the exact
+ * change of (y - x)' M (y - x).
  *
  * Deterministic like kquants.c: loops over `v` are SIMD without a sum across a register, and fmaf is spelt out. */
 #include "feedback.h"
@@ -15,6 +15,7 @@
 #define SIGNED 8  /* weights whose signs are one byte */
 #define TRIED 16  /* entries of a grid that are tried side by side */
 #define EACH_TRIED for (int v = 0; v < TRIED; v++)
+#define LEAST_PIVOT 1e-6f /* of a column's own moment: below it the column is the sum of others */
 #define LEAST_GAIN 1e-6f /* of the cost's own size: a gain below it may be rounding alone */
 
 enum {
@@ -279,8 +280,8 @@ static float cost_of(const Local *l, const float *y) {
   return cost;
 }
 
-/* What an entry is chosen by, for signs that are in the numbers: its cost is the sum of a_ik y_i y_k over k <= i, and of
- * b_i y_i; how far it is from the values that would be best if any were allowed, of near_i y_i^2 and pull_i y_i. */
+/* What an entry is chosen by, for signs that are in the numbers. Its cost is the sum of a_ik y_i y_k over k <= i, and
+ * of b_i y_i; how far it is from the wanted values, that of near_i y_i^2 and of pull_i y_i. */
 typedef struct {
   float a[SIGNED][SIGNED], b[SIGNED];
   float near[SIGNED], pull[SIGNED];
@@ -343,8 +344,8 @@ static int best_entry(const Grid *grid, const Part *p, const float *table) {
   return at[best] + best;
 }
 
-/* What the neighbours from column j on would cost at other values. The wanted ones are y - (gradient times the inverse of
- * M) / step; being off in one of them, where the others follow, costs by one over the inverse's diagonal. */
+/* What the neighbours from column j on would cost at other values. The wanted ones are y - (gradient times the
+ * inverse of M) / step; being off in one of them, where the others follow, costs by one over the inverse's diagonal. */
 static void look_at(const Gridded *c, const float *moments, int64_t span, int64_t j, const float *inverse, Local *l) {
   float step = c->step[j / SIGNED];
   for (int i = 0; i < SIGNED; i++) {
@@ -390,7 +391,7 @@ static void try_signs(const Grid *grid, const Local *l, const float *table, int 
   choice->cost = cost_of(l, y);
 }
 
-/* The signs of the wanted values. Where their number of minuses has to be even, the one that matters least is turned. */
+/* The signs of the wanted values. Where the number of minuses has to be even, the one that matters least is turned. */
 static int wanted_signs(const Grid *grid, const Local *l) {
   int sign = 0, weakest = 0;
   float least = BIG;
@@ -432,7 +433,7 @@ static void move_gridded(const Grid *grid, Gridded *c, const float *table, const
 }
 
 /* The inverses of the moments of SIGNED neighbours each, (span / SIGNED, SIGNED, SIGNED), by Gauss and Jordan without
- * pivots: they only propose. Zeros where a column has no moment of its own. */
+ * pivoting: they only propose. A column without a moment of its own, or that others make up, has zeros. */
 static void invert_local(const float *moments, int64_t span, float *inverse) {
   for (int64_t j = 0; j < span; j += SIGNED, inverse += SIGNED * SIGNED) {
     float a[SIGNED][2 * SIGNED] = {{0}};
@@ -441,7 +442,7 @@ static void invert_local(const float *moments, int64_t span, float *inverse) {
       a[i][SIGNED + i] = 1.0f;
     }
     for (int p = 0; p < SIGNED; p++) {
-      float scale = a[p][p] > 0.0f ? 1.0f / a[p][p] : 0.0f;
+      float scale = a[p][p] > LEAST_PIVOT * moments[(j + p) * span + j + p] ? 1.0f / a[p][p] : 0.0f;
       for (int k = 0; k < 2 * SIGNED; k++) a[p][k] *= scale;
       for (int i = 0; i < SIGNED; i++) {
         float factor = -a[i][p];
@@ -554,8 +555,9 @@ static void divide(Rows *rows, float *floats, uint8_t *bytes) {
   }
 }
 
-/* Error feedback in blocks of an IQ type, as `feed_back` of kquants.c for its own. Table: (16,) values of the codes in
- * IQ4_NL and IQ4_XS, else (weights of an entry, entries). Returns 0, -1 for sizes that do not fit, -2 without memory. */
+/* Error feedback in blocks of an IQ type, as `feed_back` of kquants.c for its own. Table: (16,) values of the codes
+ * in IQ4_NL and IQ4_XS, else (weights of an entry, entries). Returns 0, -1 for sizes that do not fit, -2 without
+ * memory. */
 int feed_back_iq(int type, const float *table, const float *values, const float *moments, int64_t n_rows,
                  int64_t columns, int64_t span, int64_t sweeps, uint8_t *raw) {
   const Grid *grid = grid_of(type);
