@@ -648,7 +648,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=0, help="of each report text, 0: all")
     parser.add_argument("--block", type=int, default=192, help="chunks whose predictions are kept at once")
     parser.add_argument("--minutes", type=float, default=12.0, help="no block begins that would end after it")
-    parser.add_argument("--imatrix-chunks", type=int, default=100)
+    parser.add_argument("--imatrix-chunks", type=int, default=200)
     parser.add_argument(
         "--threshold-chunks", type=int, default=150, help="at most, of any group at the limit"
     )
