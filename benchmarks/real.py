@@ -58,11 +58,11 @@ from cerebellum.workspace import Workspace
 Numbers = NDArray[np.int64]
 
 PARTS = ("plan", "threshold", "prose", "allocate", "quality", "speed", "questions")
-FURTHER = {  # runs beside the first, and what their files are called
+FURTHER = {  # runs at one size, and what their files are called
     "prose": "Cerebellum, chosen on prose alone",
     "threshold": "limit of 3%",
-    "allocate": "Cerebellum, head and embeddings too",
 }
+ALLOCATED = "Cerebellum, head and embeddings too"
 SIZES = ("Q2_K", "IQ3_XXS", "Q3_K_M", "IQ4_XS")
 COMPARED = "Q3_K_M"  # the size of the run on prose alone, of the threshold run's base and of the questions
 PRESET = "preset"
@@ -216,13 +216,12 @@ class Real:
         """Returns all files; those that are not there yet are made one after the other beside the scoring."""
         maker = Maker(workspace=workspace, folder=self.folder / "files")
         sets = self.rivals(workspace, maker) if self.asked.rivals else None
-        further = {label: self.planned(name) for name, label in FURTHER.items() if name == "allocate"}
+        allocated = self.planned("allocate")
         made = []
         for size, planned in self.planned("run").items():
             ways = self.ways(maker, sets, size, *planned)
-            ways |= {
-                label: partial(Path, files[size][0]) for label, files in further.items() if size in files
-            }
+            if size in allocated:
+                ways[ALLOCATED] = partial(Path, allocated[size][0])
             made += [Candidate(size=size, maker=name, path=pool.submit(way)) for name, way in ways.items()]
         for name, label in FURTHER.items():
             for path, _ in results(self.folder / name):

@@ -65,7 +65,8 @@ def test_a_plan_from_a_table_has_the_base_that_tables_are_of(
 ) -> None:
     table = Path(__file__).parent.parent / "docs" / "demo" / "measurements.json"
     ran = cerebellum("plan", embedded, "--measurements", table, "--budget", "Q2_K", *flags, "--json")
-    assert ran.json["base"] == "Q3_K_M", ran.err
+    assert ran.code == 0, ran.err
+    assert ran.json["base"] == "Q3_K_M"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -192,9 +193,9 @@ def _span(tensor: TensorMeta, longest: int) -> int:
     return columns if columns <= max(_WHOLE_COLUMNS, longest) else longest
 
 
-def _work(readers: Mapping[str, TensorMeta], longest: int) -> float:
+def _work(readers: Mapping[str, TensorMeta], longest: int) -> int:
     """Returns what moving every weight once comes to: for each as many products as its span has columns."""
-    return sum(float(np.prod(t.shape, dtype=np.float64)) * _span(t, longest) for t in readers.values())
+    return sum(math.prod(tensor.shape) * _span(tensor, longest) for tensor in readers.values())
 
 
 def _role(name: str) -> str:

@@ -77,7 +77,11 @@ def fill(tensor: int, values: NDArray[np.generic]) -> None:
 
 def device_of(buffer: int) -> int:
     """The device that a buffer lies on; memory that is mapped or repacked is the CPU's."""
-    buffer_type = ggml().ggml_backend_buffer_get_type(buffer)
+    return device_of_type(ggml().ggml_backend_buffer_get_type(buffer))
+
+
+def device_of_type(buffer_type: int) -> int:
+    """The device that buffers of a kind are of."""
     return int(ggml().ggml_backend_buft_get_device(buffer_type) or cpu_device())
 
 

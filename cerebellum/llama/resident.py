@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cerebellum.engine.protocols import CannotSwap
 from cerebellum.gguf import GgufFile, TensorInfo, read_gguf
-from cerebellum.llama.graphs import F32, I32, Arena, Block, fill
+from cerebellum.llama.graphs import F32, I32, Arena, Block, device_of_type, fill
 from cerebellum.llama.library import GgmlTensor, Pointer, cpu_device, device_memory, ggml, llama
 
 _WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
@@ -171,7 +171,7 @@ class Weights:
                     raise CannotSwap(f"{tensor.name} was not seen in the graph")
                 for use in self._uses[tensor.name]:
                     _compare(use.address, tensor)
-                    home = _device_of_type(self._home_type(use))
+                    home = _whose_memory(self._home_type(use))
                     if home != cpu_device() or use.op != _ROWS_OF:
                         homes.add(home)
         if len(homes) > 1:
@@ -211,7 +211,7 @@ class Weights:
             self._staged.move_to_end(path)
             return self._staged[path]
         places = self._places(read_gguf(path))
-        there = (tensor for _, kind, tensor in places if _device_of_type(kind) == self._device)
+        there = (tensor for _, kind, tensor in places if _whose_memory(kind) == self._device)
         needed = sum(tensor.n_bytes for tensor in there)
         while not self._fits(needed):
             self._evict(keep, path)
@@ -253,7 +253,7 @@ class Weights:
         dims = tuple(GgmlTensor.from_address(use.address).ne)
         key = (home, type_number, use.op, dims)
         if key not in self._choices:
-            device = _device_of_type(home)
+            device = _whose_memory(home)
             candidates = [home]
             if device == cpu_device():
                 candidates = [*self._extra, ggml().ggml_backend_dev_buffer_type(device)]
@@ -276,11 +276,9 @@ class Weights:
         self._staged.clear()
 
 
-def _device_of_type(buffer_type: int) -> int:
+def _whose_memory(buffer_type: int) -> int:
     """The device whose memory a kind of buffer is; memory that a GPU's driver pins is the CPU's."""
-    if ggml().ggml_backend_buft_is_host(buffer_type):
-        return cpu_device()
-    return int(ggml().ggml_backend_buft_get_device(buffer_type) or cpu_device())
+    return cpu_device() if ggml().ggml_backend_buft_is_host(buffer_type) else device_of_type(buffer_type)
 
 
 def _compare(address: int, tensor: TensorInfo) -> None:
